@@ -61,9 +61,19 @@ def load_weights(
         UserError: A tensor holds NaN or infinity, or cannot be read or packed. The same on all ranks.
         AssertionError: A parameter or buffer was not filled: the model would train on garbage.
     """
-    _allocate(model, family, rank_info.device, param_device)
+    allocate(model, family, rank_info.device, param_device)
     params = {unwrapped_name(name): p for name, p in model.named_parameters()}
     filled = _stream_tensors(model, params, files, rank_info, workers, cache)
+    filled |= fill_initial_values(model, params, seed)
+    assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
+
+
+def fill_initial_values(model: nn.Module, params: dict[str, nn.Parameter], seed: int) -> set[str]:
+    """Fill the parameters that no checkpoint holds, such as adapters; return their names.
+
+    params: all parameters, {name: parameter}.
+    """
+    filled = set()
     for path, module in model.named_modules():
         if isinstance(module, ConvertingModule):
             # Seeded by name: values depend neither on the order of modules nor on the number of ranks.
@@ -72,10 +82,10 @@ def load_weights(
             for name, full in module.initial_values(generator).items():
                 fill_shard(params[f"{path}.{name}"], full)
                 filled.add(f"{path}.{name}")
-    assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
+    return filled
 
 
-def _allocate(
+def allocate(
     model: PreTrainedModel, family: Family, device: torch.device, param_device: torch.device
 ) -> None:
     """Allocate a meta model: parameters, uninitialized, on `param_device`; buffers, filled, on `device`.

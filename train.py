@@ -25,6 +25,7 @@ if __name__ == "__main__":
     gc.disable()  # as in launch/fork_server.py
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,7 @@ from monitoring.messages import describe_data
 from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
 from monitoring.run_facts import run_facts_json
+from monitoring.tracking import NoTracker
 from options.config import Config
 from options.errors import UserError
 from options.strategies import STRATEGIES
@@ -69,14 +71,17 @@ from training.loop_components import make_loop_components
 from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
+from training.sample_weights import fill_with_samples
 from training.shown_rows import show_rows, without_output
+from training.trial import Trial
+from training.trial_rank import record_trial
 from wrapping import WRAP_POLICIES, make_mesh, make_offload_policy, set_gradient_sync, wrap
 
 
 def set_up(
-    job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER
+    job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER, load: Callable = load_weights
 ) -> tuple[PreTrainedModel, weight_memory.ExpectedMemory]:
-    """Build, shard and load the model of the train type. Collective.
+    """Build, shard and load the model of the train type. Collective. load: fills the model's parameters.
 
     Returns:
         (the model, the memory that its weights should take on this rank).
@@ -116,7 +121,7 @@ def set_up(
     workers = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
     allocated_before = memory.gpu_bytes_allocated()
     with open_cache_writer(job.cache, rank_info) as cache:
-        load_weights(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
+        load(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
         weight_memory.check_loaded(model, expected, allocated_before)
     if job.adapter:
         adapter.load_adapter(model, job.adapter.path)
@@ -267,6 +272,16 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
             raise unsaved_error(job, e) from e
     tracker.finish()
     finish_run(job, rank_info, history, total_steps, steps_done, seconds, stages, stopping.reason, no_result)
+
+
+def try_rank(rank_info: RankInfo, trial: Trial, folder: str) -> None:
+    """Take the steps of a trial, and write into `folder` what they take on this rank. Collective."""
+    with record_trial(trial, rank_info, folder) as (job, profiler, history):
+        if job.config.deterministic:
+            enable_determinism()
+        model, _ = set_up(job, rank_info, profiler, load=fill_with_samples)
+        sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
+        history += train(job, model, rank_info, sampler, NoTracker(), profiler)
 
 
 def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:

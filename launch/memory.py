@@ -6,6 +6,7 @@ monitoring/memory_model.py computes the memory that weights are expected to take
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -163,3 +164,22 @@ PEAK_MEMORY = PeakMemory()
 def gpu_bytes_allocated() -> int:
     """Return the bytes of this process's tensors on the current GPU; 0 without a GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that a GPU is out of memory: the allocator's, or another library's."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("CUDA.*out of memory|CUBLAS_STATUS_ALLOC", str(error))
+    )
+
+
+def available_gpu_bytes() -> int:
+    """Return the bytes that this process can have of the current GPU; 0 without a GPU.
+
+    That is what is free now and what it holds already, up to its limit (set_per_process_memory_fraction).
+    """
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    limit = int(torch.cuda.get_per_process_memory_fraction() * total)
+    return min(free + torch.cuda.memory_reserved(), limit)

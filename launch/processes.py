@@ -11,7 +11,6 @@ import json
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from launch.failures import Failure, first_failure
 from launch.nccl import explain_nccl_error
 from launch.program import prepare_environment, prepare_long_run
 from launch.ranks import join_process_group
 from launch.signals import forwarding_signals, unblock_signals
 from launch.stored_arguments import StoredArguments
-from options.errors import DONE, FAILED, REFUSED, UserError, describe, exit_status
+from options.errors import DONE, FAILED, UserError, describe, exit_status
+
+POLL_SECONDS = 0.5  # between looks at the ranks of other launchers
 
 
 def check_address(address: str, port: int | None) -> None:
@@ -82,37 +85,82 @@ def start(
 
     Raises UserError if the folder of temporary files cannot take the arguments.
     """
+    set_meeting_point(address, port)
+    failure = run_ranks(run, RankRange(world, world), args, preload=preload)
+    return failure.print(verbose) if failure else DONE
+
+
+def set_meeting_point(address: str, port: int | None) -> None:
+    """Set where new ranks find rank 0, in this process's environment. port: None = a free one."""
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or find_free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+@dataclass(frozen=True)
+class RankRange:
+    """The ranks that a process starts: by default all of them.
+
+    Attributes:
+        world: number of all ranks.
+        count: number of ranks to start.
+        first, first_local: number of the first one, among all ranks and within its node.
+    """
+
+    world: int
+    count: int
+    first: int = 0
+    first_local: int = 0
+
+
+def run_ranks(
+    run: Callable,
+    ranks: RankRange,
+    args: tuple,
+    environment: dict[str, str] | None = None,
+    preload: Sequence[str] = (),
+    failed_elsewhere: Callable[[], bool] | None = None,
+) -> Failure | None:
+    """Run run(rank_info, *args) in new processes, wait for them, and return how they failed, or None.
+
+    Args:
+        run, args, preload: as for `start`.
+        ranks: the ranks to start.
+        environment: of the ranks; None = this process's.
+        failed_elsewhere: whether a rank of another launcher has failed, so that these must end. They are not
+            reported then.
+
+    Raises UserError if the folder of temporary files cannot take the arguments.
+    """
     prepare_environment()  # for programs that have not called it themselves
     # A killed rank leaves its locks behind. The resource tracker would warn about them after our error line.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports, StoredArguments(args) as stored:
-        rank_args = (dict(os.environ), run, world, stored, reports)
+        rank_args = (dict(environment or os.environ), run, ranks, stored, reports)
         # Signals stay blocked in a new process until `_rank_process` unblocks them: Python answers a SIGINT
         # during imports with a traceback. The fork server never unblocks them; it ends after this process and
         # the ranks.
         try:
-            with forwarding_signals(lambda: _start_ranks(world, rank_args, preload)) as (received, processes):
-                failed = _wait_for_ranks(processes)
+            with forwarding_signals(lambda: _start_ranks(ranks.count, rank_args, preload)) as (
+                received,
+                processes,
+            ):
+                failed = _wait_for_ranks(processes, failed_elsewhere)
         except StartError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return FAILED
+            return Failure(FAILED, f"error: {e}")
         # A rank that the signal killed writes no report. One that failed to save while it stopped does.
         if failed and received.stop and (min(failed.values()) < 0 or not any(Path(reports).iterdir())):
-            print(f"ended by {received.stop.name}", file=sys.stderr)
-            return 128 + received.stop
-        return _print_first_failure(failed, Path(reports), verbose) if failed else 0
+            return Failure(128 + received.stop, f"ended by {received.stop.name}")
+        return first_failure(failed, ranks.first, Path(reports)) if failed else None
 
 
 class StartError(Exception):
     """The ranks cannot be started. The text is the reason."""
 
 
-def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
-    """Start `world` processes that run _rank_process(rank, *args), and return them in the order of ranks.
+def _start_ranks(count: int, args: tuple, preload: Sequence[str] = ()) -> list:
+    """Start `count` processes that run _rank_process(index, *args), and return them in the order of ranks.
 
     On Linux without GPUs they are forks of a server that has imported `preload`, which saves seconds.
     Otherwise they are spawned: neither the state of a GPU's driver nor Apple's libraries survive a fork.
@@ -126,7 +174,7 @@ def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
         with contextlib.chdir(Path(__file__).parents[1]):  # so that the server can import these modules
             multiprocessing.forkserver.ensure_running()
     try:
-        context = mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method)
+        context = mp.start_processes(_rank_process, args, nprocs=count, join=False, start_method=method)
     except BaseException as e:
         # Ranks that have started would wait for the others.
         for process in set(mp.active_children()).difference(other_children):
@@ -158,20 +206,22 @@ def _exit_with_parent() -> None:
 
 
 def _rank_process(
-    rank: int, environment: dict[str, str], run: Callable, world: int, stored: Any, reports: str
+    index: int, environment: dict[str, str], run: Callable, ranks: RankRange, stored: Any, reports: str
 ) -> None:
     """Run a rank in this new process: join the group, call `run`, report a failure, end the process.
 
     It does not return.
 
     Args:
-        rank, world: this rank and the number of ranks.
-        environment: the launching process's environment.
+        index: this rank among those that the launching process starts.
+        environment: the variables of this process's environment.
+        ranks: the ranks that the launching process starts.
         run, stored: run(rank_info, *args) is called with the stored arguments (StoredArguments).
         reports: folder for <rank>.json, which is written if the rank fails.
     """
     gc.freeze()
     gc.enable()  # off in the fork server
+    rank = ranks.first + index
     os.environ.clear()  # the fork server's, which may be older
     os.environ |= environment
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -180,7 +230,7 @@ def _rank_process(
     status = DONE
     try:
         args = stored.load()
-        run(join_process_group(rank, world, rank), *args)
+        run(join_process_group(rank, ranks.world, ranks.first_local + index), *args)
         dist.destroy_process_group()
     except Exception as e:  # any: the launcher prints it and ends the other ranks
         error = explain_nccl_error(e)
@@ -201,48 +251,22 @@ def _rank_process(
     os._exit(status)
 
 
-def _wait_for_ranks(processes: list) -> dict[int, int]:
-    """Wait for all ranks, and kill the others once some fail; return {rank: exit code} of those that failed.
+def _wait_for_ranks(processes: list, failed_elsewhere: Callable[[], bool] | None = None) -> dict[int, int]:
+    """Wait for all ranks, and kill the others once some fail; return {index: exit code} of those that failed.
 
     SIGKILL is used because a rank takes other signals for requests. The ranks killed here are not returned.
+    failed_elsewhere: as for `run_ranks`.
     """
     running = {process.sentinel: process for process in processes}
     while running:
-        for sentinel in multiprocessing.connection.wait(list(running)):
+        for sentinel in multiprocessing.connection.wait(
+            list(running), POLL_SECONDS if failed_elsewhere else None
+        ):
             running.pop(sentinel).join()
-        failed = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode}
-        if failed:
+        failed = {index: p.exitcode for index, p in enumerate(processes) if p.exitcode}
+        if failed or (failed_elsewhere and failed_elsewhere()):
             for process in running.values():
                 process.kill()
                 process.join()
             return failed
     return {}
-
-
-def _print_first_failure(failed: dict[int, int], reports: Path, verbose: bool) -> int:
-    """Print one failure: a rank ended by a signal, else the earliest report. Return the exit status, 1 or 2.
-
-    Later reports are of lost connections to the rank that failed first.
-
-    Args:
-        failed: {rank: exit code}.
-        reports: folder of the ranks' reports, <rank>.json.
-        verbose: print the traceback of every error.
-    """
-    for rank, exitcode in failed.items():
-        if exitcode < 0 and exitcode != -signal.SIGTERM:
-            name = signal.Signals(-exitcode).name
-            hint = "; out of host memory is the usual cause" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
-            return FAILED
-    failures = [json.loads(p.read_text()) for p in reports.glob("*.json")]
-    if not failures:
-        if REFUSED in failed.values():  # that rank could not write its report, and printed the error itself
-            return REFUSED
-        print("error: a process was ended from outside", file=sys.stderr)
-        return FAILED
-    first = min(failures, key=lambda f: f["time"])
-    if first["status"] == FAILED or verbose:
-        print(first["traceback"], file=sys.stderr, end="")
-    print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
-    return first["status"]

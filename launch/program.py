@@ -124,6 +124,11 @@ def is_under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
+def is_first_process() -> bool:
+    """Whether this process prints what concerns all of a run: under torchrun, only rank 0 does."""
+    return not is_under_torchrun() or os.environ["RANK"] == "0"
+
+
 def parse_or_exit(argv: list[str], parse: Callable[[list[str]], T]) -> T:
     """Return parse(argv), the options. If it raises UserError, print that and exit with REFUSED, 2.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from launch import nodes, processes, torchrun
+from launch import processes, torchrun
+from launch.apart import Launcher, TorchrunLauncher
 from launch.nodes import AnyJob
-from launch.program import is_under_torchrun, print_error
+from launch.program import is_first_process, is_under_torchrun, print_error
 from options.errors import DONE, UserError, needs_no_traceback
 
 
@@ -22,6 +22,7 @@ def start(
     verbose: bool,
     preload: Sequence[str],
     show: Callable[[AnyJob], None] | None = None,
+    settle: Callable[[AnyJob, Launcher], AnyJob] = lambda job, launcher: job,
 ) -> int:
     """Check a run, then run its ranks: new processes, or under torchrun this one; return the exit status.
 
@@ -34,6 +35,7 @@ def start(
         verbose: print tracebacks with errors.
         preload: modules that ranks need; the server that ranks may be forked from imports them once.
         show: prints something of the job after its remarks; then no rank is run.
+        settle: decides what the check leaves open, by ranks that the launcher starts, and returns the job.
 
     Returns:
         The exit status: 0 for success, 2 for an error that the user can fix, 1 for any other, 128 + the
@@ -41,7 +43,7 @@ def start(
         instead.
     """
 
-    prints = not is_under_torchrun() or os.environ["RANK"] == "0"
+    prints = is_first_process()
 
     def check_and_print() -> AnyJob:
         job = check()
@@ -55,11 +57,19 @@ def start(
                 show(check_and_print())
             return DONE
         if is_under_torchrun():
-            return torchrun.run_as_rank(run_rank, partial(nodes.check_on_nodes, check_and_print), verbose)
+            return torchrun.run_as_rank(run_rank, partial(check_and_settle, check_and_print, settle), verbose)
         job = check_and_print()
         world = job.config.world_size
+        job = settle(job, Launcher(world, master_addr, master_port, preload))
         return processes.start(run_rank, world, (job,), master_addr, master_port, verbose, preload)
     except (UserError, OSError) as e:
         if not needs_no_traceback(e):
             raise
         return print_error(e, verbose)
+
+
+def check_and_settle(
+    check: Callable[[], AnyJob], settle: Callable[[AnyJob, Launcher], AnyJob], launcher: TorchrunLauncher
+) -> AnyJob:
+    """Return the job, checked on all nodes and settled. Collective; raises UserError on all ranks or none."""
+    return settle(launcher.check(check), launcher)

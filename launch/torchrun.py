@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from launch.apart import TorchrunLauncher
 from launch.nccl import explain_nccl_error
 from launch.ranks import join_process_group, read_env_int
 from options.errors import DONE, FAILED, UserError, describe, exit_status
@@ -31,8 +32,8 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
 
     Args:
         run: run(rank_info, job) trains; it is called in the run's process group.
-        check: check(rank, world, local_rank, start time) returns the job, in a group that uses no GPU. It
-            raises UserError on all ranks or on none.
+        check: check(launcher) returns the job, in a group that uses no GPU. It raises UserError on all
+            ranks or on none.
         verbose: print the traceback of every error.
     """
     rank, world, local_rank = (read_env_int(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -45,7 +46,7 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
         store, started = rendezvous(rank, world)
         check_store = dist.PrefixStore("prepare", store)
         dist.init_process_group("gloo", store=check_store, rank=rank, world_size=world, timeout=CHECK_TIMEOUT)
-        job = check(rank, world, local_rank, started)
+        job = check(TorchrunLauncher(check_store, rank, world, local_rank, started))
         dist.destroy_process_group()
         checking = False
         run(join_process_group(rank, world, local_rank, dist.PrefixStore("train", store)), job)

@@ -35,8 +35,7 @@ class NF4:
 
     codes: two per byte. scales: one fp32 scale per 256 blocks, one fp32 offset for the whole tensor, and one
     8-bit code per block for its absolute maximum. Without double quantization, scales are the absolute maxima
-    in fp32; some checkpoints are packed like this, and `quantize` never does it. Dequantized weights equal
-    bitsandbytes' own, bit for bit.
+    in fp32; some checkpoints are packed like this. Dequantized weights equal bitsandbytes' own, bit for bit.
     """
 
     block: ClassVar[int] = 64
@@ -57,11 +56,12 @@ class NF4:
         return _dynamic_map(device)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (codes, scales) by bitsandbytes, for any contents. Asserts double quantization."""
-        assert self.double
+        """Return (codes, scales) by bitsandbytes, for any contents."""
         codes, state = bnb.quantize_4bit(
-            weight.contiguous(), blocksize=self.block, compress_statistics=True, quant_type="nf4"
+            weight.contiguous(), blocksize=self.block, compress_statistics=self.double, quant_type="nf4"
         )
+        if not self.double:
+            return flat_bytes(codes), flat_bytes(state.absmax)
         assert state.state2.blocksize == SCALE_BLOCK
         return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
 

@@ -159,8 +159,9 @@ def processes(monkeypatch):
     started, start_ranks = [], launch._start_ranks
 
     def start(*args):
-        started.extend(start_ranks(*args))
-        return started
+        new = start_ranks(*args)
+        started.extend(new)
+        return new
 
     monkeypatch.setattr(launch, "_start_ranks", start)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # it goes to the ranks, and is put back

@@ -12,10 +12,8 @@ import functools
 import re
 from collections.abc import Callable
 
-import torch
-
 from data.packing import max_sequence_length
-from launch.memory import PEAK_MEMORY, format_bytes
+from launch.memory import PEAK_MEMORY, format_bytes, is_out_of_memory
 from launch.ranks import RankInfo
 from models.registry import build_on_meta
 from monitoring.memory_model import estimate_memory
@@ -115,10 +113,8 @@ def explain_out_of_memory(run: Callable[[RankInfo, Job], None]) -> Callable[[Ran
         PEAK_MEMORY.reset()
         try:
             run(rank_info, job)
-        except RuntimeError as e:  # OutOfMemoryError of the allocator; other classes of other libraries
-            if not isinstance(e, torch.OutOfMemoryError) and not re.search(
-                "CUDA.*out of memory|CUBLAS_STATUS_ALLOC", str(e)
-            ):
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
                 raise
             PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)
             raise UserError(describe_out_of_memory(str(e), job)) from None

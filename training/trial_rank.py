@@ -1,0 +1,117 @@
+"""What a trial (training/trial.py) runs on a rank: a job of the longest rows, and a record of its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.evaluation_data import EvaluationData
+from data.rows import TokenizedRows
+from files.base_model import BaseModel
+from files.digests import WeightsDigest
+from launch.memory import PEAK_MEMORY, available_gpu_bytes, is_out_of_memory, peak_resident_bytes
+from launch.ranks import RankInfo
+from monitoring.metrics import Metrics
+from monitoring.profiling import Profiler
+from options.errors import UserError
+from training.job import Job
+from training.trial import Trial
+
+# A step of a trial has at most so many micro-batches: the first, and one that adds to its gradients.
+MAX_MICRO_BATCHES = 2
+# Options that a trial does without: they take no memory in a step, or write files.
+OFF: dict[str, Any] = {
+    "eval_every": 0, "sample_every": 0, "early_stopping_patience": 0, "save_every": 0, "save_minutes": 0.0,
+    "max_minutes": 0.0, "profile": False, "profile_memory": False, "quantized_cache": None, "resume": None,
+    "adapter": None, "max_bad_steps": -1, "log_to": "stdout",
+}  # fmt: skip
+
+
+def make_job(trial: Trial) -> Job:
+    """Return a run of a trial's steps, which reads and writes no file."""
+    accumulation = min(trial.config.gradient_accumulation_steps, MAX_MICRO_BATCHES)
+    config = dataclasses.replace(
+        trial.config,
+        **OFF,
+        context_length=trial.tokens,
+        gradient_accumulation_steps=accumulation,
+        max_steps=trial.steps,
+        num_epochs=trial.steps,  # each has at least one step
+        activation_budget=max(trial.config.activation_budget, 0.0),  # -1 takes what the trial leaves free
+    )
+    count = config.world_size * config.batch_size * accumulation
+    if config.packing and trial.rows:
+        rows = _learn_everything(trial.rows)
+    else:
+        rows = make_rows(count, trial.tokens, trial.model_config.vocab_size)
+    return Job(
+        config=config,
+        model_config=trial.model_config,
+        files=trial.files,
+        base=BaseModel("", None, "", WeightsDigest(""), ""),  # nothing is saved
+        rows=rows,
+        evaluation=EvaluationData(None, []),
+        cache=None,
+        saved=None,
+        adapter=None,
+        started=time.time(),
+    )
+
+
+def make_rows(count: int, tokens: int, vocabulary: int) -> TokenizedRows:
+    """Return `count` rows of `tokens` random tokens each, all learned but the first, which has no context."""
+    ids = torch.randint(vocabulary, (count * tokens,), generator=torch.Generator().manual_seed(0))
+    starts, numbers = torch.arange(count + 1) * tokens, torch.arange(1, count + 1)
+    learned = torch.ones(count * tokens, dtype=torch.bool)
+    return _learn_everything(TokenizedRows(ids.int(), learned, starts, (), (), numbers))
+
+
+def _learn_everything(rows: TokenizedRows) -> TokenizedRows:
+    """Return the rows with all tokens learned but their first."""
+    learned = torch.ones_like(rows.learned)
+    learned[rows.starts[:-1]] = False
+    return dataclasses.replace(rows, learned=learned)
+
+
+@contextlib.contextmanager
+def record_trial(
+    trial: Trial, rank_info: RankInfo, folder: str
+) -> Iterator[tuple[Job, Profiler, list[Metrics]]]:
+    """Context in which a rank runs a trial: yields (its job, its profiler, a list to add its metrics to).
+
+    Writes the record of this rank into `folder` at the end. Raises UserError if the GPU is out of memory.
+    """
+    profiler, history = Profiler(rank_info.device, []), list[Metrics]()
+    PEAK_MEMORY.reset()
+    available = available_gpu_bytes()
+
+    def write(fits: bool) -> None:
+        PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)
+        record = {
+            "fits": fits,
+            "node": rank_info.rank // rank_info.local_world,
+            "peak": max(PEAK_MEMORY.by_phase.values(), default=peak_resident_bytes()),
+            "phases": PEAK_MEMORY.by_phase or profiler.phase_bytes,
+            "step_seconds": [metrics.step_seconds for metrics in history],
+            "host": peak_resident_bytes(),
+            "available": available,
+        }
+        path = Path(folder) / f"{rank_info.rank}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(record))
+        path.with_suffix(".tmp").rename(path)
+
+    try:
+        yield make_job(trial), profiler, history
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        write(fits=False)
+        raise UserError(f"out of memory in the phase {PEAK_MEMORY.phase}") from None
+    write(fits=True)
