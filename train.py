@@ -66,6 +66,7 @@ from parallel.activation_checkpointing import SavedActivations, compile_run_laye
 from parallel.optimizers import make_schedule
 from parallel.shards import full_tensor
 from quantize_layers import load_weights
+from training.auto_sizes import settle_sizes
 from training.job import Job
 from training.loop_components import make_loop_components
 from training.out_of_memory import explain_out_of_memory
@@ -226,6 +227,7 @@ def train(
 @explain_out_of_memory
 def run_rank(rank_info: RankInfo, job: Job) -> None:
     """Run one rank of the training, from loading to the saved result. Collective."""
+    assert not job.config.unsettled, job.config.unsettled
     with FolderLock(Path(job.output_dir)) as lock, make_profiler(job.config, rank_info) as profiler:
         run_profiled(rank_info, job, profiler, lock)
 
@@ -332,6 +334,7 @@ def run(config: Config, remarks: list[str]) -> int:
         verbose=config.verbose,
         preload=["train"],
         show=show_rows if config.show_rows else None,
+        settle=partial(settle_sizes, try_rank, check_run),
     )
 
 

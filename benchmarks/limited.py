@@ -26,8 +26,9 @@ from files import model_folder as model_files
 from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, read_tensor
 from launch.ranks import RankInfo
 from training.job import Job
+from training.trial import Trial
 
-_run_rank = train.run_rank
+_run_rank, _try_rank = train.run_rank, train.try_rank
 GIB = "LIMITED_TO_GIB"  # environment variable that passes the limit to the ranks
 PUNCH_HOLE = 0x02 | 0x01  # fallocate(2): free the blocks, keep the size
 
@@ -79,18 +80,29 @@ def read_filled(
         os.close(file)
 
 
-def run_limited(rank_info: RankInfo, job: Job) -> None:
-    """Run a rank of train.py with LIMITED_TO_GIB of its GPU's memory, reading weights by `read_filled`."""
+def limit(rank_info: RankInfo) -> None:
+    """Let this rank have LIMITED_TO_GIB of its GPU's memory, and read weights by `read_filled`."""
     model_files.read_tensor = read_filled
     if rank_info.device.type == "cuda":
         total = torch.cuda.get_device_properties(rank_info.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(float(os.environ[GIB]) * 2**30 / total, 1.0))
+
+
+def run_limited(rank_info: RankInfo, job: Job) -> None:
+    """Run a rank of train.py within the limit."""
+    limit(rank_info)
     _run_rank(rank_info, job)
+
+
+def try_limited(rank_info: RankInfo, trial: Trial, folder: str) -> None:
+    """Run a rank of a trial, as --batch_size auto makes them, within the limit."""
+    limit(rank_info)
+    _try_rank(rank_info, trial, folder)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     os.environ[GIB] = sys.argv[1]
-    train.run_rank = run_limited
+    train.run_rank, train.try_rank = run_limited, try_limited
     sys.exit(train.main(sys.argv[2:]))

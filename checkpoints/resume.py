@@ -47,8 +47,8 @@ FREE_GROUPS = (
 # them, are compared by contents instead of names, and --precision by what it means on this GPU.
 FIXED_OPTIONS = ("eval_share",)
 FREE_OPTIONS = ("model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking",
-                "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps", "num_epochs",
-                "max_steps", "max_bad_steps",
+                "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
+                "effective_batch_size", "num_epochs", "max_steps", "max_bad_steps",
                 "deterministic")  # fmt: skip
 
 

@@ -60,10 +60,19 @@ class TorchrunLauncher(Launcher):
         rank, world: this rank and the number of ranks.
         local_rank: this rank within its node.
         started: time.time() when the run started.
+        preload: as for Launcher.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world: int, local_rank: int, started: float):
-        super().__init__(world, os.environ["MASTER_ADDR"], None)
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world: int,
+        local_rank: int,
+        started: float,
+        preload: Sequence[str] = (),
+    ):
+        super().__init__(world, os.environ["MASTER_ADDR"], None, preload)
         self.store, self.rank, self.local_rank, self.started = store, rank, local_rank, started
         self.launches = 0
 
@@ -72,7 +81,12 @@ class TorchrunLauncher(Launcher):
         failed_key = f"launch {self.launches} failed"
         ranks = processes.RankRange(self.world, 1, self.rank, self.local_rank)
         failure = processes.run_ranks(
-            run, ranks, args, self._environment(), failed_elsewhere=lambda: self.store.check([failed_key])
+            run,
+            ranks,
+            args,
+            self._environment(),
+            self.preload,
+            failed_elsewhere=lambda: self.store.check([failed_key]),
         )
         if failure:
             self.store.set(failed_key, "")

@@ -46,6 +46,16 @@ def bytes_in_use(device: torch.device) -> int:
     return peak_resident_bytes()
 
 
+def gpu_room(device: torch.device) -> float:
+    """Return the bytes that this process's tensors may take of a GPU: all that is free, or that torch holds.
+
+    A limit of torch's allocator (torch.cuda.set_per_process_memory_fraction) may lower it.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free + torch.cuda.memory_reserved(device), limit)
+
+
 def peak_resident_bytes() -> int:
     """Return the largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -171,15 +181,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(
         re.search("CUDA.*out of memory|CUBLAS_STATUS_ALLOC", str(error))
     )
-
-
-def available_gpu_bytes() -> int:
-    """Return the bytes that this process can have of the current GPU; 0 without a GPU.
-
-    That is what is free now and what it holds already, up to its limit (set_per_process_memory_fraction).
-    """
-    if not torch.cuda.is_available():
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    limit = int(torch.cuda.get_per_process_memory_fraction() * total)
-    return min(free + torch.cuda.memory_reserved(), limit)

@@ -57,7 +57,8 @@ def start(
                 show(check_and_print())
             return DONE
         if is_under_torchrun():
-            return torchrun.run_as_rank(run_rank, partial(check_and_settle, check_and_print, settle), verbose)
+            check_all = partial(check_and_settle, check_and_print, settle)
+            return torchrun.run_as_rank(run_rank, check_all, verbose, preload)
         job = check_and_print()
         world = job.config.world_size
         job = settle(job, Launcher(world, master_addr, master_port, preload))

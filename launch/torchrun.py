@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -25,7 +25,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # for all ranks to arrive: the nodes 
 CHECK_TIMEOUT = timedelta(days=1)  # for checks that download a model
 
 
-def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
+def run_as_rank(run: Callable, check: Callable, verbose: bool = False, preload: Sequence[str] = ()) -> int:
     """Check the run with all ranks, then run it as this rank; return 0. Collective.
 
     An error of the check that is a UserError is raised; any other error is printed and ends the process.
@@ -35,6 +35,7 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
         check: check(launcher) returns the job, in a group that uses no GPU. It raises UserError on all
             ranks or on none.
         verbose: print the traceback of every error.
+        preload: modules that the launcher's ranks need.
     """
     rank, world, local_rank = (read_env_int(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # not for ranks started by hand, whose parent may end before them
@@ -46,7 +47,7 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
         store, started = rendezvous(rank, world)
         check_store = dist.PrefixStore("prepare", store)
         dist.init_process_group("gloo", store=check_store, rank=rank, world_size=world, timeout=CHECK_TIMEOUT)
-        job = check(TorchrunLauncher(check_store, rank, world, local_rank, started))
+        job = check(TorchrunLauncher(check_store, rank, world, local_rank, started, preload))
         dist.destroy_process_group()
         checking = False
         run(join_process_group(rank, world, local_rank, dist.PrefixStore("train", store)), job)

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from options.declaration import REQUIRED, format_value, option_fields
+from options.declaration import AUTO, REQUIRED, format_value, option_fields
 from options.errors import UserError
 from options.foreign import ForeignOptions
 from options.methods import NEEDS
@@ -117,6 +117,8 @@ class Command:
             if name not in given:
                 continue
             value, within = given[name], field.metadata["within"]
+            if field.metadata["auto"] and _is_auto(texts[name]):
+                continue
             if type(value) not in (int, float):
                 continue
             has_upper_bound = within and within.has_upper_bound
@@ -143,6 +145,8 @@ class Command:
             return [_parse_value(kind, each, origin, noun) for each in values]
         if meta["commas"] and isinstance(value, list):
             value = ",".join(_check_item(each, origin) for each in value)
+        if meta["auto"] and _is_auto(value):
+            return AUTO
         if meta["convert"] and isinstance(value, str):
             try:
                 result = meta["convert"](value)
@@ -209,6 +213,11 @@ class Command:
             if value is not None:  # null means that the option is not given
                 values[name] = value, f"{path}: {name}"
         return values | {name: (value, path) for name, value in self.implied_by_path(path).items()}
+
+
+def _is_auto(value: Value) -> bool:
+    """Return whether a number is given as `auto`."""
+    return isinstance(value, str) and value.strip().lower() == "auto"
 
 
 def _check_item(value: str | None, origin: str) -> str:
@@ -285,6 +294,7 @@ def _make_parser(command: Command) -> Parser:
         kwargs: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
         kwargs |= {"action": "append"} if meta["repeat"] else {}
         metavar = "NAME" if meta["choices"] else "TEXT" if meta["convert"] else METAVARS.get(kind, "TEXT")
+        metavar += "|auto" * meta["auto"]
         group.add_argument(f"--{name}", metavar=metavar, help=help_line(field).replace("%", "%%"), **kwargs)
     return parser
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import yaml
 
 from options.columns import EXAMPLE, check_columns
-from options.declaration import option, option_fields
+from options.declaration import AUTO, option, option_fields
 from options.methods import HQQ_BITS, METHODS, Method
 
 # The embedded demo model has random weights: it needs larger steps and more epochs than a pretrained one.
@@ -109,15 +109,20 @@ class Config:
         " Qwen3's template writes it: prompt = not learned, and asked with; learn = learned with the answer;"
         " auto = prompt if an answer has one; config.yaml records which one it was",
         choices=("auto", "prompt", "learn"))
-    context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut",
-        ge=2)
+    context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut;"
+        " auto = the longest that fits on the GPUs, at most the longest example (docs/batch_size.md)", ge=2,
+        auto=True)
     packing: bool = option(False, "Model and data", "concatenate several examples, up to context_length"
         " tokens, instead of padding them; each attends only to itself")
     show_rows: int = option(0, "Model and data", "print the tokens of this many examples as text, with what"
         " is learned between [[ and ]], and end; nothing is written", ge=0)
 
     batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of"
-        " examples", ge=1)
+        " examples; auto = as many as fit, tried on the GPUs before the run (docs/batch_size.md)", ge=1,
+        auto=True)
+    effective_batch_size: int | None = option(None, "Training", "examples, or packs, of an optimizer step on"
+        " all GPUs together; --gradient_accumulation_steps follows from it, and --batch_size auto divides it;"
+        " unset = batch_size x gradient_accumulation_steps x GPUs", ge=1)
     gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step; the step"
         " equals that of one big batch", ge=1)
     num_epochs: int = option(1, "Training", "passes over the data", ge=1)
@@ -252,6 +257,12 @@ class Config:
     def method(self) -> Method:
         """What --train_type quantizes, trains and saves."""
         return METHODS[self.train_type]
+
+    @property
+    def unsettled(self) -> list[str]:
+        """The options that are AUTO: numbers that are decided at the start of a run, before its ranks."""
+        numbers = ("batch_size", "gradient_accumulation_steps", "context_length")
+        return [name for name in numbers if getattr(self, name) == AUTO]
 
     @property
     def saves_best(self) -> bool:

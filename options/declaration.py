@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 REQUIRED = object()  # the default of an option that must be given
+AUTO = -1  # the value of a number that is given as `auto`, until the start of a run decides it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def option(
     commas: bool = False,
     convert: Callable[[str], Any] | None = None,
     noun: str = "",
+    auto: bool = False,
 ) -> Any:
     """Declare one option as a field of a dataclass.
 
@@ -89,6 +91,7 @@ def option(
         commas: whether it takes comma-separated values; in a YAML file they may also be a list.
         convert: turns a text into its value. Raises UserError, or ValueError if the text is not `noun`.
         noun: what a text must be, for errors; "" = as its type says.
+        auto: whether a positive whole number may also be given as `auto`, which becomes AUTO.
     """
     bounds = (ge, gt, le, lt, sentinel)
     within = None if all(bound is None for bound in bounds) else Range(*bounds)
@@ -102,7 +105,8 @@ def option(
         "repeat": repeat,
         "commas": commas,
         "convert": convert,
-        "noun": noun,
+        "noun": noun or ("a whole number, or auto" if auto else ""),
+        "auto": auto,
         "positional": "",
     }
     return dataclasses.field(default=default, metadata=meta)

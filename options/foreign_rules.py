@@ -215,7 +215,7 @@ LOST = {
     "evaluation has --batch_size":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_packing eval_sample_packing"
         " eval_delay eval_on_each_dataset eval_num_beams",
-    "the batch must fit: no smaller one is tried": "auto_find_batch_size",
+    "--batch_size auto finds the largest batch that fits": "auto_find_batch_size",
     "rope is that of config.json": "rope_scaling rope_theta overrides_of_model_config model_config"
         " pose_max_context_len pose_num_chunks pose_split_on_token_ids",
     "answers are trained on, not preferences or rewards":

@@ -12,6 +12,7 @@ from typing import Any
 
 from options.columns import check_column_options
 from options.config import ADAPTER_OPTIONS, CHECKPOINTS, FIELDS, TOY_DEFAULTS, TOY_MODEL, Config
+from options.declaration import AUTO
 from options.errors import UserError
 from options.methods import METHODS, NEEDS
 
@@ -46,6 +47,11 @@ def _fill_in(given: dict) -> Config:
     config = Config(**values)
     method = config.method
     changes: dict[str, Any] = {}
+    if config.effective_batch_size is not None:
+        if config.batch_size == AUTO or "gradient_accumulation_steps" not in given:
+            changes["gradient_accumulation_steps"] = AUTO
+        elif "batch_size" not in given:
+            changes["batch_size"] = AUTO
     if config.lr is None:
         changes["lr"] = method.lr
     if method.hqq:
@@ -166,6 +172,12 @@ def _check_resume_options(config: Config) -> None:
 def _describe_unread(given: dict) -> list[str]:
     """Return a line for each given option that is accepted but not read."""
     remarks = []
+    effective, accumulation = given.get("effective_batch_size"), given.get("gradient_accumulation_steps")
+    if effective and accumulation and given.get("batch_size") == AUTO:
+        remarks.append(
+            f"--gradient_accumulation_steps {accumulation}: not read; with --batch_size auto it follows from"
+            f" --effective_batch_size {effective}"
+        )
     path, name = given.get("llama_pro_path"), given.get("model_name")
     if path is not None and name not in (None, path):
         remarks.append(f"--model_name {name}: ignored: weights and config come from --llama_pro_path")

@@ -49,11 +49,13 @@ from monitoring.profiling import check_traces
 from monitoring.tensorboard_logger import check_tensorboard
 from monitoring.wandb_logger import check_wandb
 from options.config import Config
+from options.declaration import AUTO
 from options.errors import UserError
 from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
+from training.step_sizes import adopt_recorded_sizes, describe_adopted, settle_effective_batch
 from training.warm_start import WarmStart, adopt_adapter
 
 
@@ -71,6 +73,7 @@ def check_run(config: Config) -> Job:
 def _make_job(config: Config) -> Job:
     """Check the options, the model, the data and what combines them; return the Job. Raises UserError."""
     started = time.time()
+    unsettled = config.unsettled
     config, saved = _check_options(config)
     model = _check_model(config)
     config, adapter = _check_adapter(config, model)
@@ -97,6 +100,7 @@ def _make_job(config: Config) -> Job:
             *evaluation.remarks,
             *model_remarks,
             *(adapter.remarks if adapter else ()),
+            *describe_adopted(config, unsettled if saved else []),
         ),
         first_rows=tuple(record_examples(rows, tokenizer)),
     )
@@ -104,7 +108,7 @@ def _make_job(config: Config) -> Job:
         assert config.lr is not None
         new = new_layers(model.config)
         check_can_leave_identity(model.files, model.family, new, job.precision.trained, config.lr)
-    if config.profile:
+    if config.profile and not config.unsettled:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if not saved:
         return job
@@ -120,7 +124,7 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
 
     Raises UserError for what is wrong with a run whatever its model and data are.
     """
-    config = _resolve_launch(config)
+    config = settle_effective_batch(_resolve_launch(config))
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not has_bf16_gpu():
         raise UserError(
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
@@ -134,6 +138,7 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
         read_template(config.chat_template)
     check_output(output_folder(config), config.overwrite or config.resume is not None)
     saved = resume.find_checkpoint(config)
+    config = adopt_recorded_sizes(config, saved)
     if config.chat_date is None:
         today = datetime.date.today().isoformat()
         config = dataclasses.replace(config, chat_date=resume.recorded_chat_date(saved) if saved else today)
@@ -211,6 +216,9 @@ def _check_data(
             tokenizer, config.chat_template, model.config.vocab_size, _describe_token_training(config)
         )
         config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
+    length = config.context_length
+    if length == AUTO:  # the rows are cut again once it is known
+        config = dataclasses.replace(config, context_length=model.config.max_position_embeddings)
     config, rows, evaluation = prepare_sets(config, tokenizer)
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
@@ -225,7 +233,7 @@ def _check_data(
     stop_ids = collect_stop_ids(folder, model.config.eos_token_id, config.dataset_format, context)
     remarks = (*template_remarks, *evaluation.remarks)
     evaluation = dataclasses.replace(evaluation, stop_ids=tuple(stop_ids), remarks=remarks)
-    return config, rows, evaluation, tokenizer
+    return dataclasses.replace(config, context_length=length), rows, evaluation, tokenizer
 
 
 def _describe_unused_template(format_name: str) -> str:

@@ -38,6 +38,8 @@ class Trial:
         tokens: T. Every sequence has so many, and all of them are learned: the most that a step can take.
         rows: the run's rows, whose lengths decide how many share a pack; None = each pack is one row.
         steps: optimizer steps. The second is the first with the optimizer's states in memory.
+        expected: bytes of the peak by the model of memory; 0 = unknown. If they are far more than a GPU has,
+            the trial ends before it begins, as one that does not fit.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Trial:
     tokens: int
     rows: TokenizedRows | None = None
     steps: int = 2
+    expected: float = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class TrialResult:
         phases: the same by phase.
         step_seconds: of each step.
         host: bytes of the processes of a node together.
-        available: least bytes that a GPU had for the trial, free or the trial's own; 0 without a GPU.
+        room: bytes that tensors could take on the GPU that had least of them; 0 without a GPU.
     """
 
     fits: bool
@@ -66,7 +69,7 @@ class TrialResult:
     phases: dict[str, int] = dataclasses.field(default_factory=dict)
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     host: int = 0
-    available: int = 0
+    room: float = 0
 
 
 def run_trial(trial: Trial, try_rank: Callable, launcher: Launcher) -> TrialResult:
@@ -114,5 +117,5 @@ def _combine(records: Sequence[dict], fits: bool) -> TrialResult:
         phases=phases,
         step_seconds=records[0]["step_seconds"] if records else [],
         host=max(hosts.values(), default=0),
-        available=min((record["available"] for record in records), default=0),
+        room=min((record["room"] for record in records), default=0),
     )

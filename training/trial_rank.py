@@ -16,7 +16,7 @@ from data.evaluation_data import EvaluationData
 from data.rows import TokenizedRows
 from files.base_model import BaseModel
 from files.digests import WeightsDigest
-from launch.memory import PEAK_MEMORY, available_gpu_bytes, is_out_of_memory, peak_resident_bytes
+from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory, peak_resident_bytes
 from launch.ranks import RankInfo
 from monitoring.metrics import Metrics
 from monitoring.profiling import Profiler
@@ -26,6 +26,8 @@ from training.trial import Trial
 
 # A step of a trial has at most so many micro-batches: the first, and one that adds to its gradients.
 MAX_MICRO_BATCHES = 2
+# An expected peak beyond the room by this factor is not tried.
+HOPELESS = 1.25
 # Options that a trial does without: they take no memory in a step, or write files.
 OFF: dict[str, Any] = {
     "eval_every": 0, "sample_every": 0, "early_stopping_patience": 0, "save_every": 0, "save_minutes": 0.0,
@@ -48,7 +50,7 @@ def make_job(trial: Trial) -> Job:
     )
     count = config.world_size * config.batch_size * accumulation
     if config.packing and trial.rows:
-        rows = _learn_everything(trial.rows)
+        rows = _learn_everything(_cut_rows(trial.rows, trial.tokens))
     else:
         rows = make_rows(count, trial.tokens, trial.model_config.vocab_size)
     return Job(
@@ -73,6 +75,14 @@ def make_rows(count: int, tokens: int, vocabulary: int) -> TokenizedRows:
     return _learn_everything(TokenizedRows(ids.int(), learned, starts, (), (), numbers))
 
 
+def _cut_rows(rows: TokenizedRows, tokens: int) -> TokenizedRows:
+    """Return as many rows, none of which has more tokens; which tokens they are does not matter."""
+    lengths = rows.lengths().clamp(max=tokens)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(starts[-1])
+    return dataclasses.replace(rows, tokens=rows.tokens[:total], learned=rows.learned[:total], starts=starts)
+
+
 def _learn_everything(rows: TokenizedRows) -> TokenizedRows:
     """Return the rows with all tokens learned but their first."""
     learned = torch.ones_like(rows.learned)
@@ -90,7 +100,7 @@ def record_trial(
     """
     profiler, history = Profiler(rank_info.device, []), list[Metrics]()
     PEAK_MEMORY.reset()
-    available = available_gpu_bytes()
+    room = gpu_room(rank_info.device) if rank_info.device.type == "cuda" else 0
 
     def write(fits: bool) -> None:
         PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)
@@ -101,12 +111,15 @@ def record_trial(
             "phases": PEAK_MEMORY.by_phase or profiler.phase_bytes,
             "step_seconds": [metrics.step_seconds for metrics in history],
             "host": peak_resident_bytes(),
-            "available": available,
+            "room": room,
         }
         path = Path(folder) / f"{rank_info.rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(record))
         path.with_suffix(".tmp").rename(path)
 
+    if room and trial.expected > HOPELESS * room:  # others use the GPU, or torch's memory is limited
+        write(fits=False)
+        raise UserError("out of memory by the estimate")
     try:
         yield make_job(trial), profiler, history
     except RuntimeError as e:

@@ -33,6 +33,13 @@ def try_with_limit(rank_info: RankInfo, trial: Trial, folder: str) -> None:
         torch.distributed.barrier()
 
 
+def main_with_limit(argv: list[str]) -> int:
+    """Run train.py in this process, whose trials are those of `try_with_limit`. argv: MOST_TOKENS first."""
+    os.environ[MOST_TOKENS] = argv[0]  # not inherited: a fork server started this process
+    train.try_rank = try_with_limit
+    return train.main(argv[1:])
+
+
 def be_killed(rank_info: RankInfo, trial: Trial, folder: str) -> None:
     """End as a process does that the system kills when the host is out of memory; rank 1 waits for it."""
     if rank_info.rank == 0:

@@ -40,6 +40,7 @@ from tests.helpers.programs import (
 )
 from tests.helpers.resuming import fill
 from tests.helpers.runs import full_run
+from tests.helpers.trials import main_with_limit
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +56,18 @@ def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[
 def agent():
     """agent(argv, log folder) -> exit statuses of train.py in two ranks under torchrun's own agent.
 
+    main: what the ranks run.
+
     The ranks are forks of the tests' server. torchrun, and each of its ranks, would spend ten seconds on
     imports.
     """
 
-    def run_agent(argv: list[str], logs: Path) -> dict[int, int]:
+    def run_agent(argv: list[str], logs: Path, main=train.main) -> dict[int, int]:
         process_context()
         specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
         where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
         config = LaunchConfig(1, 1, 2, **where, logs_specs=specs, max_restarts=0, start_method="forkserver")
-        return elastic_launch(config, train.main)(argv)
+        return elastic_launch(config, main)(argv)
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(each) for each in signals]
@@ -79,6 +82,21 @@ def test_torchruns_agent_gives_the_same_run(checkpoints, short_rows, tmp_path, l
     (shown,) = (tmp_path / "logs").rglob("0/stdout.log")
     assert "step 4/4: loss" in shown.read_text()
     assert losses(tmp_path / "out") == losses_of_two
+
+
+@pytest.mark.slow
+def test_torchruns_ranks_find_a_batch_together(checkpoints, short_rows, tmp_path, losses_of_two, agent):
+    """Each starts a rank of the trials. One rank is out of memory; torchrun's store ends the other."""
+    args = small(checkpoints, short_rows, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
+    args += ["--batch_size", "auto", "--effective_batch_size", "4"]
+    one_row_fits = ["100", *map(str, args)]
+    assert agent(one_row_fits, tmp_path / "logs", main_with_limit) == {0: 0, 1: 0}
+    (shown,) = (tmp_path / "logs").rglob("0/stdout.log")
+    assert (
+        "--batch_size auto: 1 (tried: 2 does not fit, 1 fits), at most 8 without a GPU; a step has 4 rows"
+        in shown.read_text()
+    )
+    assert losses(tmp_path / "out") == pytest.approx(losses_of_two, rel=1e-5)  # of batches of two rows
 
 
 @pytest.mark.slow
