@@ -132,7 +132,7 @@ def rows_of_a_step(given: Settings, settings: Settings) -> Translation:
     accumulation = as_number(first(settings, "gradient_accumulation_steps"))
     gpus = as_number(first(settings, "num_processes", "world_size"))
     if not total:
-        return Translation(note="a step has --batch_size x --gradient_accumulation_steps x GPUs rows")
+        return Translation(note="a step has --effective_batch_size rows on all GPUs together")
     if accumulation:
         count = total / (micro * accumulation)
         note = f"{total:g} rows per step = {count:g} GPUs x {micro:g} x {accumulation:g}"
@@ -142,5 +142,5 @@ def rows_of_a_step(given: Settings, settings: Settings) -> Translation:
     if gpus and total % (micro * gpus) == 0:
         options = {"gradient_accumulation_steps": whole(total / (micro * gpus))}
         return Translation(options, f"{total:g} rows per step / ({micro:g} x {gpus:g} GPUs)")
-    note = f"{total:g} rows per step: --gradient_accumulation_steps {total:g} / (GPUs x {micro:g})"
-    return Translation(note=note, lost=True)
+    note = f"{total:g} rows per step on all GPUs together, a multiple of GPUs x {micro:g}"
+    return Translation({"effective_batch_size": whole(total)}, note)

@@ -82,9 +82,8 @@ DATA = (
 STEPS = (
     _rule("--batch_size", same("batch_size"), hf="per_device_train_batch_size", axolotl="micro_batch_size",
         launcher="train_micro_batch_size_per_gpu"),
-    _rule("--gradient_accumulation_steps", parallel.rows_of_a_step, axolotl="batch_size",
-        launcher="train_batch_size",
-        note="rows of a whole step: --batch_size x --gradient_accumulation_steps x GPUs"),
+    _rule("--effective_batch_size", parallel.rows_of_a_step, axolotl="batch_size",
+        launcher="train_batch_size", note="rows of a whole step, on all GPUs together"),
     _rule("--lr", same("lr"), hf="learning_rate", axolotl="learning_rate",
         launcher="optimizer.params.lr scheduler.params.warmup_max_lr"),
     _rule("--lr_scheduler", values.schedule, hf="lr_scheduler_type", axolotl="lr_scheduler",

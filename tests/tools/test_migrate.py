@@ -216,11 +216,11 @@ def edited(tmp_path: Path, name: str, **changes) -> Path:
 
 
 def test_rows_of_a_step_become_accumulation(capsys, tmp_path):
-    """axolotl's total batch: rows / (GPUs x rows of a micro-batch)."""
+    """axolotl's total batch: rows / (GPUs x rows of a micro-batch), which a run computes for any GPUs."""
     file = edited(tmp_path, "axolotl_full_fsdp2.yml", batch_size=128, gradient_accumulation_steps="remove")
     assert migrated(capsys, file, FOLDER / "accelerate_fsdp1.yaml")[0]["gradient_accumulation_steps"] == 4
     found, comments = migrated(capsys, file)
-    assert found["gradient_accumulation_steps"] == 1 and "128 / (GPUs x 16)" in comments
+    assert found["effective_batch_size"] == 128 and "a multiple of GPUs x 16" in comments
     beyond = edited(tmp_path, "axolotl_full_fsdp2.yml", batch_size="1e308", micro_batch_size="1e-300")
     assert "--batch_size: '1e-300' is not a whole number" in error_of(capsys, beyond)
 
