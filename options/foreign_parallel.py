@@ -123,6 +123,15 @@ def port(given: Settings, settings: Settings) -> Translation:
     return Translation({"master_port": next(iter(given.values()))})
 
 
+def found_batch(given: Settings, settings: Settings) -> Translation:
+    """Translate transformers' search for a batch that fits, which begins with the given one."""
+    if is_off(next(iter(given.values()))):
+        return Translation(note="the batch is taken as it is given")
+    if not first(settings, "per_device_train_batch_size", "micro_batch_size"):
+        return Translation({"batch_size": "auto"}, "the largest that fits is found before the run")
+    return Translation(note="a given batch is not lowered; --batch_size auto finds one", lost=True)
+
+
 def rows_of_a_step(given: Settings, settings: Settings) -> Translation:
     """Translate the rows of a whole step: micro-batch x accumulation x GPUs."""
     total = as_number(next(iter(given.values())))

@@ -82,6 +82,8 @@ DATA = (
 STEPS = (
     _rule("--batch_size", same("batch_size"), hf="per_device_train_batch_size", axolotl="micro_batch_size",
         launcher="train_micro_batch_size_per_gpu"),
+    _rule("--batch_size", parallel.found_batch, hf="auto_find_batch_size",
+        note="`auto` finds the largest that fits, before the run"),
     _rule("--effective_batch_size", parallel.rows_of_a_step, axolotl="batch_size",
         launcher="train_batch_size", note="rows of a whole step, on all GPUs together"),
     _rule("--lr", same("lr"), hf="learning_rate", axolotl="learning_rate",
@@ -214,7 +216,6 @@ LOST = {
     "evaluation has --batch_size":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_packing eval_sample_packing"
         " eval_delay eval_on_each_dataset eval_num_beams",
-    "--batch_size auto finds the largest batch that fits": "auto_find_batch_size",
     "rope is that of config.json": "rope_scaling rope_theta overrides_of_model_config model_config"
         " pose_max_context_len pose_num_chunks pose_split_on_token_ids",
     "answers are trained on, not preferences or rewards":

@@ -29,6 +29,8 @@ def error_of(*argv: str) -> str:
         ("--learning-rate=2e-4", "--learning_rate: here it is --lr 2e-4"),
         ("--per_device_train_batch_size 2", "here it is --batch_size 2"),
         ("--micro_batch_size 4", "here it is --batch_size 4"),
+        ("--auto_find_batch_size true", "here it is --batch_size auto"),
+        ("--train_batch_size 64", "here it is --effective_batch_size 64"),
         ("--sequence_len 4096", "here it is --context_length 4096"),
         ("--max_seq_length 2048", "here it is --context_length 2048"),
         ("--max_length 1024", "here it is --context_length 1024"),
