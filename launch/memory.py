@@ -177,7 +177,10 @@ def gpu_bytes_allocated() -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error says that a GPU is out of memory: the allocator's, or another library's."""
+    """Return whether an error says that a GPU is out of memory: the allocator's, or another library's.
+
+    NCCL writes "Cuda failure 2 'out of memory'".
+    """
     return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("CUDA.*out of memory|CUBLAS_STATUS_ALLOC", str(error))
+        re.search("(CUDA|Cuda).*out of memory|CU(BLAS|DNN)_STATUS_ALLOC", str(error))
     )

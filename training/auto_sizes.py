@@ -163,7 +163,8 @@ def _describe_step(config: Config, steps: int) -> str:
         f"a step has {rows} {'packs' if config.packing else 'rows'} with --gradient_accumulation_steps"
         f" {config.gradient_accumulation_steps}, the run {steps:,} steps"
     )
-    if steps < FEW_STEPS and config.effective_batch_size is None and config.batch_size > 1:
+    is_short = steps < FEW_STEPS and config.max_steps < 0
+    if is_short and config.effective_batch_size is None and config.batch_size > 1:
         text += "; --effective_batch_size N sets the rows of a step, and so the number of steps"
     return text
 

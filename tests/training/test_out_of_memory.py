@@ -57,6 +57,8 @@ def test_savings_are_sorted_and_possible(train_type, job_of):
                                 " of 14.56 GiB of which 1.20 GiB is free. Process 7 has"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 "
+                                            "'out of memory'"), True),
         (RuntimeError("The size of tensor a (3) must match"), False),
     ],
 )  # fmt: skip
