@@ -113,7 +113,8 @@ class _SizeFinder:
             config, tokens = setting(value)
             _print(f"--{self.option} auto: trying {_describe_rows(config, tokens)}")
             job, expected = self.job, self._estimate(config, tokens)
-            trial = Trial(config, job.model_config, job.files, tokens, job.rows, expected=expected)
+            rows = job.rows if config.packing else None
+            trial = Trial(config, job.model_config, job.files, tokens, rows, expected=expected)
             return run_trial(trial, self.try_rank, self.launcher)
 
         value = search.run(attempt, agree=lambda index: self.launcher.gather(index)[0])

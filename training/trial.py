@@ -32,12 +32,14 @@ class Trial:
     """A setting to try.
 
     Attributes:
-        config: the run's options, with numbers for the sizes to try.
+        config: the run's options, with numbers for the sizes to try, and with the final world_size and
+            sharding.
         model_config: the model's config.
         files: names, shapes and dtypes of its tensors; nothing else of them is read.
         tokens: T. Every sequence has so many, and all of them are learned: the most that a step can take.
         rows: the run's rows, whose lengths decide how many share a pack; None = each pack is one row.
-        steps: optimizer steps. The second is the first with the optimizer's states in memory.
+        steps: optimizer steps. The second is the first with the optimizer's states in memory. fp16 takes some
+            more.
         expected: bytes of the peak by the model of memory; 0 = unknown. If they are far more than a GPU has,
             the trial ends before it begins, as one that does not fit.
     """

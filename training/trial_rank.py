@@ -17,6 +17,7 @@ from data.rows import TokenizedRows
 from files.base_model import BaseModel
 from files.digests import WeightsDigest
 from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory, peak_resident_bytes
+from launch.precision import detect_precision
 from launch.ranks import RankInfo
 from monitoring.metrics import Metrics
 from monitoring.profiling import Profiler
@@ -26,6 +27,8 @@ from training.trial import Trial
 
 # A step of a trial has at most so many micro-batches: the first, and one that adds to its gradients.
 MAX_MICRO_BATCHES = 2
+# More steps with fp16, whose loss scaler may skip the first ones: a skipped step makes no optimizer states.
+SCALER_STEPS = 4
 # An expected peak beyond the room by this factor is not tried.
 HOPELESS = 1.25
 # Options that a trial does without: they take no memory in a step, or write files.
@@ -38,14 +41,16 @@ OFF: dict[str, Any] = {
 
 def make_job(trial: Trial) -> Job:
     """Return a run of a trial's steps, which reads and writes no file."""
+    is_fp16 = detect_precision(trial.config.precision).autocast == torch.float16
+    steps = trial.steps + SCALER_STEPS * is_fp16
     accumulation = min(trial.config.gradient_accumulation_steps, MAX_MICRO_BATCHES)
     config = dataclasses.replace(
         trial.config,
         **OFF,
         context_length=trial.tokens,
         gradient_accumulation_steps=accumulation,
-        max_steps=trial.steps,
-        num_epochs=trial.steps,  # each has at least one step
+        max_steps=steps,
+        num_epochs=steps,  # each has at least one step
         activation_budget=max(trial.config.activation_budget, 0.0),  # -1 takes what the trial leaves free
     )
     count = config.world_size * config.batch_size * accumulation

@@ -18,6 +18,7 @@ from tests.helpers.runs import dense_tensors, make_job
 from tests.helpers.trials import MOST_TOKENS, be_killed, be_refused, be_wrong, run_in_pool, try_with_limit
 from training.sample_weights import STD, fill_with_samples
 from training.trial import Trial, run_trial
+from training.trial_rank import SCALER_STEPS
 from training.trial_rank import make_job as make_trial_job
 
 TYPES = {
@@ -68,6 +69,11 @@ def test_random_weights_have_the_shapes_and_dtypes_of_the_files(
         assert weight.dim() == 1 or abs(weight.std() - STD) < STD / 5, name
     record = one_rank(try_options, argv, tmp_path)[0]
     assert record["fits"] and len(record["step_seconds"]) == 2 and record["peak"] > 0
+
+
+def test_steps_that_fp16s_scaler_skips_are_made_up_for(source, one_rank, tmp_path):
+    record = one_rank(try_options, [*source, "--precision", "fp16_autocast"], tmp_path)[0]
+    assert len(record["step_seconds"]) == 2 + SCALER_STEPS
 
 
 @pytest.mark.parametrize("double", [True, False])
