@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from files.model_folder import CheckpointFiles
+from files.weight_headers import WeightHeaders
 from launch.ranks import RankInfo
 from models.family import Family, unwrapped_name
 from parallel.shards import fill_shard
@@ -27,7 +27,7 @@ STD = 0.02  # of a weight, as pretraining begins with
 def fill_with_samples(
     model: PreTrainedModel,
     family: Family,
-    files: CheckpointFiles,
+    files: WeightHeaders,
     rank_info: RankInfo,
     param_device: torch.device,
     seed: int,

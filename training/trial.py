@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from data.rows import TokenizedRows
-from files.model_folder import CheckpointFiles
+from files.weight_headers import WeightHeaders
 from launch.apart import Launcher
 from launch.failures import Failure
 from launch.program import is_first_process
@@ -46,7 +46,7 @@ class Trial:
 
     config: Config
     model_config: PretrainedConfig
-    files: CheckpointFiles
+    files: WeightHeaders
     tokens: int
     rows: TokenizedRows | None = None
     steps: int = 2

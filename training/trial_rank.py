@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from data.evaluation_data import EvaluationData
 from data.rows import TokenizedRows
 from files.base_model import BaseModel
 from files.digests import WeightsDigest
+from files.model_folder import CheckpointFiles
 from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory, peak_resident_bytes
 from launch.precision import detect_precision
 from launch.ranks import RankInfo
@@ -61,7 +62,7 @@ def make_job(trial: Trial) -> Job:
     return Job(
         config=config,
         model_config=trial.model_config,
-        files=trial.files,
+        files=cast(CheckpointFiles, trial.files),  # nothing is read from them
         base=BaseModel("", None, "", WeightsDigest(""), ""),  # nothing is saved
         rows=rows,
         evaluation=EvaluationData(None, []),

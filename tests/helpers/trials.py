@@ -47,6 +47,11 @@ def be_killed(rank_info: RankInfo, trial: Trial, folder: str) -> None:
     torch.distributed.barrier()
 
 
+def never_end(rank_info: RankInfo, trial: Trial, folder: str) -> None:
+    """Wait for a signal."""
+    signal.pause()
+
+
 def be_refused(rank_info: RankInfo, trial: Trial, folder: str) -> None:
     """Fail with an error that the user can fix."""
     with record_trial(trial, rank_info, folder):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
+import threading
+import time
 
 import psutil
 import pytest
@@ -15,7 +19,16 @@ from launch.apart import Launcher
 from options.errors import UserError
 from tests.helpers.bnb_checkpoints import QLORA, pack_like_the_hub
 from tests.helpers.runs import dense_tensors, make_job
-from tests.helpers.trials import MOST_TOKENS, be_killed, be_refused, be_wrong, run_in_pool, try_with_limit
+from tests.helpers.trials import (
+    MOST_TOKENS,
+    be_killed,
+    be_refused,
+    be_wrong,
+    never_end,
+    run_in_pool,
+    try_with_limit,
+)
+from training.planned_model import open_planned_model
 from training.sample_weights import STD, fill_with_samples
 from training.trial import Trial, run_trial
 from training.trial_rank import SCALER_STEPS
@@ -95,6 +108,13 @@ def test_ranks_of_a_trial_read_no_weight(checkpoints, short_rows, two_ranks, tmp
     assert all(record["fits"] for record in records)
 
 
+def test_a_model_is_tried_that_is_known_by_its_headers(checkpoints, source, one_rank, tmp_path):
+    """As plan.py knows it. Headers go to the ranks."""
+    planned = open_planned_model(str(checkpoints("qwen2")))
+    trial = Trial(make_trial(source).config, planned.model.config, planned.files, tokens=40)
+    assert one_rank(run_in_pool, trial, tmp_path)[0]["fits"]
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_all_rows_are_as_long_as_the_longest_and_learned(source, packing):
     """With packing the batches have the shapes of the run's: width, and bounds of as many rows."""
@@ -135,3 +155,19 @@ def test_a_trial_runs_in_processes_that_are_gone_afterwards(source, processes, m
     assert exit_.value.code == 1 and "RuntimeError: a defect" in capfd.readouterr().err
     assert torch.equal(torch.get_rng_state(), before)
     assert len(processes) == 10 and not any(psutil.pid_exists(p.pid) for p in processes)
+
+
+def test_a_signal_ends_the_program_in_a_trial(source, processes, capfd):
+    """It goes on to the ranks, like that of a run."""
+
+    def send():
+        while len(processes) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    with pytest.raises(SystemExit) as exit_:
+        launch(make_trial(source, world=2), never_end)
+    assert exit_.value.code == 128 + signal.SIGTERM and capfd.readouterr().err == "ended by SIGTERM\n"
+    assert not any(psutil.pid_exists(p.pid) for p in processes)
