@@ -19,13 +19,14 @@ def settle_effective_batch(config: Config) -> Config:
     config: with the final world_size.
     """
     total, world = config.effective_batch_size, config.world_size
+    processes = f"{world} process{'es' * (world > 1)}"
     if total is None:
         return config
     name = f"--effective_batch_size {total}"
     if total % world:
         below, above = total - total % world, total - total % world + world
         nearest = f"{below} or {above}" if below else str(above)
-        raise UserError(f"{name}: must be a multiple of the {world} processes; {nearest} would be")
+        raise UserError(f"{name}: must be a multiple of the {processes}; {nearest} would be")
     batch, accumulation = config.batch_size, config.gradient_accumulation_steps
     if batch == AUTO and accumulation == AUTO:
         return config
@@ -33,7 +34,7 @@ def settle_effective_batch(config: Config) -> Config:
         given = "gradient_accumulation_steps" if batch == AUTO else "batch_size"
         number = getattr(config, given)
         if total % (world * number):
-            factors = f"{world} processes x --{given} {number}"
+            factors = f"{processes} x --{given} {number}"
             raise UserError(f"{name}: must be a multiple of {factors} = {world * number}")
         quotient = total // (world * number)
         if batch == AUTO:
@@ -41,7 +42,7 @@ def settle_effective_batch(config: Config) -> Config:
         return dataclasses.replace(config, gradient_accumulation_steps=quotient)
     if world * batch * accumulation != total:
         raise UserError(
-            f"{name}: {world} processes x --batch_size {batch} x --gradient_accumulation_steps {accumulation}"
+            f"{name}: {processes} x --batch_size {batch} x --gradient_accumulation_steps {accumulation}"
             f" are {world * batch * accumulation}; leave one of the three options out"
         )
     return config
