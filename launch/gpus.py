@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 
@@ -106,10 +107,17 @@ def find_gpu(name: str) -> Gpu:
     raise UserError(f"--gpu {join_names([name])}: unknown{hint} known are {', '.join(GPUS)}")
 
 
+def forbids_peers() -> bool:
+    """Return whether NCCL's settings forbid GPUs to read the memory of all others."""
+    disabled, level = os.environ.get("NCCL_P2P_DISABLE", ""), os.environ.get("NCCL_P2P_LEVEL", "")
+    return disabled not in ("", "0") or level not in ("", "5", "SYS")
+
+
 def detect_gpu(device: torch.device) -> Gpu | None:
     """Return the description of this process's GPU; None for a CPU.
 
-    It reads peers if it can read every other GPU that this process sees. If it sees no other, its kind tells.
+    It reads peers if it can read every other GPU that this process sees, and NCCL's settings do not forbid
+    it. If it sees no other, its kind tells.
     """
     if device.type != "cuda":
         return None
@@ -121,5 +129,6 @@ def detect_gpu(device: torch.device) -> Gpu | None:
     else:
         words = properties.name.replace("-", " ").split()
         reads_peers = any(gpu.reads_peers and gpu.name.split()[0] in words for gpu in GPUS.values())
+    reads_peers = reads_peers and not forbids_peers()
     capability = (properties.major, properties.minor)
     return Gpu(properties.name, properties.total_memory / GIB, capability, reads_peers)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from launch.gpus import forbids_peers
 from models.loss import all_gather, reduce_scatter, shard_mesh
 from options.errors import UserError
 
@@ -238,12 +239,6 @@ def _on_all_ranks(value: bool, group: dist.ProcessGroup) -> bool:
     return all(values)
 
 
-def _is_forbidden() -> bool:
-    """Return whether NCCL's settings forbid GPUs to read the memory of all others."""
-    disabled, level = os.environ.get("NCCL_P2P_DISABLE", ""), os.environ.get("NCCL_P2P_LEVEL", "")
-    return disabled not in ("", "0") or level not in ("", "5", "SYS")
-
-
 class Trial:
     """A trial of the collectives, in stages that all ranks enter together.
 
@@ -260,7 +255,7 @@ class Trial:
         """Keep the UUIDs of this process's GPUs; return whether NCCL's settings allow access between GPUs."""
         gpus = range(torch.cuda.device_count())
         self.names = [str(torch.cuda.get_device_properties(i).uuid) for i in gpus]
-        return not _is_forbidden()
+        return not forbids_peers()
 
     def check_peer_access(self) -> bool:
         """Return whether each rank has a GPU of its own that this rank's GPU can read. Collective."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.gpus import ALIASES, GPUS, detect_gpu, find_gpu
+from launch.gpus import ALIASES, GPUS, detect_gpu, find_gpu, forbids_peers
 from options.errors import UserError
 
 
@@ -74,3 +74,22 @@ def test_detection(gpus, peers, expected, monkeypatch):
     properties.name = "NVIDIA L40S"
     assert gpus == 2 or not detect_gpu(torch.device("cuda", 0)).reads_peers
     assert detect_gpu(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("NCCL_P2P_DISABLE", "1", True),
+        ("NCCL_P2P_DISABLE", "0", False),
+        ("NCCL_P2P_LEVEL", "LOC", True),
+        ("NCCL_P2P_LEVEL", "0", True),
+        ("NCCL_P2P_LEVEL", "NVL", True),
+        ("NCCL_P2P_LEVEL", "SYS", False),
+    ],
+)
+def test_nccls_settings_apply(variable, value, expected, monkeypatch):
+    for name in ("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    assert not forbids_peers()
+    monkeypatch.setenv(variable, value)
+    assert forbids_peers() is expected

@@ -343,25 +343,6 @@ def test_an_event_that_never_comes_is_an_error_line(monkeypatch):
         copy_engines._wait_for_event(PendingEvent())
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "expected"),
-    [
-        ("NCCL_P2P_DISABLE", "1", True),
-        ("NCCL_P2P_DISABLE", "0", False),
-        ("NCCL_P2P_LEVEL", "LOC", True),
-        ("NCCL_P2P_LEVEL", "0", True),
-        ("NCCL_P2P_LEVEL", "NVL", True),
-        ("NCCL_P2P_LEVEL", "SYS", False),
-    ],
-)
-def test_nccls_settings_apply(variable, value, expected, monkeypatch):
-    for name in ("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"):
-        monkeypatch.delenv(name, raising=False)
-    assert not copy_engines._is_forbidden()
-    monkeypatch.setenv(variable, value)
-    assert copy_engines._is_forbidden() is expected
-
-
 def name_with_p2p_disabled(rank_info) -> bool:
     with mock.patch.dict(os.environ, NCCL_P2P_DISABLE="1"):
         return Trial(dist.group.WORLD).list_gpus()
