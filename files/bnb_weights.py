@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import torch
 
 from files.finite import check_finite
@@ -121,6 +120,8 @@ def _nbytes(stored: StoredTensor) -> int:
 @cache
 def _nf4_tables() -> dict[str, torch.Tensor]:
     """Return {suffix: table} of bitsandbytes' two tables, which map codes and quantized scales to numbers."""
+    import bitsandbytes.functional as bnb  # slow, and only packed checkpoints need it
+
     return {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}
 
 

@@ -18,7 +18,7 @@ from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
-from models.moe import is_in_experts
+from models.moe import is_any_in_experts
 from models.vocabulary import vocabulary_modules
 from options.config import Config
 from options.errors import UserError
@@ -41,7 +41,7 @@ def target_linears(model: nn.Module, family: Family, target_modules: str) -> lis
     for pattern in peft_targets(family, target_modules):
         matches = [n for n in names if pattern and f".{n}".endswith(f".{pattern}")]
         known = ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in family.linears))
-        if any(is_in_experts(model, n) for n in matches):
+        if is_any_in_experts(model, matches):
             raise UserError(
                 f"--lora_target_modules: {pattern!r} names linears of experts, which get no adapter:"
                 f" PEFT has no module for a single expert; known: {known}"

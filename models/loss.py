@@ -18,7 +18,8 @@ tokens of a chunk, of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -261,12 +262,22 @@ def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient.float() * factor).to(gradient.dtype)
 
 
+def _compile_late(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the compiled kernel. Its first call imports the compiler, which takes a second."""
+
+    @cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(kernel)
+
+    return lambda *args: compiled()(*args)
+
+
 # Keys: whether the kernels are compiled. Compiled, each is one pass over the logits instead of several in
 # fp32. The number of tokens becomes a variable when it first changes. The number of columns, which divides
 # each element's offset, never does.
 KERNELS = {
     False: (_softmax_statistics, _logit_gradient, _scale),
-    True: (torch.compile(_softmax_statistics), torch.compile(_logit_gradient), torch.compile(_scale)),
+    True: (_compile_late(_softmax_statistics), _compile_late(_logit_gradient), _compile_late(_scale)),
 }
 
 

@@ -9,7 +9,7 @@ Shapes: T tokens, K experts per token, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -50,7 +50,8 @@ def _is_trained(expert: nn.Module) -> bool:
     return any(p.requires_grad for p in expert.parameters())
 
 
-def is_in_experts(model: nn.Module, name: str) -> bool:
-    """Return whether the module of that dotted name is a routed expert or inside one."""
-    path = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(path[:i])), Experts) for i in range(1, len(path)))
+def is_any_in_experts(model: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether one of the modules of these dotted names is a routed expert or inside one."""
+    paths = (name.split(".") for name in names)
+    above = {".".join(path[:i]) for path in paths for i in range(1, len(path))}
+    return any(isinstance(model.get_submodule(path), Experts) for path in above)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import ClassVar
 
-import bitsandbytes.functional as bnb
 import torch
 
 from launch.devices import triton_runs_on
@@ -24,9 +24,20 @@ SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' d
 
 
 @cache
+def _library() -> ModuleType:
+    """Return bitsandbytes.functional, which also registers torch.ops.bitsandbytes.
+
+    Its import takes most of a second, which plan.py, for instance, does not need.
+    """
+    import bitsandbytes.functional as bnb
+
+    return bnb
+
+
+@cache
 def _dynamic_map(device: torch.device) -> torch.Tensor:
     """Return the fp32 values of the 256 8-bit codes that scales have (cached)."""
-    return bnb.create_dynamic_map().to(device)
+    return _library().create_dynamic_map().to(device)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class NF4:
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (codes, scales) by bitsandbytes, for any contents."""
-        codes, state = bnb.quantize_4bit(
+        codes, state = _library().quantize_4bit(
             weight.contiguous(), blocksize=self.block, compress_statistics=self.double, quant_type="nf4"
         )
         if not self.double:
@@ -78,6 +89,7 @@ class NF4:
 
             out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
             return dequantize(codes, scales, table, row_scale, out)
+        _library()
         absmax = self._decode_absmax(scales, table, -(-shape[0] * shape[1] // self.block))
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
