@@ -20,10 +20,10 @@ from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
 from monitoring.sizes import RunSizes
 from options.config import Config
-from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
 from training.job import Job
+from training.memory_changes import CHANGES, Situation, as_arguments
 
 MAX_SUGGESTIONS = 3
 
@@ -31,24 +31,16 @@ MAX_SUGGESTIONS = 3
 def list_changes(job: Job) -> list[dict]:
     """Return a list of {option: value}: option changes that could save memory, each alone.
 
-    A change has all options that must change together, and at least one is not in use.
+    Those of training/memory_changes.py, as strong as they can be, but as mild where they change what is
+    learned; and half of the context.
     """
-    config = job.config
-    found: list[dict] = []
-    if config.batch_size > 1:  # the same rows in each step, in more micro-batches: the very same training
-        rows = config.batch_size * config.gradient_accumulation_steps
-        found.append({"batch_size": 1, "gradient_accumulation_steps": rows})
-    candidates: list[dict] = [
-        {"use_gradient_checkpointing": True}, {"use_activation_cpu_offload": True}, {"use_cpu_offload": True},
-        {"wrap_policy": "sublayer"}, {"sharding_strategy": "full_shard"}, {"no_sync": False},
-        {"optimizer": "adamw_8bit"},
-    ]  # fmt: skip
-    found += [change for change in candidates if any(getattr(config, k) != v for k, v in change.items())]
-    if not config.use_gradient_checkpointing:
-        found = [change for change in found if "use_activation_cpu_offload" not in change]
-    if config.method.quantized_alternative and not job.files.prequantized:
-        found.append({"train_type": config.method.quantized_alternative})
-    return [*found, {"context_length": max(max_sequence_length(config, job.rows) // 2, 2)}]
+    tokens = max_sequence_length(job.config, job.rows)
+    situation = Situation(job.config, tokens, job.files.prequantized)
+    found = []
+    for change in CHANGES:
+        values = list(change.find_values(situation))
+        found += values[:1] if change.alters else values[-1:]
+    return [*found, {"context_length": max(tokens // 2, 2)}]
 
 
 def estimate_savings(job: Job) -> list[tuple[dict, float]]:
@@ -92,17 +84,12 @@ def describe_out_of_memory(error: str, job: Job) -> str:
     )
     savings = estimate_savings(job)[:MAX_SUGGESTIONS]
     helps = "; ".join(
-        f"{_as_arguments(change)} (about {format_bytes(saved)} less)" for change, saved in savings
+        f"{as_arguments(change)} (about {format_bytes(saved)} less)" for change, saved in savings
     )
     return (
         f"CUDA out of memory in the phase: {PEAK_MEMORY.phase}{details}. Peak by phase: {peaks}."
         f" Would help most: {helps}"
     )
-
-
-def _as_arguments(change: dict) -> str:
-    """Return {option: value} as it is typed on the command line."""
-    return " ".join(f"--{name} {format_value(value)}" for name, value in change.items())
 
 
 def explain_out_of_memory(run: Callable[[RankInfo, Job], None]) -> Callable[[RankInfo, Job], None]:

@@ -13,6 +13,7 @@ from options.errors import UserError
 from tests.helpers.parity import arguments
 from tests.helpers.runs import make_job
 from training import out_of_memory
+from training.memory_changes import as_arguments
 from training.out_of_memory import estimate_savings, list_changes
 
 
@@ -77,5 +78,5 @@ def test_a_run_without_memory(error, known, job_of):
     numbers = "(Tried to allocate 3.91 GiB; total capacity of 14.56 GiB; 1.20 GiB is free)"
     assert (numbers in text) == isinstance(error, torch.OutOfMemoryError)
     advised = re.findall(r"(--\w+ \S+(?: --\w+ \S+)*) \(about [\d.]+ [GM]iB less\)", text)
-    expected = [out_of_memory._as_arguments(change) for change, _ in estimate_savings(job)[:3]]
+    expected = [as_arguments(change) for change, _ in estimate_savings(job)[:3]]
     assert len(advised) == 3 and advised == expected

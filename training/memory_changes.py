@@ -1,0 +1,168 @@
+"""The options that save memory, in the order of what they cost in speed: the one such table of the project.
+
+plan.py proposes them where a run does not fit, training/out_of_memory.py when memory ran out. docs/plan.md
+shows the table, with its sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from options.config import Config
+from options.declaration import format_value
+from options.strategies import STRATEGIES
+from parallel.optimizers import UNPAGED
+
+SHORTEST_CONTEXT = 512  # tokens; less would cut most rows of most data
+CONTEXT_STEP = 128  # tokens between lengths that are tried, a multiple of the kernels' tiles
+SMALLEST_RANK = 8
+ADAMS = "adamw", "adam", "fused_adamw", "fused_adam"  # with two moments per weight in its own dtype
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides which changes are possible.
+
+    Attributes:
+        config: the options in use, resolved: sharding_strategy is not auto.
+        tokens: of the longest row or, with --packing, of a pack.
+        prequantized: whether the files hold packed weights.
+    """
+
+    config: Config
+    tokens: int
+    prequantized: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of options that can save memory.
+
+    Attributes:
+        option: the option that it is named by; it may change others too.
+        costs: what it costs, in words.
+        find_values: find_values(situation) yields {option: value}, from the mildest to the strongest; nothing
+            if the change is in use or not possible.
+        alters: whether the run then trains something else, not only slower.
+        on_host: whether host memory holds what is saved.
+    """
+
+    option: str
+    costs: str
+    find_values: Callable[[Situation], Iterator[dict]]
+    alters: bool = False
+    on_host: bool = False
+
+
+def _set(option: str, value, also: Callable[[Config], bool] = lambda config: True):
+    """Return find_values of a Change that gives an option this value, where `also` allows it."""
+
+    def find_values(situation: Situation) -> Iterator[dict]:
+        if getattr(situation.config, option) != value and also(situation.config):
+            yield {option: value}
+
+    return find_values
+
+
+def _smaller_batches(situation: Situation) -> Iterator[dict]:
+    """Yield smaller batches in more micro-batches: the same rows in each step, so the very same training."""
+    config = situation.config
+    rows = config.batch_size * config.gradient_accumulation_steps
+    for batch in range(config.batch_size - 1, 0, -1):
+        if rows % batch == 0:
+            yield {"batch_size": batch, "gradient_accumulation_steps": rows // batch}
+
+
+def _smaller_ranks(situation: Situation) -> Iterator[dict]:
+    """Yield half of the rank, a quarter and so on; nothing for a saved adapter, whose rank is given."""
+    config = situation.config
+    rank = config.lora_rank // 2 if config.method.adapter and config.adapter is None else 0
+    while rank >= SMALLEST_RANK:
+        yield {"lora_rank": rank}
+        rank //= 2
+
+
+def _full_shard(situation: Situation) -> Iterator[dict]:
+    """Yield --sharding_strategy full_shard, without the size of groups that it does not have."""
+    strategy = situation.config.sharding_strategy
+    if strategy != "full_shard":
+        in_groups = STRATEGIES[strategy].replicas == "groups"
+        yield {"sharding_strategy": "full_shard"} | ({"hybrid_shard_size": -1} if in_groups else {})
+
+
+def _packed_weights(situation: Situation) -> Iterator[dict]:
+    """Yield the similar train type with 4-bit weights."""
+    similar = situation.config.method.quantized_alternative
+    if similar and not situation.prequantized:
+        yield {"train_type": similar}
+
+
+def _host_weights(situation: Situation) -> Iterator[dict]:
+    """Yield --use_cpu_offload, with an optimizer that is not paged: its states are in host memory anyway."""
+    config = situation.config
+    if not config.use_cpu_offload:
+        unpaged = UNPAGED.get(config.optimizer)
+        yield {"use_cpu_offload": True} | ({"optimizer": unpaged} if unpaged else {})
+
+
+def _shorter_contexts(situation: Situation) -> Iterator[dict]:
+    """Yield shorter contexts, in steps of CONTEXT_STEP."""
+    longest = (situation.tokens - 1) // CONTEXT_STEP * CONTEXT_STEP
+    for tokens in range(longest, SHORTEST_CONTEXT - 1, -CONTEXT_STEP):
+        yield {"context_length": tokens}
+
+
+# From the cheapest. docs/plan.md has the reasons, and numbers where they are known.
+CHANGES = (
+    Change("no_sync", "more traffic: gradients are reduced in every micro-batch", _set("no_sync", False)),
+    Change(
+        "batch_size",
+        "smaller matmuls and, on several GPUs, gathers in every micro-batch; trains the same",
+        _smaller_batches,
+    ),
+    Change("sharding_strategy", "more traffic: weights are gathered in forward and in backward", _full_shard),
+    Change("wrap_policy", "twice as many gathers, each half as large", _set("wrap_policy", "sublayer")),
+    Change(
+        "optimizer",
+        "no time; Adam's moments are rounded to 8 bits",
+        _set("optimizer", "adamw_8bit", lambda config: config.optimizer in ADAMS),
+        alters=True,
+    ),
+    Change(
+        "activation_budget",
+        "kept results are computed again",
+        _set("activation_budget", 0.0, lambda config: config.activation_budget > 0),
+    ),
+    Change(
+        "use_gradient_checkpointing",
+        "a step takes about a third longer",
+        _set("use_gradient_checkpointing", True),
+    ),
+    Change(
+        "use_activation_cpu_offload",
+        "copies of layer inputs to the host and back, while the GPU computes",
+        _set("use_activation_cpu_offload", True, lambda config: config.use_gradient_checkpointing),
+        on_host=True,
+    ),
+    Change("lora_rank", "no time; the adapter can learn less", _smaller_ranks, alters=True),
+    Change(
+        "train_type",
+        "weights are dequantized in each layer, and frozen with the error of 4 bits",
+        _packed_weights,
+        alters=True,
+    ),
+    Change(
+        "use_cpu_offload",
+        "a step takes about twice as long; host memory holds the weights",
+        _host_weights,
+        on_host=True,
+    ),
+)
+# Costs no time, but data: longer rows are cut.
+SHORTER_CONTEXT = Change("context_length", "longer rows are cut", _shorter_contexts, alters=True)
+
+
+def as_arguments(options: dict) -> str:
+    """Return {option: value} as it is typed on the command line."""
+    return " ".join(f"--{name} {format_value(value)}" for name, value in options.items())
