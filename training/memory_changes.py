@@ -19,6 +19,16 @@ CONTEXT_STEP = 128  # tokens between lengths that are tried, a multiple of the k
 SMALLEST_RANK = 8
 ADAMS = "adamw", "adam", "fused_adamw", "fused_adam"  # with two moments per weight in its own dtype
 
+# Options that the memory of a run depends on. tests/training/test_planner.py compares them with those that
+# are read.
+MEMORY_OPTIONS = frozenset({
+    "model_name", "llama_pro_path", "train_type", "adapter", "lora_rank", "lora_target_modules",
+    "train_embeddings", "n_bits", "group_size", "context_length", "packing", "batch_size",
+    "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
+    "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",
+    "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size",
+})  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Situation:
@@ -148,7 +158,7 @@ CHANGES = (
     Change("lora_rank", "no time; the adapter can learn less", _smaller_ranks, alters=True),
     Change(
         "train_type",
-        "weights are dequantized in each layer, and frozen with the error of 4 bits",
+        "weights have 4 bits, dequantized in each layer; in place of full, an adapter is trained",
         _packed_weights,
         alters=True,
     ),

@@ -27,6 +27,7 @@ from models.shapes import SHAPES
 from options.config import TOY_MODEL
 from options.errors import UserError
 
+UNKNOWN_LIMIT = 2**17  # tokens of a row of a model whose config names no limit
 WEIGHTS = ("*.safetensors", INDEX, "*.bin", "*.pth")  # a folder with none of them has only its config
 
 
@@ -48,6 +49,11 @@ class PlannedModel:
     files: WeightHeaders
     by_config: bool = False
 
+    @property
+    def context_limit(self) -> int:
+        """The most tokens of a row that the model was made for."""
+        return getattr(self.model.config, "max_position_embeddings", None) or UNKNOWN_LIMIT
+
 
 def open_planned_model(name: str) -> PlannedModel:
     """Return the model of that name. Of the hub it fetches config, index and headers, as far as it needs.
@@ -62,6 +68,7 @@ def open_planned_model(name: str) -> PlannedModel:
     is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
     if not is_folder and name.lower() in SHAPES:
         shape = SHAPES[name.lower()].model_config()
+        shape.name_or_path = name  # for messages
         return _plan_by_config(name, Path(name), shape, FAMILIES[shape.model_type])
     try:
         folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX))

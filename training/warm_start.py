@@ -85,9 +85,8 @@ def adopt_adapter(
     folder, output = adapter.path.parent.resolve(), output_folder(config).resolve()
     if folder in (output, output / BEST):  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {output}: is the folder of --adapter; choose another")
-    _check_kind(adapter, config)
     remark = _check_adapter_base(adapter, base_name, model_config, files, untied_head)
-    config = _adopt_settings(config, adapter, model_config, family)
+    config = adopt_options(config, adapter, model_config, family)
     model = build_on_meta(model_config, family)
     apply_method(model, family, config, Precision(torch.float32, torch.float32), files)
     # The base's weights take the place of an embedding or a head that the adapter does not have.
@@ -142,13 +141,14 @@ def _check_adapter_base(
     return check_recorded_base(adapter.settings, base_name, model_config, files, where)
 
 
-def _adopt_settings(
+def adopt_options(
     config: Config, adapter: SavedAdapter, model_config: PretrainedConfig, family: Family
 ) -> Config:
     """Return the options with the adapter's name, rank, alpha and targets.
 
-    Raises UserError for an option that contradicts the adapter.
+    Raises UserError for an adapter of another kind, or an option that contradicts it.
     """
+    _check_kind(adapter, config)
     file = adapter.path.parent / ADAPTER_CONFIG
     rank, alpha = adapter.settings.get("r"), adapter.settings.get("lora_alpha")
     values: dict[str, Any] = {"lora_rank": rank, "lora_alpha": alpha}
