@@ -199,6 +199,20 @@ class Command:
             for each, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         ]
 
+    def split(self, argv: list[str]) -> list[tuple[str, list[str]]]:
+        """Return the command line as [(option, its words with those of its value)], in order.
+
+        argv: one that `read` accepts, of a command without positional arguments.
+        """
+        found: list[tuple[str, list[str]]] = []
+        for each in self._normalize_dashes(argv):
+            name = each[2:].partition("=")[0] if each.startswith("--") else ""
+            if name in self.fields or name == "config":
+                found.append((name, [each]))
+            else:
+                found[-1][1].append(each)
+        return found
+
     def _read_yaml(self, path: str) -> dict[str, tuple[Value, str]]:
         """Return {option: (value, its origin for errors)} of the --config file, without nulls.
 

@@ -16,7 +16,9 @@ from tests.helpers.programs import ROOT
 from tests.helpers.resuming import fill
 
 
-@pytest.mark.parametrize("program", ["train", "export", "generate", "evaluate", "report", "block_expansion"])
+@pytest.mark.parametrize(
+    "program", ["train", "export", "generate", "evaluate", "report", "block_expansion", "plan"]
+)
 def test_help_shows_nothing_else(program):
     """No library prints anything before it, and no library is imported that takes seconds."""
     command = [sys.executable, "-X", "importtime", f"{program}.py", "--help"]
@@ -33,6 +35,7 @@ def test_help_shows_nothing_else(program):
         ("export", ["nosuch", "--to", "merged", "--out", "out"]),
         pytest.param("evaluate", ["nosuch", "--dataset", "toy"], marks=pytest.mark.slow),
         pytest.param("report", ["nosuch"], marks=pytest.mark.slow),
+        pytest.param("plan", ["--model_name", "nosuch"], marks=pytest.mark.slow),
         pytest.param(
             "block_expansion",
             ["--model_name", "nosuch", "--output_dir", "out", "--new_blocks", "1"],
@@ -60,7 +63,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("program", ["train", "export", "generate", "evaluate", "report", "block_expansion"])
+@pytest.mark.parametrize(
+    "program", ["train", "export", "generate", "evaluate", "report", "block_expansion", "plan"]
+)
 def test_windows_is_refused_with_the_way_out(program):
     """Whatever the options are, and before the slow imports."""
     command = [sys.executable, "-c", ON_WINDOWS, f"{program}.py", "--nosuch", "option"]

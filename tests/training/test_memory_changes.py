@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from options.train import parse
+from tests.helpers.programs import ROOT
 from training.memory_changes import CHANGES, SHORTER_CONTEXT, Situation
 
 
@@ -72,6 +75,14 @@ def test_what_cannot_be_changed():
 def test_contexts_are_multiples_below_the_given_one():
     contexts = [value["context_length"] for value in values_of(SHORTER_CONTEXT, tokens=1000)]
     assert contexts == [896, 768, 640, 512] and values_of(SHORTER_CONTEXT, tokens=512) == []
+
+
+def test_the_page_has_the_table_in_its_order():
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8").partition("## What makes a run fit")[2]
+    rows = re.findall(r"^\| `(\w+)` ([^|]*)\|", page.partition("## JSON")[0], re.MULTILINE)
+    changes = (*CHANGES, SHORTER_CONTEXT)
+    assert [name for name, _ in rows] == [change.option for change in changes]
+    assert ["*" in text for _, text in rows] == [change.alters for change in changes]
 
 
 def test_values_are_taken_by_train():

@@ -1,0 +1,91 @@
+"""Options of plan.py: those of train.py, and the machine to plan for."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from options.command_line import Command
+from options.config import Config
+from options.declaration import format_value, option, option_fields
+from options.errors import UserError
+from options.foreign_rules import FOREIGN
+from options.resolve import resolve
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options that only plan.py has."""
+
+    # fmt: off
+    gpus: int = option(1, "Plan", "number of GPUs, all in one host", ge=1)
+    gpu: str | None = option(None, "Plan", "kind of GPU: t4, 4090, h100 ...; unset = this machine's, or an"
+        " RTX 4090 if it has none")
+    gib: float | None = option(None, "Plan", "GiB of memory of each GPU; unset = what --gpu has", gt=0)
+    host_gib: float | None = option(None, "Plan", "GiB of host memory; unset = what a run takes of it is"
+        " printed, but not judged", gt=0)
+    curve: str | None = option(None, "Plan", "draw the peak against this, in the terminal and as a picture",
+        choices=("context", "batch"))
+    curve_file: Path | None = option(None, "Plan", "file of that picture; unset = curve.png")
+    json: bool = option(False, "Plan", "print one JSON object (docs/plan.md)")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class AllOptions(Config, PlanOptions):
+    """The options of plan.py's command line, its own first; declared for parsing, never made."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What plan.py is asked.
+
+    Attributes:
+        plan: the options of plan.py alone.
+        given: the options of train.py that were given, {name: converted value}.
+        config: all options of train.py, resolved as far as they do not depend on the machine.
+        typed: the command line for train.py, as `Command.split` returns it.
+        remarks: lines on options that train.py does not read.
+    """
+
+    plan: PlanOptions
+    given: dict
+    config: Config
+    typed: list[tuple[str, list[str]]]
+    remarks: list[str]
+
+    def command(self, changes: dict) -> str:
+        """Return the command of the run with other values for some options, {name: value}, to be pasted."""
+        words = [word for name, words in self.typed if name not in changes for word in words]
+        for name, value in changes.items():
+            words += [f"--{name}", format_value(value)]
+        return shlex.join(["python", "train.py", *words])
+
+
+OWN = option_fields(PlanOptions)
+COMMAND = Command(
+    "plan.py",
+    "--model_name MODEL [--gpus N] [--gpu NAME] [--gib X] [--option value ...]",
+    "Say what a run of train.py takes and whether it fits. It needs no GPU and no weights.",
+    AllOptions,
+    epilog="All options of train.py are taken. Without --context_length the longest that fits is searched.",
+    foreign=FOREIGN,
+)
+
+
+def parse(argv: list[str]) -> Request:
+    """Return what the options in `argv` ask. Raises UserError if they are wrong; exits 0 on --help."""
+    given = COMMAND.read(argv)
+    own = {name: given.pop(name) for name in OWN if name in given}
+    words = COMMAND.split(argv)
+    for name in own:
+        if name not in dict(words):  # train.py reads the same file
+            raise UserError(f"--config: {name} is no option of train.py; give --{name} on the command line")
+    if not {"model_name", "llama_pro_path"} & given.keys():
+        raise UserError("--model_name is missing; see --help")
+    if "curve_file" in own and "curve" not in own:
+        raise UserError("--curve_file: has no effect without --curve context or --curve batch")
+    config, remarks = resolve(given)
+    typed = [(name, value) for name, value in words if name not in OWN]
+    return Request(PlanOptions(**own), given, config, typed, remarks)

@@ -1,0 +1,40 @@
+"""Say what a run of train.py takes and whether it fits, before anything is rented.
+
+    python plan.py --model_name meta-llama/Meta-Llama-3-70B --gpus 2 --gib 24 --context_length 4096
+    python plan.py --model_name 8b --gpu t4 --train_type qlora                      the longest rows that fit
+
+It needs no GPU and no weights. docs/plan.md explains what it prints.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from launch.program import print_error, quiet_libraries, run_command
+from options.errors import UserError
+from options.plan import Request, parse
+
+
+def run(request: Request) -> int:
+    """Print the plan. Return 0, or 2 for an error that the user can fix."""
+    from training.make_plan import make_plan  # takes seconds, so after the options are parsed
+    from training.plan_report import print_plan
+
+    quiet_libraries()
+    try:
+        print_plan(make_plan(request))
+    except UserError as e:
+        return print_error(e, verbose=request.config.verbose)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Parse the options and run the command. Return the exit status."""
+    return run_command(argv, parse, run)
+
+
+if __name__ == "__main__":
+    # transformers imports both where they are installed, for parts that a plan does not run. With hqq come
+    # torch's compiler and a second more.
+    sys.modules.update({"hqq": None, "scipy": None})  # type: ignore[dict-item]
+    sys.exit(main(sys.argv[1:]))

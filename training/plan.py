@@ -1,0 +1,76 @@
+"""`Plan`: what a run takes on a machine, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from checkpoints.disk_sizes import DiskSizes
+from launch.memory import GIB
+from launch.precision import Precision
+from monitoring.memory_model import MemoryEstimate
+from monitoring.traffic import Traffic
+from options.config import FIELDS, Config
+from options.plan import Request
+from training.batch_table import BatchTable
+from training.fitting import Proposal
+from training.machine import Machine
+from training.memory_changes import MEMORY_OPTIONS
+from training.plan_curve import MemoryCurve
+from training.planned_model import PlannedModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it.
+
+    Attributes:
+        request: what was asked.
+        planned: the model.
+        machine: where it would run.
+        assumption: why it is that kind of GPU, if the request does not say so; "" if it does.
+        config: the options, resolved for the machine.
+        precision: dtypes of the run.
+        tokens: of the longest row or, with --packing, of a pack.
+        estimate: the memory that the run takes.
+        fits: whether the machine has that much.
+        proposals: what makes it fit if it does not, the cheapest first.
+        searched: {option: value} that were searched because no --context_length was given; else {}.
+        disk, traffic: what it writes to disks, and what a rank moves in a step.
+        table: batches against contexts if the context was searched, and one fits; else None.
+        curve: the peak against --curve; None without.
+    """
+
+    request: Request
+    planned: PlannedModel
+    machine: Machine
+    assumption: str
+    config: Config
+    precision: Precision
+    tokens: int
+    estimate: MemoryEstimate
+    fits: bool
+    proposals: list[Proposal]
+    searched: dict
+    disk: DiskSizes
+    traffic: Traffic
+    table: BatchTable | None = None
+    curve: MemoryCurve | None = None
+
+    def command(self, changes: dict | None = None) -> str:
+        """Return the command of the run to paste: as it was typed, with what was searched and changed."""
+        return self.request.command(self.searched | (changes or {}))
+
+    def phases_gib(self) -> dict[str, float]:
+        """Return {phase: GiB on the fullest GPU}, of the phases of MemoryEstimate and the peak."""
+        phases = ("load", "forward", "backward", "optimizer", "peak")
+        return {phase: getattr(self.estimate, phase) / GIB for phase in phases}
+
+    @property
+    def is_models_limit(self) -> bool:
+        """Whether the context is as long as the model allows."""
+        return self.tokens == self.planned.context_limit
+
+    @property
+    def without_effect(self) -> list[str]:
+        """The options that were typed and that its memory does not depend on."""
+        return [name for name, _ in self.request.typed if name in FIELDS and name not in MEMORY_OPTIONS]
