@@ -69,6 +69,7 @@ from quantize_layers import load_weights
 from training.auto_sizes import settle_sizes
 from training.job import Job
 from training.loop_components import make_loop_components
+from training.memory_prediction import describe_prediction, predict_memory, prediction_facts
 from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
@@ -248,16 +249,19 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
         enable_determinism()
     sampler = make_sampler(config, job.rows, rank_info.rank, rank_info.world)
     total_steps = job.total_steps(sampler)
+    predicted = predict_memory(job, rank_info.cpus) if rank_info.rank == 0 else None
     if rank_info.rank == 0:
         data = describe_data(job.rows, sampler, config.context_length)
         print(data + job.evaluation.describe(), flush=True)
+    if predicted:
+        print(describe_prediction(predicted, memory.gpu_room(rank_info.device)), flush=True)
     model, loaded = set_up(job, rank_info, profiler)
-    stages = profiler.max_phase_gib("wrap", "load")
+    gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted)
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = ""
     if rank_info.rank == 0:
         facts = run_facts_json(
-            job.rows, sampler, model, stages, job.evaluation.rows, job.first_rows, config.adapter
+            job.rows, sampler, model, gib, job.evaluation.rows, job.first_rows, config.adapter
         )
     tracker = start_run_folder(job, rank_info, lock, total_steps, facts, ready)
     steps_done = len(tracker.history)
@@ -273,7 +277,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
             tracker.finish()
             raise unsaved_error(job, e) from e
     tracker.finish()
-    finish_run(job, rank_info, history, total_steps, steps_done, seconds, stages, stopping.reason, no_result)
+    finish_run(job, rank_info, history, total_steps, steps_done, seconds, gib, stopping.reason, no_result)
 
 
 def try_rank(rank_info: RankInfo, trial: Trial, folder: str) -> None:

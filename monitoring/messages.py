@@ -63,33 +63,43 @@ def _describe_sets(rows: TokenizedRows, sampler: StepSampler) -> str:
 
 
 def describe_training(
-    history: list[Metrics], seconds: float, stages: dict[str, float], steps_before: int = 0
+    history: list[Metrics], seconds: float, gib: dict[str, float], steps_before: int = 0
 ) -> str:
     """Return three lines about time, memory and loss.
 
-    The speed is the median of the steps after the first, which warms up; the memory is the highest of all
-    steps.
+    The speed is the median of the steps after the first, which warms up. The memory is the highest of the
+    steps after a resume, since their ranks and GPUs may be others than before it.
 
     Args:
         history: all steps of the run.
         seconds: the time of the steps after the first `steps_before`.
-        stages: memory by stage, as in run.json.
+        gib: memory after each stage, and predicted, as in run.json.
         steps_before: steps before the run was resumed.
     """
     first, last = history[0], history[-1]
     rates = sorted(m.tokens_per_second for m in history[1:] or history)
-    gib = {name.removeprefix("after_").removesuffix("_gib"): value for name, value in stages.items()}
-    for phase in ("forward", "backward"):
-        gib[phase] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
-    after = ", ".join(f"{value:.2f} GiB after {name}" for name, value in gib.items())
     skipped = f"; {last.bad_steps} skipped as NaN or infinite" if last.bad_steps else ""
     resumed = f", the last {len(history) - steps_before} of them" if steps_before else ""
     return (
         f"{len(history)} steps{resumed} in {seconds:.0f} s, the first in {first.step_seconds:.1f} s,"
         f" {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){skipped}\n"
-        f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
+        f"{describe_memory(history[steps_before:] or history, gib)}\n"
         f"loss {first.loss:.4f} at the first step, {last.loss:.4f} at the last"
     )
+
+
+def describe_memory(history: list[Metrics], gib: dict[str, float]) -> str:
+    """Return the line about the memory of the fullest rank: after each phase, at the peak, and predicted.
+
+    history: the steps that count; gib: as for `describe_training`.
+    """
+    after = {name: value for name, value in gib.items() if name.startswith("after_")}
+    for phase in ("forward", "backward"):
+        after[f"after_{phase}_gib"] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
+    phases = [f"{v:.2f} GiB {name.removesuffix('_gib').replace('_', ' ')}" for name, v in after.items()]
+    peak, predicted = max(m.memory_allocated_gib for m in history), gib.get("predicted_peak_gib")
+    compared = f", {peak / predicted:.2f} times the predicted {predicted:.2f} GiB" if predicted else ""
+    return f"memory of the fullest rank: {', '.join(phases)}, peak {peak:.2f} GiB{compared}"
 
 
 def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
@@ -132,7 +142,7 @@ def describe_end(
     total_steps: int,
     steps_before: int,
     seconds: float,
-    stages: dict[str, float],
+    gib: dict[str, float],
     stopped: str,
     saved: bool,
     sampled: bool,
@@ -144,7 +154,7 @@ def describe_end(
         total_steps: the steps that were planned.
         steps_before: steps before the run was resumed.
         seconds: the time of the steps after them.
-        stages: memory by stage, as in run.json.
+        gib: memory after each stage, and predicted, as in run.json.
         stopped: why the run was asked to stop, or "".
         saved: whether the trained weights were saved.
         sampled: whether samples were requested.
@@ -152,7 +162,7 @@ def describe_end(
     folder = output_folder(config)
     if stopped:
         return describe_stop(stopped, history, total_steps, folder)
-    training = describe_training(history, seconds, stages, steps_before)
+    training = describe_training(history, seconds, gib, steps_before)
     evaluations = describe_evaluations(history, total_steps, config)
     return "\n".join([training, *evaluations, describe_files(config, saved, sampled, folder)])
 

@@ -134,7 +134,9 @@ def _headline(run: RunFiles) -> list[tuple[str, str, str]]:
         median = sorted(v for _, v in rates)[len(rates) // 2]
         tiles.append(("Speed", f"{median:,.0f}", "tokens/s on all ranks, median"))
     if memory := [v for _, v in finite_points(steps, "memory_allocated_gib")]:
-        tiles.append(("Peak memory", f"{max(memory):.2f} GiB", "on the fullest rank"))
+        predicted = (run.facts.get("memory") or {}).get("predicted_peak_gib")
+        note = f"; predicted {predicted:.2f} GiB" if predicted else ""
+        tiles.append(("Peak memory", f"{max(memory):.2f} GiB", f"on the fullest rank{note}"))
     trained = (run.facts.get("model") or {}).get("parameters_trained")
     note = "" if trained is None else f"{trained:,} parameters trained"
     return [*tiles, ("Tokens", short_count(sum(v for _, v in finite_points(steps, "tokens"))), note)]

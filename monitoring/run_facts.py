@@ -38,6 +38,7 @@ FACT_KINDS = {
     | dict.fromkeys(("length_median", "length_p95", "length_longest"), "positive")
     | {"padding_share": "share", "lengths": "counts"},
     "model": {"parameters_trained": "count"},
+    "memory": {},
     "hardware": {"ranks": "positive", "memory_gib": "positive", "device": "text", "kind": "text"},
 }
 # Lists of objects with these fields.
@@ -47,8 +48,11 @@ LIST_KINDS = {
     | {"head": "parts", "tail": "parts"},
     "parts": {"text": "text", "is_learned": "flag", "is_special": "flag"},
 }
-# Those that runs of earlier versions lack.
-NEWER_FACT_KINDS = {"data": {"drop_reasons": "reasons", "cut_reasons": "reasons"}}
+# Those that runs of earlier versions lack; nothing is predicted on a CPU.
+NEWER_FACT_KINDS = {
+    "data": {"drop_reasons": "reasons", "cut_reasons": "reasons"},
+    "memory": {"predicted_peak_gib": "positive"},
+}
 NEWER_FIELDS = {"set": "text"}  # of rows
 
 
@@ -56,7 +60,7 @@ def run_facts_json(
     rows: TokenizedRows,
     sampler: StepSampler,
     model: nn.Module,
-    stages: dict[str, float],
+    gib: dict[str, float],
     evaluation: TokenizedRows | None = None,
     first_rows: Sequence[RecordedRow] = (),
     adapter: str | None = None,
@@ -67,7 +71,7 @@ def run_facts_json(
         rows: the training rows.
         sampler: of these rows.
         model: the model to train.
-        stages: GiB of the fullest rank after wrapping and after loading.
+        gib: memory of the fullest rank after wrapping and after loading, and what is predicted.
         evaluation: the evaluation set; None = there is none.
         first_rows: the first training rows, as texts.
         adapter: name of the adapter that the run continues; None = there is none.
@@ -82,7 +86,7 @@ def run_facts_json(
         "first_rows": [dataclasses.asdict(row) for row in first_rows],
         "model": {"parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         | ({"adapter": adapter} if adapter else {}),
-        "memory": {name: round(gib, 3) for name, gib in stages.items()},
+        "memory": {name: round(value, 3) for name, value in gib.items()},
         "hardware": {
             "ranks": sampler.world,
             "device": torch.cuda.get_device_name() if has_gpu else _processor_name(),

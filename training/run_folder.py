@@ -82,7 +82,7 @@ def finish_run(
     total_steps: int,
     steps_done: int,
     seconds: float,
-    stage_gib: dict[str, float],
+    gib: dict[str, float],
     stop_reason: str,
     no_result: str,
 ) -> None:
@@ -97,7 +97,7 @@ def finish_run(
         total_steps: optimizer steps of the run.
         steps_done: steps before the run was resumed.
         seconds: time of the steps after that.
-        stage_gib: GiB of the fullest rank in each stage (wrap, load).
+        gib: memory after each stage, and predicted, as in run.json.
         stop_reason: why the run was asked to stop, or "".
         no_result: why the run has no result to save, or "".
     """
@@ -107,7 +107,7 @@ def finish_run(
             write_report(folder)
         saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
         lines = describe_end(
-            config, history, total_steps, steps_done, seconds, stage_gib, stop_reason, saved, sampled
+            config, history, total_steps, steps_done, seconds, gib, stop_reason, saved, sampled
         )
         print(lines, flush=True)
     raise_if_failed(history[steps_done:], _resumed_progress(job).bad, config.max_bad_steps, folder, no_result)

@@ -274,7 +274,7 @@ ROW = {"number": 1, "tokens": 2, "learned": 1, "omitted": 0, "head": [], "tail":
     [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0),
      ("data", "tokens", "9"), ("data", "length_width", [5]), ("data", "padding_share", math.inf),
      ("hardware", "device", {}), ("hardware", "ranks", None), ("versions", "torch", 2),
-     ("model", "parameters_trained", -1),
+     ("model", "parameters_trained", -1), ("memory", "predicted_peak_gib", "9"),
      ("data", "drop_reasons", [{"reason": "x", "rows": "2", "first": [1]}]),
      ("data", "cut_reasons", [{"reason": "x", "rows": 2, "first": []}]), ("data", "cut_reasons", None),
      ("first_rows", 0, {"number": 1}), ("first_rows", 0, {**ROW, "head": [{"text": 1}]}),
