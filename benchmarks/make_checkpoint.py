@@ -51,7 +51,7 @@ def _split_into_shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torc
         yield shard
 
 
-def _write_empty(path: Path, shard: dict[str, torch.Size]) -> None:
+def write_empty(path: Path, shard: dict[str, torch.Size]) -> None:
     """Write a safetensors file of bf16 tensors whose bytes are a hole: it takes no room on the disk."""
     tensors = {name: torch.empty(dims, dtype=torch.bfloat16, device="meta") for name, dims in shard.items()}
     with path.open("wb") as file:
@@ -72,7 +72,7 @@ def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
         file = f"model-{number:05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         if empty:
-            _write_empty(folder / file, shard)
+            write_empty(folder / file, shard)
             continue
         tensors = {}
         for name, dims in shard.items():
