@@ -22,10 +22,33 @@ def run(request: Request) -> int:
 
     quiet_libraries()
     try:
-        print_plan(make_plan(request))
+        if request.plan.probe:
+            probe(request)
+        else:
+            print_plan(make_plan(request))
     except UserError as e:
         return print_error(e, verbose=request.config.verbose)
     return 0
+
+
+def probe(request: Request) -> None:
+    """Print the plan, and what two steps of it take on this machine. Raises UserError."""
+    from launch.apart import RankFunction
+    from training import probe  # with the packages for data, whose import takes a second
+    from training.make_plan import make_plan
+    from training.plan_report import print_plan
+
+    probe.check_gpus(request.plan)
+    plan = make_plan(request)
+    if not request.plan.json:
+        print_plan(plan)  # the steps take a minute
+    has_rows = "dataset" in request.given
+    try_rank = RankFunction("train", "try_rank")
+    found = probe.run_probe(plan.config, plan.planned, plan.tokens, has_rows, try_rank)
+    if request.plan.json:
+        print_plan(plan, measured=probe.as_json(found))
+    else:
+        print("", *probe.describe(found, plan.estimate), sep="\n")
 
 
 def main(argv: list[str]) -> int:

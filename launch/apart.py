@@ -6,9 +6,11 @@ the run. `python train.py` starts all ranks of a launch. Under torchrun each ran
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -18,6 +20,23 @@ from launch.failures import Failure
 from launch.ranks import gather_from_ranks
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankFunction:
+    """A function that only the ranks import, by its name: that would take time in the process before them.
+
+    Attributes:
+        module: of the function, which must be at its top level.
+        name: of the function.
+    """
+
+    module: str
+    name: str
+
+    def __call__(self, *args):
+        """Import the function and call it."""
+        return getattr(importlib.import_module(self.module), self.name)(*args)
 
 
 class Launcher:

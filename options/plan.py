@@ -28,6 +28,8 @@ class PlanOptions:
     curve: str | None = option(None, "Plan", "draw the peak against this, in the terminal and as a picture",
         choices=("context", "batch"))
     curve_file: Path | None = option(None, "Plan", "file of that picture; unset = curve.png")
+    probe: bool = option(False, "Plan", "run two steps with random weights on this machine's GPUs too, and"
+        " print what they take beside the plan, and the time of a step, an epoch of --dataset and the run")
     json: bool = option(False, "Plan", "print one JSON object (docs/plan.md)")
     # fmt: on
 

@@ -20,11 +20,14 @@ CLOSE = 0.05  # share of the peak by which the estimate may be wrong (docs/memor
 SHOWN_BATCHES = 8  # lines of the table; JSON has all
 
 
-def print_plan(plan: Plan) -> None:
-    """Print the plan, and write the picture of its curve. Raises UserError if it cannot be written."""
+def print_plan(plan: Plan, measured: dict | None = None) -> None:
+    """Print the plan, and write the picture of its curve. Raises UserError if it cannot be written.
+
+    measured: what JSON has of a probe; None = there was none.
+    """
     file = draw_curve(plan) if plan.curve else None
     if plan.request.plan.json:
-        print(json.dumps(as_json(plan), indent=2))
+        print(json.dumps(as_json(plan) | ({"measured": measured} if measured else {}), indent=2))
         return
     print("\n".join(describe(plan)))
     if plan.curve:

@@ -26,6 +26,9 @@ from launch.program import is_first_process
 from options.config import Config
 from options.errors import REFUSED, UserError
 
+# A step of a trial has at most so many micro-batches: the first, and one that adds to its gradients.
+MAX_MICRO_BATCHES = 2
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -61,6 +64,7 @@ class TrialResult:
         fits: whether all steps ended.
         peak: bytes of tensors on the GPU at most; on a CPU, of the process.
         phases: the same by phase.
+        after: bytes in use on the GPU after a phase ended last, by phase; only if it fits.
         step_seconds: of each step.
         host: bytes of the processes of a node together.
         room: bytes that tensors could take on the GPU that had least of them; 0 without a GPU.
@@ -69,6 +73,7 @@ class TrialResult:
     fits: bool
     peak: int = 0
     phases: dict[str, int] = dataclasses.field(default_factory=dict)
+    after: dict[str, int] = dataclasses.field(default_factory=dict)
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     host: int = 0
     room: float = 0
@@ -106,18 +111,24 @@ def _fail(failures: Sequence[Failure]) -> None:
 
 def _combine(records: Sequence[dict], fits: bool) -> TrialResult:
     """Return the result of a trial from the records of its ranks; some are missing if it failed."""
-    phases: dict[str, int] = {}
-    for record in records:
-        for phase, size in record["phases"].items():
-            phases[phase] = max(size, phases.get(phase, 0))
     hosts: dict[int, int] = {}
     for record in records:
         hosts[record["node"]] = hosts.get(record["node"], 0) + record["host"]
     return TrialResult(
         fits=fits,
         peak=max((record["peak"] for record in records), default=0),
-        phases=phases,
+        phases=_largest(records, "phases"),
+        after=_largest(records, "after") if fits else {},
         step_seconds=records[0]["step_seconds"] if records else [],
         host=max(hosts.values(), default=0),
         room=min((record["room"] for record in records), default=0),
     )
+
+
+def _largest(records: Sequence[dict], name: str) -> dict[str, int]:
+    """Return {phase: the most of all ranks} of a field of the records."""
+    phases: dict[str, int] = {}
+    for record in records:
+        for phase, size in record[name].items():
+            phases[phase] = max(size, phases.get(phase, 0))
+    return phases

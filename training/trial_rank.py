@@ -24,10 +24,8 @@ from monitoring.metrics import Metrics
 from monitoring.profiling import Profiler
 from options.errors import UserError
 from training.job import Job
-from training.trial import Trial
+from training.trial import MAX_MICRO_BATCHES, Trial
 
-# A step of a trial has at most so many micro-batches: the first, and one that adds to its gradients.
-MAX_MICRO_BATCHES = 2
 # More steps with fp16, whose loss scaler may skip the first ones: a skipped step makes no optimizer states.
 SCALER_STEPS = 4
 # An expected peak beyond the room by this factor is not tried.
@@ -115,6 +113,7 @@ def record_trial(
             "node": rank_info.rank // rank_info.local_world,
             "peak": max(PEAK_MEMORY.by_phase.values(), default=peak_resident_bytes()),
             "phases": PEAK_MEMORY.by_phase or profiler.phase_bytes,
+            "after": profiler.phase_bytes,
             "step_seconds": [metrics.step_seconds for metrics in history],
             "host": peak_resident_bytes(),
             "room": room,

@@ -1,0 +1,226 @@
+"""plan.py --probe: two real steps with random weights on this machine's GPUs, beside what was predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.evaluation_sets import prepare_sets
+from data.packing import make_sampler, max_sequence_length
+from data.rows import TokenizedRows
+from data.template_choice import read_trained_tokenizer
+from files.model_folder import find_model
+from launch.apart import Launcher
+from launch.gpus import Gpu, detect_gpu, find_gpu
+from launch.memory import GIB
+from models.shapes import SHAPES
+from monitoring.memory_model import MemoryEstimate
+from monitoring.report_page import duration
+from options.config import Config
+from options.errors import UserError
+from options.plan import PlanOptions
+from training.planned_model import PlannedModel
+from training.trial import MAX_MICRO_BATCHES, Trial, TrialResult, run_trial
+
+AFTER = ("load", "forward", "backward")  # phases whose estimate is what is in use when they end
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of --dataset has.
+
+    Attributes:
+        steps: optimizer steps.
+        positions: tokens of its batches on all ranks, padding included.
+        longest: tokens of its longest row or pack.
+        run_steps: optimizer steps of the whole run.
+    """
+
+    steps: int
+    positions: int
+    longest: int
+    run_steps: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What two steps took on this machine.
+
+    Attributes:
+        result: the trial's.
+        step_seconds: of an optimizer step, with all its micro-batches, once layers are compiled; None if the
+            trial did not fit.
+        ranks: their number.
+        tokens: of a row.
+        positions: tokens of an optimizer step on all ranks, padding included.
+        epoch: None if it is not known.
+        unknown: why it is not, or "".
+    """
+
+    result: TrialResult
+    step_seconds: float | None
+    ranks: int
+    tokens: int
+    positions: int
+    epoch: Epoch | None
+    unknown: str
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Bytes by phase of the estimate: in use after a phase, but the most in the optimizer's."""
+        result = self.result
+        found: dict[str, float] = {name: result.after[name] for name in AFTER if name in result.after}
+        if "optimizer" in result.phases:
+            found["optimizer"] = result.phases["optimizer"]
+        return found | {"peak": result.peak, "host": result.host}
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """About the seconds of an epoch; its short rows take less than the trial's, by their tokens."""
+        if self.epoch is None or self.step_seconds is None:
+            return None
+        return self.epoch.positions / self.positions * self.step_seconds
+
+    @property
+    def run_seconds(self) -> float | None:
+        """About the seconds of all steps of the run."""
+        if self.epoch is None or self.epoch_seconds is None:
+            return None
+        return self.epoch_seconds * self.epoch.run_steps / self.epoch.steps
+
+
+def check_gpus(options: PlanOptions) -> None:
+    """Raise UserError unless this machine has the GPUs of the plan."""
+    count = torch.cuda.device_count()
+    if not count:
+        raise UserError("--probe: this machine has no GPU; without --probe the plan needs none")
+    if options.gpus > count:
+        raise UserError(f"--gpus {options.gpus}: --probe runs on this machine's GPUs, and it has {count}")
+    gpu = detect_gpu(torch.device("cuda", 0))
+    if options.gpu is not None and gpu and not is_kind(gpu, find_gpu(options.gpu)):
+        raise UserError(
+            f"--gpu {options.gpu}: --probe runs on this machine's {gpu.name}; leave the option out"
+        )
+
+
+def is_kind(found: Gpu, named: Gpu) -> bool:
+    """Return whether a GPU that was detected, NVIDIA GeForce RTX 4090, is of a kind of GPUS, RTX 4090."""
+    words = re.sub(r" \d+ GB$", "", named.name).split()
+    return set(words) <= set(re.split(r"[ -]", found.name)) and found.capability == named.capability
+
+
+def run_probe(
+    config: Config, planned: PlannedModel, tokens: int, has_rows: bool, try_rank: Callable
+) -> Probe:
+    """Run two steps of a planned run, and return what they took. Raises UserError for wrong data.
+
+    Args:
+        config: the run's options, resolved for this machine.
+        planned: the model.
+        tokens: of the longest row or pack.
+        has_rows: whether --dataset was given.
+        try_rank: runs a trial on a rank (train.py).
+    """
+    config = dataclasses.replace(config, context_length=tokens)
+    rows, unknown = None, "" if has_rows else "it needs rows: give --dataset"
+    if has_rows and is_named_shape(config.model_name):
+        unknown = f"{config.model_name} is a named shape, without a tokenizer for the rows of --dataset"
+    elif has_rows:
+        config, rows = read_rows(config)
+    trial = Trial(config, planned.model.config, planned.files, tokens, rows if config.packing else None)
+    launcher = Launcher(config.world_size, config.master_addr, config.master_port, preload=["train"])
+    result = run_trial(trial, try_rank, launcher)
+    accumulation = config.gradient_accumulation_steps
+    seconds = None
+    if result.fits:  # the first step compiles
+        seconds = result.step_seconds[-1] * accumulation / min(accumulation, MAX_MICRO_BATCHES)
+    return Probe(
+        result=result,
+        step_seconds=seconds,
+        ranks=config.world_size,
+        tokens=tokens,
+        positions=config.batch_size * config.world_size * accumulation * tokens,
+        epoch=count_epoch(config, rows) if rows else None,
+        unknown=unknown,
+    )
+
+
+def is_named_shape(model_name: str) -> bool:
+    """Return whether a model is planned by one of SHAPES, and so has no tokenizer."""
+    return model_name.lower() in SHAPES and not os.path.isdir(os.path.expanduser(model_name))
+
+
+def read_rows(config: Config) -> tuple[Config, TokenizedRows]:
+    """Return (the options with what the data decides, the rows that a run would train on).
+
+    Raises UserError for wrong data, or a model whose tokenizer cannot be read.
+    """
+    folder = find_model(config.model_name)
+    name = f"--model_name {folder}"
+    config = dataclasses.replace(config, chat_date=config.chat_date or datetime.date.today().isoformat())
+    tokenizer = read_trained_tokenizer(Path(folder), name, config.chat_template, 2**31)
+    config, rows, _ = prepare_sets(config, tokenizer)
+    return config, rows
+
+
+def count_epoch(config: Config, rows: TokenizedRows) -> Epoch:
+    """Return what an epoch of these rows has."""
+    sampler = make_sampler(config, rows, 0, config.world_size)
+    steps = sampler.steps_per_epoch()
+    total = steps * config.num_epochs
+    run_steps = total if config.max_steps < 0 else min(total, config.max_steps)
+    return Epoch(steps, sampler.count_positions(), max_sequence_length(config, rows), run_steps)
+
+
+def describe(probe: Probe, predicted: MemoryEstimate) -> list[str]:
+    """Return the lines about a probe: memory by phase, and the time of a step, an epoch and the run."""
+    lines = [
+        f"probe: two steps with random weights and the longest rows on {probe.ranks}"
+        f" rank{'s' * (probe.ranks > 1)}; GiB of the fullest GPU:",
+        f"  {'':<12}{'predicted':>10}{'measured':>10}{'ratio':>8}",
+    ]
+    for name, measured in probe.measured.items():
+        planned = getattr(predicted, name)
+        ratio = f"{measured / planned:8.2f}" if planned else ""
+        lines.append(f"  {name:<12}{planned / GIB:10.2f}{measured / GIB:10.2f}{ratio}")
+    if not probe.result.fits:
+        room = f"; the GPU had room for {probe.result.room / GIB:.2f} GiB" if probe.result.room else ""
+        return [*lines, f"it does not fit: the probe ran out of memory{room}"]
+    assert probe.step_seconds is not None
+    rate = probe.positions / probe.step_seconds
+    lines.append(
+        f"a step takes {probe.step_seconds:.2f} s ({rate:,.0f} tokens/s on all GPUs), the first, which"
+        f" compiles, {probe.result.step_seconds[0]:.1f} s"
+    )
+    if probe.epoch is None or probe.epoch_seconds is None or probe.run_seconds is None:
+        return [*lines, f"the time of an epoch is unknown: {probe.unknown}"]
+    lines.append(
+        f"an epoch takes about {duration(probe.epoch_seconds)}: {probe.epoch.steps:,} steps;"
+        f" the run about {duration(probe.run_seconds)}: {probe.epoch.run_steps:,} steps"
+    )
+    if probe.epoch.longest < probe.tokens:
+        lines.append(
+            f"no row of --dataset has more than {probe.epoch.longest:,} tokens: a run takes less memory"
+        )
+    return lines
+
+
+def as_json(probe: Probe) -> dict:
+    """Return a probe as an object for programs. Memory is in GiB, times in seconds; null is unknown."""
+    return {
+        "fits": probe.result.fits,
+        "peak_gib": probe.result.peak / GIB,
+        "host_gib": probe.result.host / GIB,
+        "phases": {name: size / GIB for name, size in probe.measured.items() if name != "host"},
+        "step_seconds": probe.step_seconds,
+        "epoch_seconds": probe.epoch_seconds,
+        "run_seconds": probe.run_seconds,
+        "steps_per_epoch": probe.epoch and probe.epoch.steps,
+    }
