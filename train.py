@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import sys
 
-from files.names import OPTIONS
 from launch.program import parse_or_exit, prepare_environment, prepare_long_run, quiet_libraries, run_command
 from options.train import parse
 
@@ -30,16 +29,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from checkpoints import adapter, trained_model
-from checkpoints.training_state import describe_not_finite
+from checkpoints import adapter
 from data.batches import StepSampler
 from data.packing import make_sampler, max_sequence_length
 from data.prefetch import prefetch_steps
-from files.atomic_writes import write_text
 from files.lock import FolderLock
 from files.weight_cache import open_cache_writer
 from launch import memory, ranks
@@ -60,7 +56,6 @@ from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profile
 from monitoring.run_facts import run_facts_json
 from monitoring.tracking import NoTracker
 from options.config import Config
-from options.errors import UserError
 from options.strategies import STRATEGIES
 from parallel.activation_checkpointing import SavedActivations, compile_run_layer, should_compile
 from parallel.optimizers import make_schedule
@@ -74,6 +69,7 @@ from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
 from training.sample_weights import fill_with_samples
+from training.saved_result import save, save_best
 from training.shown_rows import show_rows, without_output
 from training.trial import Trial
 from training.trial_rank import record_trial
@@ -288,41 +284,6 @@ def try_rank(rank_info: RankInfo, trial: Trial, folder: str) -> None:
         model, _ = set_up(job, rank_info, profiler, load=fill_with_samples)
         sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
         history += train(job, model, rank_info, sampler, NoTracker(), profiler)
-
-
-def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
-    """Write the trained weights and the options into `folder`, which becomes best/. Collective.
-
-    Raises UserError, on all ranks and before anything is written, if they hold NaN or infinity.
-    """
-    if error := describe_not_finite(model):
-        raise UserError(error)
-    save(job, model, folder, best=True)
-
-
-def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
-    """Write the adapter, the new blocks or the full model into `folder`. Collective; rank 0 raises OSError.
-
-    Does not check that the weights are finite.
-
-    Args:
-        best: Write the run's options too, and of an expanded model only the new blocks: the other layers are
-            gigabytes that do not change from step to step.
-    """
-    config, files, family, base = job.config, job.files, job.family, job.base
-    llama_pro_save = "blocks" if best and config.method.expansion else config.llama_pro_save
-    if llama_pro_save == "blocks":
-        trained_model.save_blocks(model, family, folder, files, base, job.adapter_files)
-    elif config.method.expansion:
-        trained_model.save_expanded(model, family, folder, files, base, job.small_files)
-    elif config.method.saves == "adapter":
-        remark = adapter.save_adapter(model, folder, config, base, family, job.adapter_files)
-        if remark and not best:
-            print(remark, flush=True)
-    else:
-        trained_model.save_model(model, folder, files, base, job.small_files)
-    if best and dist.get_rank() == 0:
-        write_text(folder / OPTIONS, job.options_file(llama_pro_save=llama_pro_save))
 
 
 def run(config: Config, remarks: list[str]) -> int:

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import export
-import train
 from checkpoints.storage import find_newest_checkpoint
 from files.finite import NONFINITE_MESSAGE
 from files.names import ADAPTER, BEST, BLOCKS, SINGLE_FILE
@@ -34,6 +33,7 @@ from tests.helpers.runs import set_up
 from tests.helpers.saving import SmallRun
 from tests.helpers.stored import find_tensor_file, put_tensor, read_stored_tensor
 from training import evaluator, run_folder
+from training.saved_result import save_best
 
 PACKED, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"
 HEAD = "lm_head.weight"
@@ -296,7 +296,7 @@ def save_diverged(rank_info, args, folder) -> str:
     if rank_info.rank == rank_info.world - 1:
         part = trained[-1].data
         (part.to_local() if hasattr(part, "to_local") else part).view(-1)[-1] = math.inf
-    return caught(rank_info, lambda _: train.save_best(job, model, folder))
+    return caught(rank_info, lambda _: save_best(job, model, folder))
 
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])

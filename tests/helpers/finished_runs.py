@@ -18,6 +18,7 @@ from tests.helpers.adapters import args_for
 from tests.helpers.logits import IDS
 from tests.helpers.runs import make_job, randomize, set_up
 from tests.helpers.small_tokenizers import chat_tokenizer
+from training.saved_result import save
 
 
 def save_and_get_logits(rank_info, args, folder) -> torch.Tensor:
@@ -39,7 +40,7 @@ def _save(rank_info, job, model, folder) -> torch.Tensor:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.mul_(1.01)
-    train.save(job, model, folder)
+    save(job, model, folder)
     with torch.no_grad():
         return model.eval()(input_ids=IDS.to(rank_info.device), use_cache=False).logits.cpu()
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
-import train
 from files.model_folder import CheckpointFiles
 from files.names import BLOCKS
 from models.family import unwrapped_name
@@ -25,6 +24,7 @@ from tests.helpers.expansion import all_tensors, expand, read_config_json
 from tests.helpers.finished_runs import save_and_get_logits
 from tests.helpers.logits import transformers_logits
 from tests.helpers.runs import set_up, trained_tensors
+from training.saved_result import save
 
 
 @pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])
@@ -122,5 +122,5 @@ def save_and_return_trained(rank_info, args, folder):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.125)  # so that no zero stays zero
-    train.save(job, model, folder)
+    save(job, model, folder)
     return trained_tensors(model)
