@@ -5,8 +5,9 @@ from __future__ import annotations
 from launch.gpus import Gpu
 from launch.memory import GIB, MIB
 from launch.precision import Precision
+from models.loss import LOGITS_BYTES
 from monitoring.layer_memory import is_compiled
-from monitoring.sizes import RunSizes
+from monitoring.sizes import RunSizes, round_up_to_power
 from options.config import Config
 
 # Resident sizes without data, measured with torch 2.11 and CUDA 13.0 on an H200 (2026-11-30): the process
@@ -45,6 +46,10 @@ def host_bytes(
     compiled = is_compiled(config, sizes.widths, gpu)
     if compiled:
         rank += (cpus + 1) * COMPILER_BYTES
+        # While Inductor times a kernel that works in place, it keeps the values in page-locked memory if the
+        # GPU has no room for a copy: the MLP's, in the first backward. Small ones fit where the loss was.
+        values = config.batch_size * sizes.tokens * sizes.widths.mlp * precision.matmul_dtype.itemsize
+        rank += round_up_to_power(values) if values > LOGITS_BYTES else 0
     if config.use_activation_cpu_offload and config.use_gradient_checkpointing:
         rank += (sizes.saved_layers + 4) * layer_input
     # A compiled layer's last output, which DoRA's magnitudes need (wrapping.py).

@@ -107,7 +107,8 @@ def estimate_memory(
     loss = _loss_bytes(config, precision, sizes, gpu, rows)
     vocabulary_gradient = sizes.vocabulary_bytes * (4 / precision.trained.itemsize)  # formed in fp32
     # Gradients stay over all micro-batches of a step; a single one's grow while its activations are freed.
-    accumulated = shared.gradients if config.gradient_accumulation_steps > 1 else 0
+    holds_gradients = config.gradient_accumulation_steps > 1 and not config.no_sync
+    accumulated = shared.gradients if holds_gradients else 0
     before = shared.resident + shared.kept + masks + accumulated
     after_forward = before + saved + ends + vocabulary_gradient
     forward = max(
@@ -117,7 +118,7 @@ def estimate_memory(
     one_layer = layer.backward if config.use_gradient_checkpointing else layer.last_backward
     one_layer = shared.unit + max(one_layer + shared.unit_gradients, shared.reduced)
     growing = shared.gradients - accumulated
-    own = _vocabulary_backward_bytes(config, precision, sizes, gpu)
+    own = _vocabulary_backward_bytes(config, precision, sizes)
     backward = max(
         after_forward + (2 if shared.reduced else 1.5) * vocabulary_gradient,  # the head's gradient
         before + saved + waiting + one_layer,  # the last layer
@@ -224,9 +225,7 @@ class _VocabularyBackward:
     extra: float = 0
 
 
-def _vocabulary_backward_bytes(
-    config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None
-) -> _VocabularyBackward:
+def _vocabulary_backward_bytes(config: Config, precision: Precision, sizes: RunSizes) -> _VocabularyBackward:
     """Return what the backward of a trained embedding takes: zeros if it is frozen."""
     if not sizes.vocabulary_bytes:
         return _VocabularyBackward()
@@ -236,7 +235,7 @@ def _vocabulary_backward_bytes(
     elements = sizes.vocabulary_bytes / precision.trained.itemsize
     if config.world_size == 1 and precision.gather_dtype is None and not config.use_cpu_offload:
         return _VocabularyBackward(gradient)
-    gathered = 0 if gpu and gpu.reads_peers and shards > 1 else precision.frozen.itemsize
+    gathered = 0 if shards > 1 else precision.frozen.itemsize  # freed before
     return _VocabularyBackward(gradient, elements * (precision.frozen.itemsize + 4 + gathered))
 
 

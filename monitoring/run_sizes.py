@@ -16,7 +16,7 @@ from launch.precision import Precision
 from models.adapters import target_linears
 from models.family import Family
 from monitoring.layer_memory import layer_widths
-from monitoring.sizes import RunSizes
+from monitoring.sizes import RunSizes, round_up_to_power
 from monitoring.weight_memory import (
     PlannedParameter,
     host_parameters,
@@ -93,7 +93,7 @@ def _page_locked_bytes(planned: list[PlannedParameter], config: Config) -> int:
     shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
     copies = LOCKED_COPIES if config.use_cpu_offload else 1
     sizes = [(p.nbytes(shards), copies if p.kind == "trained" else 1) for p in planned]
-    return sum(number << max(size - 1, 0).bit_length() for size, number in sizes)
+    return sum(number * round_up_to_power(size) for size, number in sizes)
 
 
 def _sublayer(name: str, family: Family) -> str:

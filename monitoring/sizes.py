@@ -76,3 +76,8 @@ class RunSizes:
     page_locked: int
     largest_tensor: int
     largest_in_file: int
+
+
+def round_up_to_power(n_bytes: int) -> int:
+    """Return the bytes that torch page-locks for a tensor: a power of two."""
+    return 1 << max(n_bytes - 1, 0).bit_length()
