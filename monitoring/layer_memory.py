@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from launch.gpus import Gpu
@@ -51,11 +52,12 @@ class LayerWidths:
 
 
 def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
-    """Return the widths of a meta model's decoder layers, of the first where they differ."""
-    config, layer = model.config, family.decoder_layers(model)[0]
+    """Return the widths of a meta model's decoder layers; where some have experts, of such a layer."""
+    config, layers = model.config, family.decoder_layers(model)
+    layer = next(filter(_has_experts, layers), layers[0])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     names = [name for name, _ in layer.named_modules()]
-    experts = getattr(config, "num_experts_per_tok", 0) if any("experts" in name for name in names) else 0
+    experts = getattr(config, "num_experts_per_tok", 0) if _has_experts(layer) else 0
     return LayerWidths(
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_dim,
@@ -72,6 +74,10 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     )
 
 
+def _has_experts(layer: nn.Module) -> bool:
+    return any("experts" in name for name, _ in layer.named_modules())
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """Bytes of one layer's activations, for a micro-batch.
@@ -82,6 +88,7 @@ class LayerMemory:
         forward: most beside the input while the layer computes and saves nothing.
         backward: most beside the input while backward recomputes the layer and forms its gradients.
         last_backward: what backward of a layer that saved everything adds to it.
+        matmuls: results of its matmuls and attention, which --activation_budget may save.
     """
 
     input: float
@@ -89,6 +96,7 @@ class LayerMemory:
     forward: float
     backward: float
     last_backward: float
+    matmuls: float
 
 
 def layer_input_bytes(config: Config, precision: Precision, tokens: int, hidden: int) -> int:
@@ -157,9 +165,16 @@ def layer_memory(
             saved += hidden + key
         if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
             saved += 7 * hidden + query + key
-    per_token = saved * width + hidden * stream  # and the sum of input and attention
-    per_token += 8 * widths.heads if not widths.is_eager else 4 * widths.heads * tokens  # softmax, or scores
-    backward = per_token + hidden * stream  # and the gradient of the layer's result
+    per_token: float = saved * width + hidden * stream  # and the sum of input and attention
+    backward: float = hidden * stream  # the gradient of the layer's result
+    if not widths.is_eager:
+        per_token += 8 * widths.heads  # the softmax's two numbers
+    elif compiled:
+        per_token += 2 * width * widths.heads * tokens  # scores
+    else:  # also what the cap and the softmax make of them, in fp32, and its gradients
+        per_token += 8 * widths.heads * tokens
+        backward += (9 if width == 4 else 7) * widths.heads * tokens
+    backward += per_token
     if widths.experts_per_token:
         backward += (mlp + 2 * widths.experts_per_token * hidden) * width
     else:
@@ -178,6 +193,7 @@ def layer_memory(
         forward=rows * forward + weight,
         backward=rows * backward,
         last_backward=rows * (hidden * stream + mlp * width),
+        matmuls=rows * (2 * query + 2 * key + 2 * hidden + 2 * mlp) * width,
     )
 
 

@@ -18,14 +18,11 @@ from launch.precision import Precision
 from models.loss import HIDDEN_BYTES, LOGITS_BYTES, TILE
 from monitoring.host_memory import host_bytes
 from monitoring.layer_memory import LayerMemory, is_compiled, layer_memory, mask_bytes
-from monitoring.sizes import RunSizes
+from monitoring.sizes import RunSizes, optimizer_state_bytes
 from options.config import Config
 from options.strategies import STRATEGIES
+from parallel.optimizers import UNPAGED
 
-# Optimizer states: bytes per byte of trained weights; 2 (two states in the weights' dtype) for all others.
-# Paged states are in managed memory, which leaves the GPU when it is full.
-OPTIMIZER_STATE_RATIOS = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
-STATE_BYTES_8BIT = 2.03  # per trained weight
 # cuBLAS's workspaces of the two threads that call it: 32 MiB each from Hopper on, 8 MiB before
 # (https://docs.nvidia.com/cuda/cublas/#cublassetworkspace).
 WORKSPACE_BYTES = {True: 2 * 32 * MIB, False: 2 * 8 * MIB}
@@ -107,7 +104,7 @@ def estimate_memory(
     loss = _loss_bytes(config, precision, sizes, gpu, rows)
     vocabulary_gradient = sizes.vocabulary_bytes * (4 / precision.trained.itemsize)  # formed in fp32
     # Gradients stay over all micro-batches of a step; a single one's grow while its activations are freed.
-    holds_gradients = config.gradient_accumulation_steps > 1 and not config.no_sync
+    holds_gradients = config.gradient_accumulation_steps > 1 and not (config.no_sync and shared.unit)
     accumulated = shared.gradients if holds_gradients else 0
     before = shared.resident + shared.kept + masks + accumulated
     after_forward = before + saved + ends + vocabulary_gradient
@@ -125,10 +122,21 @@ def estimate_memory(
         before + growing + layer.input + one_layer - own.gradient,  # the first layer
         before + growing + layer.input + own.extra,  # the embedding
     )
-    after_load, step = shared.weights, shared.resident + shared.gradients
+    after_load, after_backward = shared.weights, shared.resident + shared.gradients
+    step = after_backward + _update_ratio(config) * shared.gradients
     peak = max(_load_peak(config, sizes, shared), forward, backward, step)
     host = host_bytes(config, precision, sizes, gpu, layer_input=layer.input, peak=peak, cpus=cpus)
-    return MemoryEstimate(after_load, after_forward, step, step, peak, host)
+    return MemoryEstimate(after_load, after_forward, after_backward, step, peak, host)
+
+
+def _update_ratio(config: Config) -> float:
+    """Return what the optimizer's update takes beside its states, per byte of gradients.
+
+    torch's optimizers for all parameters at a time (foreach) keep intermediate results; fused ones do not.
+    """
+    if config.optimizer == "adadelta":
+        return 2.0
+    return 1.0 if config.optimizer == "sgd" and config.wd else 0.0
 
 
 def _shared_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None) -> _Shared:
@@ -138,10 +146,9 @@ def _shared_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gp
     trained, offload = sizes.weights.trained, config.use_cpu_offload
     weights = (sizes.weights.total - sizes.on_host) / shards
     gradients = trained / shards
-    if config.optimizer == "adamw_8bit":
-        states = STATE_BYTES_8BIT * trained / precision.trained.itemsize / shards
-    else:
-        states = OPTIMIZER_STATE_RATIOS.get(config.optimizer, 2.0) * trained / shards
+    states = optimizer_state_bytes(config.optimizer, gradients, precision.trained.itemsize)
+    if config.optimizer in UNPAGED:  # managed memory, which leaves the GPU when it is full
+        states = 0
     if offload:
         weights = gradients = states = 0
     casts = precision.gather_dtype is not None and sizes.trains_layers
@@ -157,7 +164,7 @@ def _shared_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gp
         ahead = unit  # the next unit's gathered bytes
     keeps = shards > 1 and not strategy.reshard_after_forward
     kept = unit * sizes.layers if keeps else 0.0
-    if config.no_sync and config.gradient_accumulation_steps > 1:
+    if is_wrapped and config.no_sync and config.gradient_accumulation_steps > 1:
         kept += trained  # gradients that are not reduced yet
     unit_gradients = sizes.trained_unit * ratio if is_wrapped else 0
     reduced = unit_gradients + sizes.trained_unit if is_wrapped else 0
@@ -185,7 +192,8 @@ def _saved_bytes(
         narrow = precision.matmul_dtype.itemsize / precision.trained.itemsize
         copies = sizes.trained_unit * narrow if casts else 0  # of A and B in the matmuls' dtype
         return sizes.saved_layers * (layer.input + layer.saved + copies), 0
-    budget = max(config.activation_budget, 0) * GIB
+    # -1 takes what is free after the second step, and less if less is free: nothing needs to fit.
+    budget = min(max(config.activation_budget, 0) * GIB, sizes.saved_layers * layer.matmuls)
     if config.use_activation_cpu_offload:
         return layer.input + budget, 2 * layer.input  # of two more layers on their way
     return sizes.saved_layers * layer.input + budget, 0

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from launch.memory import format_bytes
 from monitoring.layer_memory import LayerWidths
 
+STATE_BYTES_8BIT = 2.03  # per trained weight: two 8-bit codes, and two fp32 scales for 256 weights
+
 
 @dataclass(frozen=True)
 class WeightBytes:
@@ -81,3 +83,18 @@ class RunSizes:
 def round_up_to_power(n_bytes: int) -> int:
     """Return the bytes that torch page-locks for a tensor: a power of two."""
     return 1 << max(n_bytes - 1, 0).bit_length()
+
+
+def optimizer_state_bytes(optimizer: str, trained: float, itemsize: int) -> float:
+    """Return the bytes of an optimizer's states, wherever they are.
+
+    Args:
+        optimizer: a value of --optimizer.
+        trained: bytes of the trained weights.
+        itemsize: bytes of one of them.
+    """
+    if optimizer == "sgd":
+        return 0.0
+    if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        return STATE_BYTES_8BIT * trained / itemsize
+    return 2 * trained

@@ -26,7 +26,8 @@ MEMORY_OPTIONS = frozenset({
     "train_embeddings", "n_bits", "group_size", "context_length", "packing", "batch_size",
     "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
     "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",
-    "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size",
+    "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size", "save_every",
+    "save_minutes", "wd",
 })  # fmt: skip
 
 

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, Qwen3MoeConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
 
 from launch.gpus import GPUS
 from launch.precision import choose_precision
 from models.registry import FAMILIES, build_on_meta
+from monitoring.layer_memory import layer_memory, layer_widths
 from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
 from options.train import parse
@@ -121,3 +123,75 @@ def test_the_loss_does_not_grow_with_the_ranks():
 
 def test_a_cpu_run_is_in_host_memory():
     assert estimate("full", gpu=None).host > estimate("full", gpu=None).peak
+
+
+def test_the_activation_budget_ends_where_nothing_more_can_be_saved():
+    base, little, much = (estimate(f"qlora --activation_budget {gib}").peak for gib in ("0", "0.001", "100"))
+    results = 2 * (2 * H + 2 * KEY + 2 * H + 2 * M)  # of all matmuls and attention, of each token
+    assert little - base == pytest.approx(0.001 * 2**30)
+    assert much - base == pytest.approx(LAYERS * 512 * results)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio"), [("adadelta", 2), ("sgd --wd 0.1", 1), ("sgd", 0), ("adamw", 0)]
+)
+def test_the_update_of_all_parameters_at_a_time_takes_memory(options, ratio):
+    memory = estimate(f"full --optimizer {options}")
+    assert memory.optimizer - memory.backward == pytest.approx(ratio * 4 * ALL)
+
+
+def test_gradients_that_are_not_reduced_yet_exist_only_where_something_is_reduced():
+    one = "lora --gradient_accumulation_steps 2"
+    assert estimate(one).peak == estimate(f"{one} --no_sync").peak
+    two = "lora --gradient_accumulation_steps 2 --world_size 2"
+    assert estimate(two).peak < estimate(f"{two} --no_sync").peak
+
+
+def test_checkpoints_are_written_from_copies_in_host_memory():
+    for more, copies in (("", 3), (" --optimizer sgd", 1), (" --use_cpu_offload", 2)):
+        without, saving = (estimate(f"full{more}{save}").host for save in ("", " --save_every 10"))
+        assert saving - without == pytest.approx(copies * 4 * ALL), more
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_eager_attention_saves_eight_bytes_of_each_score(dtype):
+    """Gemma 2's layer in transformers, not compiled, against the slope of the model of memory."""
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, attn_implementation="eager",
+    )  # fmt: skip
+    tokens = 256
+    layer = Gemma2Model(config).to(dtype)
+    sizes: dict[int, int] = {}
+
+    def pack(tensor):
+        if tensor.numel() >= 4 * tokens**2 and tensor.is_floating_point():
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+    widths = layer_widths(build_on_meta(config, FAMILIES["gemma2"]), FAMILIES["gemma2"])
+    options, _ = parse("--model_name x --train_type full --compile false".split())
+    precision = choose_precision("bf16" if dtype == torch.bfloat16 else "fp32", True, True)
+    memory = [
+        layer_memory(options, precision, widths, GPUS["h200"], tokens=t, branches=0).saved / t
+        for t in (tokens, 2 * tokens)
+    ]
+    scores = 4 * tokens
+    assert (memory[1] - memory[0]) / scores == pytest.approx(8)
+    assert sum(sizes.values()) / (scores * tokens) == pytest.approx(8, abs=0.5)
+
+
+@pytest.mark.parametrize("dense", [[], [0], [1]])
+def test_layers_without_experts_do_not_change_the_widths(dense):
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        mlp_only_layers=dense,
+    )  # fmt: skip
+    family = FAMILIES["qwen3_moe"]
+    widths = layer_widths(build_on_meta(config, family), family)
+    assert (widths.experts_per_token, widths.mlp) == (2, 32)
