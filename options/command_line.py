@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import Field, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,8 @@ class Command:
         options: the dataclass that declares its options.
         implied_by_path: implied_by_path(path of the --config file) returns {option: value}. These options
             follow from the file's folder and override what the file says.
+        displaced: displaced(names in the --config file, names on the command line, whether `implied_by_path`
+            knows the file's folder) returns the names in the file that are not read.
         foreign: options of other programs, for errors that say what they are here; None = it knows none.
     """
 
@@ -60,6 +62,7 @@ class Command:
     options: type
     epilog: str = ""
     implied_by_path: Callable[[str], dict[str, str]] = lambda path: {}
+    displaced: Callable[[Set[str], Set[str], bool], Set[str]] = lambda in_file, typed, is_known: set()
     foreign: ForeignOptions | None = None
 
     @cached_property
@@ -93,7 +96,8 @@ class Command:
             known = {name: value for name, value in vars(found).items() if isinstance(value, str)}
             raise UserError(describe_arguments(rest, arguments, known, self.fields, self.foreign))
         raw = {name: value for name, value in vars(found).items() if value not in (None, [])}
-        in_file = self._read_yaml(raw.pop("config")) if "config" in raw else {}
+        path = raw.pop("config", None)
+        in_file = {} if path is None else self._read_yaml(path, raw.keys())
         given = {name: self._convert(name, value, origin) for name, (value, origin) in in_file.items()}
         for name, value in raw.items():
             positional = self.fields[name].metadata["positional"]
@@ -213,10 +217,12 @@ class Command:
                 found[-1][1].append(each)
         return found
 
-    def _read_yaml(self, path: str) -> dict[str, tuple[Value, str]]:
-        """Return {option: (value, its origin for errors)} of the --config file, without nulls.
+    def _read_yaml(self, path: str, typed: Set[str]) -> dict[str, tuple[Value, str]]:
+        """Return {option: (value, its origin for errors)} of the --config file, but nulls and `displaced`.
 
         `implied_by_path` overrides it. Raises UserError for an unknown option.
+
+        typed: names of the options on the command line.
         """
         values: dict[str, tuple[Value, str]] = {}
         given = read_options_file(path)
@@ -226,7 +232,10 @@ class Command:
             name = key.replace("-", "_")
             if value is not None:  # null means that the option is not given
                 values[name] = value, f"{path}: {name}"
-        return values | {name: (value, path) for name, value in self.implied_by_path(path).items()}
+        implied = self.implied_by_path(path)
+        displaced = self.displaced(values.keys(), typed, bool(implied))
+        values = {name: value for name, value in values.items() if name not in displaced}
+        return values | {name: (value, path) for name, value in implied.items()}
 
 
 def _is_auto(value: Value) -> bool:

@@ -12,6 +12,7 @@ from options.declaration import format_value, option, option_fields
 from options.errors import UserError
 from options.foreign_rules import FOREIGN
 from options.resolve import resolve
+from options.step_rows import displaced_options
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ COMMAND = Command(
     "Say what a run of train.py takes and whether it fits. It needs no GPU and no weights.",
     AllOptions,
     epilog="All options of train.py are taken. Without --context_length the longest that fits is searched.",
+    displaced=displaced_options,
     foreign=FOREIGN,
 )
 

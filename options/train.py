@@ -8,6 +8,7 @@ from options.command_line import Command
 from options.config import Config
 from options.foreign_rules import FOREIGN
 from options.resolve import resolve
+from options.step_rows import displaced_options
 
 
 def _output_dir_of(path: str) -> dict[str, str]:
@@ -27,6 +28,7 @@ COMMAND = Command(
     Config,
     epilog="Options may be written with - for _, and switches without `true`.",
     implied_by_path=_output_dir_of,
+    displaced=displaced_options,
     foreign=FOREIGN,
 )
 

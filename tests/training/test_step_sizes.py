@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from options.config import dump_yaml
 from options.declaration import AUTO
 from options.errors import UserError
 from options.train import parse
@@ -65,6 +66,43 @@ def test_numbers_that_do_not_agree_are_refused(argv, line):
     with pytest.raises(UserError) as error:
         settled(argv)
     assert line in str(error.value)
+
+
+SIZES = ("effective_batch_size", "batch_size", "gradient_accumulation_steps")
+
+
+@pytest.mark.parametrize(
+    ("typed", "world", "sizes"),
+    [
+        ("", 2, (24, 3, 4)),  # the repetition
+        ("--batch_size 4", 2, (24, 4, 3)),
+        ("--effective_batch_size 48", 2, (48, 3, 8)),
+        ("--world_size 4", 4, (24, 3, 2)),
+        ("--resume auto", 8, (24, 3, 1)),  # under torchrun, on other GPUs
+        ("--gradient_accumulation_steps 2", 2, (24, 6, 2)),
+        ("--batch_size auto", 2, (24, AUTO, AUTO)),
+        ("--batch_size 5 --gradient_accumulation_steps 1", 2, (None, 5, 1)),
+    ],
+)
+def test_what_is_typed_displaces_the_sizes_of_a_runs_config(typed, world, sizes, tmp_path):
+    """config.yaml records three numbers of which one follows from the others."""
+    config = settled("--effective_batch_size 24 --batch_size 3", world=2)
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    (tmp_path / "run.json").write_text("{}")
+    found = settled(f"--config {tmp_path / 'config.yaml'} {typed}", world)
+    assert tuple(getattr(found, name) for name in SIZES) == sizes
+    if not typed:
+        assert found == dataclasses.replace(config, output_dir=str(tmp_path))
+
+
+def test_three_numbers_of_another_file_must_agree(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("effective_batch_size: 24\nbatch_size: 4\ngradient_accumulation_steps: 4\n")
+    with pytest.raises(UserError, match="x --gradient_accumulation_steps 4 are 32; leave one of the three"):
+        settled(f"--config {path}")
+    assert settled(f"--config {path} --batch_size 3").gradient_accumulation_steps == 4
+    with pytest.raises(UserError, match="leave one of the three"):
+        settled(f"--config {path} --batch_size 4 --gradient_accumulation_steps 4 --effective_batch_size 24")
 
 
 def test_batches_divide_the_effective_one_and_none_exceeds_the_data():
