@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.evaluation_sets import prepare_sets
-from data.packing import make_sampler, max_sequence_length
+from data.packing import PackSampler, make_sampler, max_sequence_length
 from data.rows import TokenizedRows
 from data.template_choice import read_trained_tokenizer
 from files.model_folder import find_model
@@ -27,6 +27,7 @@ from options.config import Config
 from options.errors import UserError
 from options.plan import PlanOptions
 from training.planned_model import PlannedModel
+from training.step_clock import StepTimes
 from training.trial import MAX_MICRO_BATCHES, Trial, TrialResult, run_trial
 
 AFTER = ("load", "forward", "backward")  # phases whose estimate is what is in use when they end
@@ -38,13 +39,15 @@ class Epoch:
 
     Attributes:
         steps: optimizer steps.
-        positions: tokens of its batches on all ranks, padding included.
+        micro_batches: of each rank.
+        tokens: of a sequence on average, padding included; missing rows of the last batch count as none.
         longest: tokens of its longest row or pack.
         run_steps: optimizer steps of the whole run.
     """
 
     steps: int
-    positions: int
+    micro_batches: int
+    tokens: int
     longest: int
     run_steps: int
 
@@ -55,21 +58,22 @@ class Probe:
 
     Attributes:
         result: the trial's.
-        step_seconds: of an optimizer step, with all its micro-batches, once layers are compiled; None if the
-            trial did not fit.
         ranks: their number.
-        tokens: of a row.
+        accumulation: micro-batches of a step of the run.
+        tokens: of a row or pack of the plan.
         positions: tokens of an optimizer step on all ranks, padding included.
         epoch: None if it is not known.
-        unknown: why it is not, or "".
+        mean_times: times of a step whose rows have the epoch's mean length; None if that is not known.
+        unknown: why the time of an epoch is unknown, or "".
     """
 
     result: TrialResult
-    step_seconds: float | None
     ranks: int
+    accumulation: int
     tokens: int
     positions: int
     epoch: Epoch | None
+    mean_times: StepTimes | None
     unknown: str
 
     @property
@@ -79,14 +83,20 @@ class Probe:
         found: dict[str, float] = {name: result.after[name] for name in AFTER if name in result.after}
         if "optimizer" in result.phases:
             found["optimizer"] = result.phases["optimizer"]
-        return found | {"peak": result.peak, "host": result.host}
+        return found | {"peak": result.peak}
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step of the longest rows, with all its micro-batches, once layers are compiled."""
+        times = self.result.times
+        return times.total(self.accumulation) if times else None
 
     @property
     def epoch_seconds(self) -> float | None:
-        """About the seconds of an epoch; its short rows take less than the trial's, by their tokens."""
-        if self.epoch is None or self.step_seconds is None:
+        """About the seconds of an epoch's steps: all rows are taken to have their mean length."""
+        if self.epoch is None or self.mean_times is None:
             return None
-        return self.epoch.positions / self.positions * self.step_seconds
+        return self.mean_times.total(self.epoch.micro_batches, self.epoch.steps)
 
     @property
     def run_seconds(self) -> float | None:
@@ -134,20 +144,28 @@ def run_probe(
         unknown = f"{config.model_name} is a named shape, without a tokenizer for the rows of --dataset"
     elif has_rows:
         config, rows = read_rows(config)
-    trial = Trial(config, planned.model.config, planned.files, tokens, rows if config.packing else None)
     launcher = Launcher(config.world_size, config.master_addr, config.master_port, preload=["train"])
-    result = run_trial(trial, try_rank, launcher)
+
+    def take_steps(tokens: int) -> TrialResult:
+        trial_rows = rows if config.packing else None
+        trial = Trial(config, planned.model.config, planned.files, tokens, trial_rows)
+        return run_trial(trial, try_rank, launcher)
+
+    result = take_steps(tokens)
+    epoch = count_epoch(config, rows) if rows else None
+    times = result.times
+    if epoch and result.fits and not config.packing and epoch.tokens < tokens:
+        times = take_steps(epoch.tokens).times
     accumulation = config.gradient_accumulation_steps
-    seconds = None
-    if result.fits:  # the first step compiles
-        seconds = result.step_seconds[-1] * accumulation / min(accumulation, MAX_MICRO_BATCHES)
+    sequence = epoch.tokens if epoch and config.packing else tokens  # packs may have less than the context
     return Probe(
         result=result,
-        step_seconds=seconds,
         ranks=config.world_size,
+        accumulation=accumulation,
         tokens=tokens,
-        positions=config.batch_size * config.world_size * accumulation * tokens,
-        epoch=count_epoch(config, rows) if rows else None,
+        positions=config.batch_size * config.world_size * accumulation * sequence,
+        epoch=epoch,
+        mean_times=times,
         unknown=unknown,
     )
 
@@ -176,7 +194,12 @@ def count_epoch(config: Config, rows: TokenizedRows) -> Epoch:
     steps = sampler.steps_per_epoch()
     total = steps * config.num_epochs
     run_steps = total if config.max_steps < 0 else min(total, config.max_steps)
-    return Epoch(steps, sampler.count_positions(), max_sequence_length(config, rows), run_steps)
+    micro_batches = -(-sampler.items_per_epoch() // (config.batch_size * config.world_size))
+    if isinstance(sampler, PackSampler):
+        return Epoch(steps, micro_batches, sampler.width, sampler.width, run_steps)
+    sequences = micro_batches * config.batch_size * config.world_size
+    tokens = max(-(-sampler.count_positions() // sequences), 2)  # one to learn, and one before it
+    return Epoch(steps, micro_batches, tokens, max_sequence_length(config, rows), run_steps)
 
 
 def describe(probe: Probe, predicted: MemoryEstimate) -> list[str]:
@@ -193,23 +216,30 @@ def describe(probe: Probe, predicted: MemoryEstimate) -> list[str]:
     if not probe.result.fits:
         room = f"; the GPU had room for {probe.result.room / GIB:.2f} GiB" if probe.result.room else ""
         return [*lines, f"it does not fit: the probe ran out of memory{room}"]
-    assert probe.step_seconds is not None
-    rate = probe.positions / probe.step_seconds
-    lines.append(
-        f"a step takes {probe.step_seconds:.2f} s ({rate:,.0f} tokens/s on all GPUs), the first, which"
-        f" compiles, {probe.result.step_seconds[0]:.1f} s"
-    )
+    lines.append(_describe_step(probe))
     if probe.epoch is None or probe.epoch_seconds is None or probe.run_seconds is None:
         return [*lines, f"the time of an epoch is unknown: {probe.unknown}"]
+    epoch = probe.epoch
     lines.append(
-        f"an epoch takes about {duration(probe.epoch_seconds)}: {probe.epoch.steps:,} steps;"
-        f" the run about {duration(probe.run_seconds)}: {probe.epoch.run_steps:,} steps"
+        f"an epoch takes about {duration(probe.epoch_seconds)}: {epoch.steps:,} steps, of {epoch.tokens:,}"
+        f" tokens a sequence on average; the run about"
+        f" {duration(probe.run_seconds)}: {epoch.run_steps:,} steps"
     )
-    if probe.epoch.longest < probe.tokens:
-        lines.append(
-            f"no row of --dataset has more than {probe.epoch.longest:,} tokens: a run takes less memory"
-        )
+    if epoch.longest < probe.tokens:
+        lines.append(f"no row of --dataset has more than {epoch.longest:,} tokens: a run takes less memory")
     return lines
+
+
+def _describe_step(probe: Probe) -> str:
+    """Return the line about the time of a step, and of the first one, which has fewer micro-batches."""
+    assert probe.step_seconds is not None
+    rate, taken = probe.positions / probe.step_seconds, min(probe.accumulation, MAX_MICRO_BATCHES)
+    of = "of one micro-batch" if taken == 1 else f"of {taken} micro-batches"
+    whole = f" of {probe.accumulation} micro-batches" if probe.accumulation > 1 else ""
+    return (
+        f"a step{whole} takes {probe.step_seconds:.2f} s ({rate:,.0f} tokens/s on all GPUs); the first one of"
+        f" the probe, {of}, took {probe.result.step_seconds[0]:.1f} s, with what is compiled"
+    )
 
 
 def as_json(probe: Probe) -> dict:
@@ -217,8 +247,7 @@ def as_json(probe: Probe) -> dict:
     return {
         "fits": probe.result.fits,
         "peak_gib": probe.result.peak / GIB,
-        "host_gib": probe.result.host / GIB,
-        "phases": {name: size / GIB for name, size in probe.measured.items() if name != "host"},
+        "phases": {name: size / GIB for name, size in probe.measured.items()},
         "step_seconds": probe.step_seconds,
         "epoch_seconds": probe.epoch_seconds,
         "run_seconds": probe.run_seconds,

@@ -25,6 +25,7 @@ from launch.failures import Failure
 from launch.program import is_first_process
 from options.config import Config
 from options.errors import REFUSED, UserError
+from training.step_clock import StepTimes
 
 # A step of a trial has at most so many micro-batches: the first, and one that adds to its gradients.
 MAX_MICRO_BATCHES = 2
@@ -65,8 +66,8 @@ class TrialResult:
         peak: bytes of tensors on the GPU at most; on a CPU, of the process.
         phases: the same by phase.
         after: bytes in use on the GPU after a phase ended last, by phase; only if it fits.
-        step_seconds: of each step.
-        host: bytes of the processes of a node together.
+        step_seconds: of each step, which has at most MAX_MICRO_BATCHES.
+        times: of the parts of the last step; None if it does not fit.
         room: bytes that tensors could take on the GPU that had least of them; 0 without a GPU.
     """
 
@@ -75,7 +76,7 @@ class TrialResult:
     phases: dict[str, int] = dataclasses.field(default_factory=dict)
     after: dict[str, int] = dataclasses.field(default_factory=dict)
     step_seconds: list[float] = dataclasses.field(default_factory=list)
-    host: int = 0
+    times: StepTimes | None = None
     room: float = 0
 
 
@@ -111,16 +112,14 @@ def _fail(failures: Sequence[Failure]) -> None:
 
 def _combine(records: Sequence[dict], fits: bool) -> TrialResult:
     """Return the result of a trial from the records of its ranks; some are missing if it failed."""
-    hosts: dict[int, int] = {}
-    for record in records:
-        hosts[record["node"]] = hosts.get(record["node"], 0) + record["host"]
+    times = records[0]["times"] if records and fits else None
     return TrialResult(
         fits=fits,
         peak=max((record["peak"] for record in records), default=0),
         phases=_largest(records, "phases"),
         after=_largest(records, "after") if fits else {},
         step_seconds=records[0]["step_seconds"] if records else [],
-        host=max(hosts.values(), default=0),
+        times=StepTimes(*times) if times else None,
         room=min((record["room"] for record in records), default=0),
     )
 

@@ -24,6 +24,7 @@ from monitoring.metrics import Metrics
 from monitoring.profiling import Profiler
 from options.errors import UserError
 from training.job import Job
+from training.step_clock import make_step_clock
 from training.trial import MAX_MICRO_BATCHES, Trial
 
 # More steps with fp16, whose loss scaler may skip the first ones: a skipped step makes no optimizer states.
@@ -94,6 +95,18 @@ def _learn_everything(rows: TokenizedRows) -> TokenizedRows:
     return dataclasses.replace(rows, learned=learned)
 
 
+class TimingProfiler(Profiler):
+    """Measures the time of each phase as well."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device, [])
+        self.clock = make_step_clock(device)
+
+    def start_phase(self, name: str) -> None:
+        super().start_phase(name)
+        self.clock.mark(name)
+
+
 @contextlib.contextmanager
 def record_trial(
     trial: Trial, rank_info: RankInfo, folder: str
@@ -102,20 +115,20 @@ def record_trial(
 
     Writes the record of this rank into `folder` at the end. Raises UserError if the GPU is out of memory.
     """
-    profiler, history = Profiler(rank_info.device, []), list[Metrics]()
+    profiler, history = TimingProfiler(rank_info.device), list[Metrics]()
     PEAK_MEMORY.reset()
     room = gpu_room(rank_info.device) if rank_info.device.type == "cuda" else 0
 
     def write(fits: bool) -> None:
         PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)
+        times = profiler.clock.last_step() if fits else None
         record = {
             "fits": fits,
-            "node": rank_info.rank // rank_info.local_world,
             "peak": max(PEAK_MEMORY.by_phase.values(), default=peak_resident_bytes()),
             "phases": PEAK_MEMORY.by_phase or profiler.phase_bytes,
             "after": profiler.phase_bytes,
             "step_seconds": [metrics.step_seconds for metrics in history],
-            "host": peak_resident_bytes(),
+            "times": times and dataclasses.astuple(times),
             "room": room,
         }
         path = Path(folder) / f"{rank_info.rank}.json"

@@ -54,11 +54,10 @@ def write_record(folder: str, fits: bool, peak: int, room: float) -> list[Failur
     """Write what a rank of a trial would, and return its failure, if any."""
     record = {
         "fits": fits,
-        "node": 0,
         "peak": peak,
         "phases": {},
         "step_seconds": [],
-        "host": 1,
+        "times": None,
         "room": room,
     }
     (Path(folder) / "0.json").write_text(json.dumps(record))
