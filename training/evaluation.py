@@ -54,6 +54,7 @@ def mean_loss(
     loss_sum: LossSum,
     rank_info: RankInfo,
     context: Context,
+    most_tokens: float = math.inf,
 ) -> float:
     """Return the mean cross-entropy per target over all rows, the same on all ranks. Collective.
 
@@ -69,9 +70,10 @@ def mean_loss(
         loss_sum: loss_sum(model, batch) returns the summed cross-entropy.
         rank_info: this process.
         context: context() is entered around every forward.
+        most_tokens: of a batch, padding included; longer rows make smaller batches.
     """
     lengths = rows.lengths()
-    groups = group_rows(lengths, batch_size, longrope_threshold(model.config))
+    groups = group_rows(lengths, batch_size, longrope_threshold(model.config), most_tokens=most_tokens)
     world = rank_info.world
     rounds = [group[i : i + world] for group in groups for i in range(0, len(group), world)]
     targets = rows.targets()
@@ -94,12 +96,17 @@ def mean_loss(
 
 
 def group_rows(
-    lengths: torch.Tensor, batch_size: int, rope_threshold: float, max_growth: int = 0
+    lengths: torch.Tensor,
+    batch_size: int,
+    rope_threshold: float,
+    max_growth: int = 0,
+    most_tokens: float = math.inf,
 ) -> list[list[torch.Tensor]]:
-    """Return batches of row indices, in up to 3 groups by length, so that a batch changes no row's result.
+    """Return batches of row indices, in groups by length, so that a batch changes no row's result.
 
     The groups are: rows above `rope_threshold`; rows that may pass it while they grow, one a batch; rows that
-    stay below. The longest rows come first.
+    stay below. Each is divided by the rows of a batch that `most_tokens` allows: all batches of a group have
+    the same number of rows, but the last. The longest rows come first.
 
     Args:
         lengths: [R] tokens of each row.
@@ -107,6 +114,7 @@ def group_rows(
         rope_threshold: the model's `longrope_threshold`: a longer row changes the rotation of its whole
             batch.
         max_growth: tokens by which a row may grow.
+        most_tokens: of a batch, padding included; a batch of one row may have more.
     """
     order = lengths.argsort(descending=True, stable=True)
     before, after = lengths[order], lengths[order] + max_growth
@@ -115,7 +123,32 @@ def group_rows(
         ((before <= rope_threshold) & (after > rope_threshold), 1),
         (after <= rope_threshold, batch_size),
     )
-    return [list(order[mask].split(rows_at_once)) for mask, rows_at_once in groups if mask.any()]
+    return [
+        list(rows.split(size))
+        for mask, rows_at_once in groups
+        for rows, size in _limit_tokens(order[mask], lengths, rows_at_once, most_tokens)
+    ]
+
+
+def _limit_tokens(
+    order: torch.Tensor, lengths: torch.Tensor, batch_size: int, most_tokens: float
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield (rows, rows of a batch of them): the batch size is halved for rows that are too long for it.
+
+    Few sizes make few groups, and so few ranks without a batch.
+
+    Args:
+        order: [R] indices of rows, the longest first.
+        lengths: tokens of each row.
+        batch_size: most rows of a batch.
+        most_tokens: as for `group_rows`.
+    """
+    sizes = [batch_size >> halvings for halvings in reversed(range(batch_size.bit_length()))]  # 1, 2, 5
+    for size, larger in zip(sizes, [*sizes[1:], 0], strict=True):
+        count = int((lengths[order] * larger > most_tokens).sum()) if larger else len(order)
+        if count:
+            yield order[:count], size
+        order = order[count:]
 
 
 def perplexity(loss: float) -> float:

@@ -57,6 +57,7 @@ class Evaluator:
         rank_info: this process.
         total_steps: optimizer steps of the run; the last one evaluates and samples in any case.
         batch_size: rows of a rank's batch.
+        most_tokens: of such a batch, padding included: as many as a batch of training has.
         eval_every: optimizer steps between evaluations; 0 = only at the end.
         sample_every: optimizer steps between samples; 0 = only at the end.
         sample_tokens: most tokens of a sample.
@@ -79,6 +80,7 @@ class Evaluator:
         *,
         total_steps: int,
         batch_size: int,
+        most_tokens: int,
         eval_every: int,
         sample_every: int,
         sample_tokens: int,
@@ -93,7 +95,8 @@ class Evaluator:
         tokenizer,
     ):
         self.data, self.model, self.rank_info = data, model, rank_info
-        self.total_steps, self.folder, self.batch_size = total_steps, folder, batch_size
+        self.total_steps, self.folder = total_steps, folder
+        self.batch_size, self.most_tokens = batch_size, most_tokens
         self.eval_every, self.patience, self.save_best = eval_every, patience, save_best
         self.sample_every, self.sample_tokens = sample_every, sample_tokens
         self.loss_sum, self.context, self.save = loss_sum, context, save
@@ -155,7 +158,7 @@ class Evaluator:
         """Return the mean loss over the evaluation rows, the same on all ranks. Collective."""
         options = (self.batch_size, self.loss_sum, self.rank_info, self.context)
         assert self.data.rows is not None
-        return mean_loss(self.model, self.data.rows, *options)
+        return mean_loss(self.model, self.data.rows, *options, self.most_tokens)
 
     def _update_best(self, step: int, loss: float, trained: bool) -> None:
         """Update the best evaluation and early stopping, and store a new best one's weights. Collective.

@@ -77,6 +77,7 @@ def make_loop_components(
         rank=rank_info.rank,
         tracker=tracker,
     )
+    batch_tokens = config.batch_size * max_sequence_length(config, job.rows)
     needs_tokenizer = bool(job.evaluation.prompts) and rank_info.rank == 0
     evaluator = Evaluator(
         job.evaluation,
@@ -84,6 +85,7 @@ def make_loop_components(
         rank_info,
         total_steps=total_steps,
         batch_size=config.batch_size,
+        most_tokens=batch_tokens,
         eval_every=config.eval_every,
         sample_every=config.sample_every,
         sample_tokens=config.sample_tokens,
@@ -102,7 +104,7 @@ def make_loop_components(
         job.family,
         rank_info.device,
         gib=config.activation_budget,
-        tokens=config.batch_size * max_sequence_length(config, job.rows),
+        tokens=batch_tokens,
         itemsize=job.precision.matmul_dtype.itemsize,
     )
     checkpoints = CheckpointManager(

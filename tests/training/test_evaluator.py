@@ -23,6 +23,8 @@ from data.rows import IGNORE
 from data.tokenizing import tokenize
 from files.names import ADAPTER
 from finished.finished_run import load_model, open_run
+from launch.signals import NO_STOP_REQUESTS
+from monitoring.profiling import NO_PROFILER
 from monitoring.tracking import NoTracker
 from options.train import parse
 from tests.helpers.adapters import build_peft_model
@@ -33,6 +35,7 @@ from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import write_alpaca
 from training import evaluator as evaluation
 from training.evaluation import generate_greedily, group_rows, mean_loss, perplexity
+from training.loop_components import make_loop_components
 
 
 class Recorder(NoTracker):
@@ -109,20 +112,56 @@ def test_the_loss_does_not_depend_on_the_batches(checkpoints):
         logits = model(input_ids=batch.ids).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
 
-    losses = [mean_loss(model, rows, size, loss_sum, SINGLE_RANK, context) for size in (1, 2)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    losses = [
+        mean_loss(model, rows, size, loss_sum, SINGLE_RANK, context, most_tokens)
+        for size, most_tokens in ((1, math.inf), (2, math.inf), (5, 60))
+    ]
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
 
 
 def test_groups_of_rows():
     """Longest first; in other groups where the rotation differs, alone where growth may change it."""
     lengths = torch.tensor([3, 9, 5, 6, 8, 1])
 
-    def groups(switch, growth=0):
-        return [[b.tolist() for b in group] for group in group_rows(lengths, 4, switch, growth)]
+    def groups(switch, growth=0, size=4, most_tokens=math.inf):
+        found = group_rows(lengths, size, switch, growth, most_tokens)
+        return [[b.tolist() for b in group] for group in found]
 
     assert groups(math.inf) == [[[1, 4, 3, 2], [0, 5]]]
     assert groups(6) == [[[1, 4]], [[3, 2, 0, 5]]]
     assert groups(6, growth=2) == [[[1, 4]], [[3], [2]], [[0, 5]]]
+    # Half as many rows where four would have more than 20 tokens; one has at least a batch of its own.
+    assert groups(math.inf, most_tokens=20) == [[[1, 4], [3]], [[2, 0, 5]]]
+    assert groups(math.inf, size=5, most_tokens=17) == [[[1]], [[4, 3], [2]], [[0, 5]]]
+    assert groups(math.inf, most_tokens=7) == [[[1], [4], [3], [2]], [[0]], [[5]]]
+
+
+def test_an_evaluation_takes_no_more_tokens_than_a_batch_of_training(
+    alpaca_file, source, one_rank, two_ranks
+):
+    """Its rows may be much longer. The batches, and so the loss, are those of any number of ranks."""
+    argv = [*source, "--eval_dataset", alpaca_file, "--context_length", "512", "--batch_size", "6"]
+    alone, two = one_rank(evaluate_before_training, argv)[0], two_ranks(evaluate_before_training, argv)
+    job = make_job(SINGLE_RANK, argv)
+    most = 6 * int(job.rows.lengths().max())
+    assert 6 * int(job.evaluation.rows.lengths().max()) > most
+    assert max(alone[1]) <= most and all(max(shapes) <= most for _, shapes in two)
+    assert [loss for loss, _ in two] == [pytest.approx(alone[0], rel=1e-6)] * 2
+
+
+def evaluate_before_training(rank_info, argv: list) -> tuple[float, list[int]]:
+    """Return (the loss of the untrained model, tokens of each batch) of the evaluator that the loop uses."""
+    job = make_job(rank_info, argv)
+    model, _ = train.set_up(job, rank_info)
+    loop = make_loop_components(job, model, rank_info, 1, NoTracker(), NO_PROFILER, NO_STOP_REQUESTS, None)
+    tokens: list[int] = []
+
+    def loss_sum(model, batch):
+        tokens.append(batch.ids.numel())
+        return train.loss_sum(model, batch)
+
+    loop.evaluator.loss_sum = loss_sum
+    return loop.evaluator._compute_loss(), tokens
 
 
 def test_perplexity():
