@@ -249,8 +249,9 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     if rank_info.rank == 0:
         data = describe_data(job.rows, sampler, config.context_length)
         print(data + job.evaluation.describe(), flush=True)
+    room = ranks.smallest_gpu_room(rank_info) if job.gpu else 0.0
     if predicted:
-        print(describe_prediction(predicted, memory.gpu_room(rank_info.device)), flush=True)
+        print(describe_prediction(predicted, room), flush=True)
     model, loaded = set_up(job, rank_info, profiler)
     gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted)
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from launch import memory
 from launch.devices import set_current_device
 from launch.nccl import reach_gpus, tell_of_silence
 from launch.program import is_under_torchrun
@@ -131,6 +132,11 @@ def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = No
     if world > 1:
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+def smallest_gpu_room(rank_info: RankInfo) -> float:
+    """Return the `gpu_room` of the rank that has least of it, on all ranks. Collective."""
+    return min(gather_from_ranks(memory.gpu_room(rank_info.device), rank_info.world))
 
 
 def count_cpus() -> int:

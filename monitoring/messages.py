@@ -147,7 +147,7 @@ def describe_end(
     saved: bool,
     sampled: bool,
 ) -> str:
-    """Return the lines that a run ends with: its speed, memory, loss and files, or why it was stopped.
+    """Return the lines that a run ends with: speed, memory, loss and files, or memory and why it was stopped.
 
     Args:
         history: all steps of the run.
@@ -161,7 +161,8 @@ def describe_end(
     """
     folder = output_folder(config)
     if stopped:
-        return describe_stop(stopped, history, total_steps, folder)
+        memory = describe_memory(history[steps_before:] or history, gib)
+        return f"{memory}\n{describe_stop(stopped, history, total_steps, folder)}"
     training = describe_training(history, seconds, gib, steps_before)
     evaluations = describe_evaluations(history, total_steps, config)
     return "\n".join([training, *evaluations, describe_files(config, saved, sampled, folder)])

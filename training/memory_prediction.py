@@ -26,14 +26,15 @@ def predict_memory(job: Job, cpus: int) -> MemoryEstimate | None:
         return None
     model, tokens = build_on_meta(job.model_config, job.family), max_sequence_length(job.config, job.rows)
     sizes = run_sizes(model, job.family, job.config, job.precision, job.files, tokens)
-    compilers = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", cpus))
+    threads = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "")
+    compilers = int(threads) if threads.isdecimal() else cpus
     return estimate_memory(job.config, job.precision, sizes, job.gpu, compilers)
 
 
 def describe_prediction(predicted: MemoryEstimate, room: float) -> str:
-    """Return the line about the predicted memory; it says so if a GPU has less room than that.
+    """Return the line about the predicted memory; it says so if a GPU has less room.
 
-    room: bytes that the run's tensors may take of this GPU, from `gpu_room`.
+    room: bytes that tensors may take of the GPU that has least, from `smallest_gpu_room`.
     """
     line = (
         f"memory: about {format_bytes(predicted.peak)} per GPU at the peak,"
@@ -42,8 +43,8 @@ def describe_prediction(predicted: MemoryEstimate, room: float) -> str:
     if predicted.peak <= room:
         return line
     return (
-        f"{line}; this GPU has room for {format_bytes(room)}: the run goes on, and may run out of memory;"
-        " plan.py names options that fit"
+        f"{line}; the fullest GPU has room for {format_bytes(room)}: the run goes on, and may run out of"
+        " memory; plan.py names options that fit"
     )
 
 

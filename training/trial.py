@@ -45,7 +45,7 @@ class Trial:
         steps: optimizer steps. The second is the first with the optimizer's states in memory. fp16 takes some
             more.
         expected: bytes of the peak by the model of memory; 0 = unknown. If they are far more than a GPU has,
-            the trial ends before it begins, as one that does not fit.
+            the trial ends before it begins, as one that does not fit. Infinity: it only measures the room.
     """
 
     config: Config

@@ -17,9 +17,9 @@ from data.rows import TokenizedRows
 from files.base_model import BaseModel
 from files.digests import WeightsDigest
 from files.model_folder import CheckpointFiles
-from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory, peak_resident_bytes
+from launch.memory import PEAK_MEMORY, is_out_of_memory, peak_resident_bytes
 from launch.precision import detect_precision
-from launch.ranks import RankInfo
+from launch.ranks import RankInfo, smallest_gpu_room
 from monitoring.metrics import Metrics
 from monitoring.profiling import Profiler
 from options.errors import UserError
@@ -113,11 +113,12 @@ def record_trial(
 ) -> Iterator[tuple[Job, Profiler, list[Metrics]]]:
     """Context in which a rank runs a trial: yields (its job, its profiler, a list to add its metrics to).
 
-    Writes the record of this rank into `folder` at the end. Raises UserError if the GPU is out of memory.
+    Collective. Writes the record of this rank into `folder` at the end. Raises UserError if the GPU is out of
+    memory.
     """
     profiler, history = TimingProfiler(rank_info.device), list[Metrics]()
     PEAK_MEMORY.reset()
-    room = gpu_room(rank_info.device) if rank_info.device.type == "cuda" else 0
+    room = smallest_gpu_room(rank_info) if rank_info.device.type == "cuda" else 0
 
     def write(fits: bool) -> None:
         PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)

@@ -13,12 +13,15 @@ import torch
 import train
 from launch.gpus import GPUS
 from launch.memory import format_bytes, gpu_room
+from launch.ranks import smallest_gpu_room
 from models.registry import build_on_meta
 from monitoring.memory_model import MemoryEstimate, estimate_memory
-from monitoring.messages import describe_training
+from monitoring.messages import describe_end, describe_training
 from monitoring.metrics import Metrics
 from monitoring.run_sizes import run_sizes
+from options.config import Config
 from options.train import parse
+from tests.helpers.here import SINGLE_RANK
 from tests.helpers.report_pages import Page
 from tests.helpers.runs import full_run, make_job
 from training.memory_prediction import predict_memory
@@ -49,8 +52,8 @@ def test_a_run_predicts_and_compares(room, checkpoints, short_rows, one_rank, tm
     line = re.search(r"^memory: .*$", printed, re.MULTILINE)[0]
     host = f"{format_bytes(expected.host)} of host memory in all"
     start = f"memory: about {format_bytes(expected.peak)} per GPU at the peak, {host}"
-    end = f"; this GPU has room for {format_bytes(room)}: the run goes on, and may run out of memory; plan.py"
-    end += " names options that fit"
+    end = f"; the fullest GPU has room for {format_bytes(room)}: the run goes on, and may run out of memory"
+    end += "; plan.py names options that fit"
     assert line.startswith(start) and line.endswith(end) == (expected.peak > room)
     assert printed.index(line) < printed.index("model: ")  # before the load
     # At the end, in run.json, and on the report's page.
@@ -65,6 +68,15 @@ def test_a_run_predicts_and_compares(room, checkpoints, short_rows, one_rank, tm
     assert f"Peak memory {peak:.2f} GiB on the fullest rank; predicted {predicted:.2f} GiB" in page.text
 
 
+@pytest.mark.parametrize(("threads", "cpus"), [("7", 7), ("many", 2), ("", 2)])
+def test_the_compilers_processes_follow_the_environment(threads, cpus, source, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", threads)
+    monkeypatch.setattr("training.memory_prediction.run_sizes", lambda *_: None)
+    monkeypatch.setattr("training.memory_prediction.estimate_memory", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(train.Job, "gpu", T4)
+    assert predict_memory(make_job(SINGLE_RANK, source), 2) == cpus
+
+
 def test_nothing_is_predicted_on_a_cpu(checkpoints, short_rows, one_rank):
     assert one_rank(predict_here, ["--model_name", checkpoints(), "--dataset", short_rows]) == [None]
 
@@ -73,6 +85,15 @@ def predict_here(rank_info, argv) -> MemoryEstimate | None:
     job = make_job(rank_info, argv)
     job.__dict__["gpu"] = None  # where the tests run on GPUs, too
     return predict_memory(job, 1)
+
+
+def test_the_gpu_with_the_least_room_counts(two_ranks):
+    assert two_ranks(room_here) == [GIB, GIB]
+
+
+def room_here(rank_info) -> float:
+    with mock.patch("launch.memory.gpu_room", lambda device: GIB * (2 - rank_info.rank)):
+        return smallest_gpu_room(rank_info)
 
 
 def test_a_resumed_run_compares_its_own_steps():
@@ -86,6 +107,9 @@ def test_a_resumed_run_compares_its_own_steps():
     for before, end in ((0, "peak 8.00 GiB, 2.00"), (1, "peak 4.40 GiB, 1.10")):
         line = describe_training(steps, 9.0, gib, before).splitlines()[1]
         assert line == f"memory of the fullest rank: {phases}, {end} times the predicted 4.00 GiB"
+        # A run that was stopped compares, too.
+        stopped = describe_end(Config(output_dir="run"), steps, 9, before, 9.0, gib, "SIGTERM", False, False)
+        assert stopped.startswith(f"{line}\nstopped at step 3 of 9 (SIGTERM)")
 
 
 @pytest.mark.parametrize(("limit", "room"), [(1.0, 15), (0.1, 10)])
