@@ -15,9 +15,22 @@ GIB = "1.5"
 
 
 def train_limited(folder, out, *options) -> subprocess.CompletedProcess:
-    """Run train.py with GIB of GPU memory, on rows of 1,024 tokens."""
+    """Run train.py with GIB of GPU memory, on rows of 1,024 tokens.
+
+    Two runs of a command are equal only with --deterministic: attention's backward adds in any order.
+    """
     argv = ["--model_name", folder, "--dataset", "dummy", "--context_length", "1024", "--world_size", "1"]
-    argv += ["--max_steps", "2", "--compile", "false", "--output_dir", out, *options]
+    argv += [
+        "--max_steps",
+        "2",
+        "--compile",
+        "false",
+        "--deterministic",
+        "true",
+        "--output_dir",
+        out,
+        *options,
+    ]
     command = [sys.executable, "-m", "benchmarks.limited", GIB, *map(str, argv)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
