@@ -25,13 +25,13 @@ from options.config import Config
 from options.declaration import AUTO
 from options.errors import UserError
 from training.job import Job
-from training.size_search import SizeSearch
+from training.size_search import MAX_TRIALS, SizeSearch
 from training.step_sizes import list_batches, with_batch
 from training.trial import Trial, TrialResult, run_trial
 
 CONTEXT_STEP = 64  # tokens between the lengths that --context_length auto may take
 CPU_BATCH = 8  # most that --batch_size auto tries without a GPU, where a larger batch is hardly faster
-CONTEXT_BYTES = GIB  # of CUDA's context and NCCL's buffers, until a trial has measured what they leave
+CONTEXT_BYTES = GIB  # of CUDA's context and NCCL's buffers, if no rank could measure what they leave
 FEW_STEPS = 50  # a run with fewer steps is told how to get more
 
 
@@ -46,42 +46,60 @@ def settle_sizes(try_rank: Callable, check: Callable[[Config], Job], job: Job, l
 
     Raises UserError, on all ranks or on none, if no size fits.
     """
+    room = _measure_room(job, try_rank, launcher) if job.config.unsettled else 0.0
     if job.config.context_length == AUTO:
-        context = _find_context(job, try_rank, launcher)
+        context = _find_context(job, try_rank, launcher, room)
         config, started = dataclasses.replace(job.config, context_length=context), job.started
         job = dataclasses.replace(launcher.check(partial(check, config)), started=started)
     if job.config.batch_size == AUTO:
-        batch, tried = _find_batch(job, try_rank, launcher)
+        batch, tried = _find_batch(job, try_rank, launcher, room)
         job = dataclasses.replace(job, config=with_batch(job.config, batch))
-        steps = job.total_steps(make_sampler(job.config, job.rows, 0, job.config.world_size))
+        sampler = make_sampler(job.config, job.rows, 0, job.config.world_size)
+        items, steps = sampler.items_per_epoch(), job.total_steps(sampler)
         if job.config.profile:
             check_traces(job.config, steps)
-        _print(f"--batch_size auto: {batch}{tried}; {_describe_step(job.config, steps)}")
+        _print(f"--batch_size auto: {batch}{tried}; {_describe_step(job.config, items, steps)}")
     return job
 
 
-def _find_context(job: Job, try_rank: Callable, launcher: Launcher) -> int:
+def _measure_room(job: Job, try_rank: Callable, launcher: Launcher) -> float:
+    """Return the bytes that tensors may take of the GPU that has least of them; infinity without a GPU.
+
+    Ranks measure it, in processes that end at once: asking here would leave a CUDA context in this process,
+    and only the ranks have the limit of benchmarks/limited.py.
+    """
+    if job.gpu is None:
+        return math.inf
+    trial = Trial(job.config, job.model_config, job.files, tokens=0, expected=math.inf)
+    room = run_trial(trial, try_rank, launcher).room
+    return room or job.gpu.gib * GIB - CONTEXT_BYTES
+
+
+def _find_context(job: Job, try_rank: Callable, launcher: Launcher, room: float) -> int:
     """Return the longest --context_length that fits, at the given batch or, if that is AUTO, at batch 1.
 
-    The rows of the job are cut only to what the model knows.
+    The rows of the job are cut only to what the model knows. The arguments are those of `_SizeFinder`.
     """
     config = with_batch(job.config, 1) if job.config.batch_size == AUTO else job.config
     longest = int(job.rows.lengths().max())
     candidates = [*range(CONTEXT_STEP, longest, CONTEXT_STEP), longest]
-    finder = _SizeFinder(job, try_rank, launcher, "context_length")
+    finder = _SizeFinder(job, try_rank, launcher, "context_length", room)
     context, tried = finder.find(candidates, lambda n: (dataclasses.replace(config, context_length=n), n))
     limit = " tokens, the longest row" if context == longest else " tokens"
     _print(f"--context_length auto: {context}{limit}{tried}")
     return context
 
 
-def _find_batch(job: Job, try_rank: Callable, launcher: Launcher) -> tuple[int, str]:
-    """Return (the largest --batch_size that fits with the longest rows of the job, what was tried)."""
+def _find_batch(job: Job, try_rank: Callable, launcher: Launcher, room: float) -> tuple[int, str]:
+    """Return (the largest --batch_size that fits with the longest rows of the job, what was tried).
+
+    The arguments are those of `_SizeFinder`.
+    """
     one = with_batch(job.config, 1)
     items = make_sampler(one, job.rows, 0, one.world_size).items_per_epoch()
     candidates = list_batches(one, items, most=None if job.gpu else CPU_BATCH)
     tokens = max_sequence_length(one, job.rows)
-    finder = _SizeFinder(job, try_rank, launcher, "batch_size")
+    finder = _SizeFinder(job, try_rank, launcher, "batch_size", room)
     batch, tried = finder.find(candidates, lambda n: (with_batch(one, n), tokens))
     return batch, tried + f", at most {CPU_BATCH} without a GPU" * (job.gpu is None)
 
@@ -92,21 +110,21 @@ class _SizeFinder:
     Args:
         job, try_rank, launcher: as for `settle_sizes`.
         option: its name.
+        room: from `_measure_room`.
     """
 
-    def __init__(self, job: Job, try_rank: Callable, launcher: Launcher, option: str):
-        self.job, self.try_rank, self.launcher, self.option = job, try_rank, launcher, option
+    def __init__(self, job: Job, try_rank: Callable, launcher: Launcher, option: str, room: float):
+        self.job, self.try_rank, self.launcher, self.option, self.room = job, try_rank, launcher, option, room
 
     def find(self, candidates: list[int], setting: Callable[[int], tuple[Config, int]]) -> tuple[int, str]:
         """Return (the largest candidate that fits, what was tried). Raises UserError if none does.
 
         setting: setting(value) returns (the options with it, tokens of the longest sequence).
         """
-        gpu = self.job.gpu
         search = SizeSearch(
             candidates,
             estimate=lambda value: self._estimate(*setting(value)),
-            room=gpu.gib * GIB - CONTEXT_BYTES if gpu else math.inf,
+            room=self.room,
         )
 
         def attempt(value: int) -> TrialResult:
@@ -120,7 +138,7 @@ class _SizeFinder:
         value = search.run(attempt, agree=lambda index: self.launcher.gather(index)[0])
         if value is None:
             rows = _describe_rows(*setting(candidates[0]))
-            where = f"{search.room / GIB:.2f} GiB of GPU memory" if gpu else "the host's memory"
+            where = f"{search.room / GIB:.2f} GiB of GPU memory" if self.job.gpu else "the host's memory"
             raise UserError(
                 f"--{self.option} auto: not even {rows} fits into {where}; `python plan.py` with the same"
                 " options says what would make it fit"
@@ -154,12 +172,21 @@ def _describe_trials(search: SizeSearch) -> str:
     if fitting:
         _, result = max(fitting, key=lambda trial: trial[0])
         peak = f"; peak {result.peak / GIB:.2f} of {result.room / GIB:.2f} GiB"
-    return f" (tried: {', '.join(tried)}{peak})" if tried else ""
+    more = (
+        f"; up to {search.untried} may fit, after the last of {MAX_TRIALS} trials" if search.untried else ""
+    )
+    return f" (tried: {', '.join(tried)}{peak}{more})" if tried else ""
 
 
-def _describe_step(config: Config, steps: int) -> str:
-    """Return what the steps are like that follow from --batch_size auto. steps: of the run."""
-    rows = config.world_size * config.batch_size * config.gradient_accumulation_steps
+def _describe_step(config: Config, items: int, steps: int) -> str:
+    """Return what the steps are like that follow from --batch_size auto.
+
+    Args:
+        config: with the batch.
+        items: rows, or packs, of an epoch: no step has more.
+        steps: of the run.
+    """
+    rows = min(config.world_size * config.batch_size * config.gradient_accumulation_steps, items)
     text = (
         f"a step has {rows} {'packs' if config.packing else 'rows'} with --gradient_accumulation_steps"
         f" {config.gradient_accumulation_steps}, the run {steps:,} steps"

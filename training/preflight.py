@@ -55,7 +55,13 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
-from training.step_sizes import adopt_recorded_sizes, describe_adopted, settle_effective_batch
+from training.step_sizes import (
+    adopt_recorded_sizes,
+    check_step_fits_epoch,
+    describe_adopted,
+    settle_effective_batch,
+    with_batch,
+)
 from training.warm_start import WarmStart, adopt_adapter
 
 
@@ -108,6 +114,9 @@ def _make_job(config: Config) -> Job:
         assert config.lr is not None
         new = new_layers(model.config)
         check_can_leave_identity(model.files, model.family, new, job.precision.trained, config.lr)
+    if config.effective_batch_size and config.context_length != AUTO:  # which is checked again as a number
+        one = with_batch(config, 1) if config.batch_size == AUTO else config
+        check_step_fits_epoch(config, make_sampler(one, rows, 0, config.world_size).items_per_epoch())
     if config.profile and not config.unsettled:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if not saved:

@@ -25,12 +25,14 @@ class SizeSearch:
         estimate: estimate(size) returns the bytes of its peak.
         room: bytes that it may take; infinity = unknown. Each trial measures it.
         trials: (size, result) of each trial so far.
+        untried: the largest size that may fit too, if the trials ended before the search; None = it ended.
     """
 
     candidates: Sequence[int]
     estimate: Callable[[int], float]
     room: float
     trials: list[tuple[int, TrialResult]] = field(default_factory=list)
+    untried: int | None = None
 
     def run(
         self,
@@ -56,6 +58,9 @@ class SizeSearch:
             self.trials.append((size, result))
             self.room = result.room or self.room
             low, high = (index, high) if result.fits else (low, index)
+        is_used_up = len(self.trials) == MAX_TRIALS and 0 <= low < high - 1
+        if is_used_up and agree(self._next(low, high)) is not None:
+            self.untried = self.candidates[high - 1]
         return self.candidates[low] if low >= 0 else None
 
     def _first_fits(self, high: int) -> int:

@@ -48,6 +48,20 @@ def settle_effective_batch(config: Config) -> Config:
     return config
 
 
+def check_step_fits_epoch(config: Config, items: int) -> None:
+    """Raise UserError if --effective_batch_size is more than an epoch has, so that no step could have it.
+
+    items: rows, or packs, of an epoch.
+    """
+    total, world = config.effective_batch_size, config.world_size
+    if total is None or total <= items:
+        return
+    kind = "packs" if config.packing else "rows"
+    most = f"at most {items - items % world} is possible with" if items >= world else "too few for"
+    processes = f"{world} process{'es' * (world > 1)}"
+    raise UserError(f"--effective_batch_size {total}: an epoch has {items:,} {kind}; {most} {processes}")
+
+
 def with_batch(config: Config, batch: int) -> Config:
     """Return the options with this --batch_size, and the accumulation that --effective_batch_size leaves."""
     config = dataclasses.replace(config, batch_size=batch)

@@ -54,6 +54,16 @@ def test_it_finds_the_largest_candidate_even_if_the_estimate_is_far_off():
         assert found == largest and len(tried) <= MAX_TRIALS
 
 
+def test_a_search_that_is_not_at_its_end_says_so():
+    """Six trials are too few where nothing is estimated."""
+    search = SizeSearch(range(1, 1001), lambda n: 0.0, math.inf)
+    found = search.run(lambda n: TrialResult(n <= 101))
+    tried = [size for size, _ in search.trials]
+    assert len(tried) == MAX_TRIALS and found < 101 <= search.untried == min(n for n in tried if n > 101) - 1
+    done = SizeSearch(range(1, 9), lambda n: 0.0, math.inf)
+    assert done.run(lambda n: TrialResult(n <= 5)) == 5 and done.untried is None
+
+
 def test_none_fits():
     found, tried = search(range(1, 1001), 5e9, FIXED, PER_ROW, known=139e9)
     assert found is None and len(tried) == len(set(tried)) <= MAX_TRIALS and tried[-1] == 1
