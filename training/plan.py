@@ -16,7 +16,9 @@ from training.fitting import Proposal
 from training.machine import Machine
 from training.memory_changes import MEMORY_OPTIONS
 from training.plan_curve import MemoryCurve
-from training.planned_model import PlannedModel
+from training.planned_model import PlannedModel, is_named_shape
+
+PLACEHOLDER = "MODEL"  # in commands, in place of a named shape, which train.py cannot load
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,20 @@ class Plan:
     curve: MemoryCurve | None = None
 
     def command(self, changes: dict | None = None) -> str:
-        """Return the command of the run to paste: as it was typed, with what was searched and changed."""
-        return self.request.command(self.searched | (changes or {}))
+        """Return the command of the run to paste: as it was typed, with what was searched and changed.
+
+        It names the number of ranks, since the machine that it runs on may have more GPUs. A named shape
+        becomes PLACEHOLDER.
+        """
+        fixed: dict = {"model_name": PLACEHOLDER} if self.is_shape else {}
+        if self.request.config.world_size == -1:
+            fixed["world_size"] = self.config.world_size
+        return self.request.command(fixed | self.searched | (changes or {}))
+
+    @property
+    def is_shape(self) -> bool:
+        """Whether the model is a named shape only, without weights."""
+        return is_named_shape(self.planned.name)
 
     def phases_gib(self) -> dict[str, float]:
         """Return {phase: GiB on the fullest GPU}, of the phases of MemoryEstimate and the peak."""

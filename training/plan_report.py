@@ -11,7 +11,7 @@ from training.batch_table import BatchTable
 from training.fitting import Proposal
 from training.machine import RESERVED_GIB
 from training.memory_changes import as_arguments
-from training.plan import Plan
+from training.plan import PLACEHOLDER, Plan
 from training.plan_curve import draw_png, draw_text
 
 # Phases with other names in the text.
@@ -153,6 +153,11 @@ def _describe_proposal(plan: Plan, proposal: Proposal) -> list[str]:
 def list_remarks(plan: Plan) -> list[str]:
     """Return the lines on options and limits that the numbers do not show."""
     lines = list(plan.request.remarks)
+    if plan.is_shape:
+        lines.append(
+            f"{plan.planned.name} is a shape only: in place of {PLACEHOLDER}, put the folder or hub id of"
+            " such a model"
+        )
     if plan.tokens > plan.planned.context_limit:
         lines.append(
             f"--context_length {plan.tokens}: the model was made for {plan.planned.context_limit:,} tokens"

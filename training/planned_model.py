@@ -55,6 +55,12 @@ class PlannedModel:
         return getattr(self.model.config, "max_position_embeddings", None) or UNKNOWN_LIMIT
 
 
+def is_named_shape(model_name: str) -> bool:
+    """Return whether a model is planned by one of SHAPES: it has no weights and no tokenizer."""
+    is_folder = model_name == TOY_MODEL or os.path.isdir(os.path.expanduser(model_name))
+    return not is_folder and model_name.lower() in SHAPES
+
+
 def open_planned_model(name: str) -> PlannedModel:
     """Return the model of that name. Of the hub it fetches config, index and headers, as far as it needs.
 
@@ -65,11 +71,11 @@ def open_planned_model(name: str) -> PlannedModel:
     Raises:
         UserError: it is none of these, is not accessible, or is no model that could be trained.
     """
-    is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
-    if not is_folder and name.lower() in SHAPES:
+    if is_named_shape(name):
         shape = SHAPES[name.lower()].model_config()
         shape.name_or_path = name  # for messages
         return _plan_by_config(name, Path(name), shape, FAMILIES[shape.model_type])
+    is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
     try:
         folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX))
     except UserError as e:

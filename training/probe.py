@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from files.model_folder import find_model
 from launch.apart import Launcher
 from launch.gpus import Gpu, detect_gpu, find_gpu
 from launch.memory import GIB
-from models.shapes import SHAPES
 from monitoring.memory_model import MemoryEstimate
 from monitoring.report_page import duration
 from options.config import Config
 from options.errors import UserError
 from options.plan import PlanOptions
-from training.planned_model import PlannedModel
+from training.planned_model import PlannedModel, is_named_shape
 from training.step_clock import StepTimes
 from training.trial import MAX_MICRO_BATCHES, Trial, TrialResult, run_trial
 
@@ -168,11 +166,6 @@ def run_probe(
         mean_times=times,
         unknown=unknown,
     )
-
-
-def is_named_shape(model_name: str) -> bool:
-    """Return whether a model is planned by one of SHAPES, and so has no tokenizer."""
-    return model_name.lower() in SHAPES and not os.path.isdir(os.path.expanduser(model_name))
 
 
 def read_rows(config: Config) -> tuple[Config, TokenizedRows]:

@@ -54,7 +54,9 @@ def test_every_kind_of_run(train_type, family, sharding_strategy, gpu, more, che
     found = answer(capsys, *run, *rank, "--batch_size=8", *machine)
     peak, phases = found["peak_gib"], found["phases"]
     assert found["fits"] and peak == phases["peak"] == max(phases.values()) > 0
-    assert found["command"] == shlex.join(["python", "train.py", *run, *rank, "--batch_size=8"])
+    # Four ranks, also where the command is pasted on a machine with eight GPUs.
+    words = [*run, *rank, "--batch_size=8", "--world_size", "4"]
+    assert found["command"] == shlex.join(["python", "train.py", *words])
     assert found["left_gib"] == pytest.approx(found["machine"]["gib"] - RESERVED_GIB - peak)
     edge = RESERVED_GIB + peak
     assert answer(capsys, *run, *rank, "--batch_size=8", *machine, f"--gib={edge + 1e-9}")["fits"]
@@ -110,14 +112,29 @@ def test_without_a_context_one_row_is_searched_and_the_step_stays_the_same():
     assert all("--context_length 512" in nothing.command(p.options) for p in nothing.proposals)
 
 
+def test_a_command_names_its_ranks_and_a_model_that_train_can_load(checkpoints, capsys):
+    """A shape has no weights, so a placeholder stands for it, in all commands and as a remark."""
+    short = "--context_length=512"
+    found = answer(capsys, "--model_name", "8b", "--train_type=full", short)
+    commands = [found["command"], *(change["command"] for change in found["changes"])]
+    assert len(commands) > 1 and any("8b is a shape only" in line for line in found["remarks"])
+    for command in commands:
+        config, _ = parse_train(shlex.split(command)[2:])
+        assert (config.model_name, config.world_size) == ("MODEL", 1)
+    folder = str(checkpoints())
+    real = answer(capsys, "--model_name", folder, short, "--gpus=4", "--world_size=2")
+    assert real["command"] == f"python train.py --model_name {folder} {short} --world_size=2"
+    assert real["remarks"] == [], "as typed"
+    every = answer(capsys, "--model_name", folder, short, "--gpus=4", "--world_size=-1")
+    assert every["command"].endswith(f"{short} --world_size 4")
+
+
 def test_sizes_that_are_auto():
     """As train.py would set them, but by the model of memory alone."""
     options = "--context_length=2048", "--batch_size=auto"
     found = plan_of(*options, gib="12")
     batch = found.config.batch_size
-    assert (
-        found.fits and found.command().endswith(f"--context_length=2048 --batch_size {batch}") and batch > 1
-    )
+    assert found.fits and found.command().endswith(f"--world_size 1 --batch_size {batch}") and batch > 1
     assert not plan_of(options[0], f"--batch_size={batch + 1}", gib="12").fits
     shared = plan_of(*options, "--effective_batch_size=24", gib="12", gpus="2")
     divisors = [n for n in (1, 2, 3, 4, 6, 12) if n <= batch]
@@ -153,7 +170,8 @@ def test_the_options_of_a_saved_run(tmp_path, capsys):
     file.write_text("model_name: 1b\ncontext_length: 700\nlr: 1.0e-3\ntrain_type: qlora\n")
     found = answer(capsys, "--config", str(file))
     assert (found["run"]["train_type"], found["run"]["context_length"]) == ("qlora", 700)
-    assert found["command"] == f"python train.py --config {file}" and found["without_effect"] == []
+    command = f"python train.py --config {file} --model_name MODEL --world_size 1"
+    assert found["command"] == command and found["without_effect"] == []
     file.write_text("model_name: 1b\ngpus: 2\n")
     assert plan.main(["--config", str(file)]) == 2
     assert (
