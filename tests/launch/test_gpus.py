@@ -29,6 +29,22 @@ from options.errors import UserError
         ("RTX 6000 Ada", "6000ada"),
         ("Tesla T4", "t4"),
         ("H100-80GB", "h100"),
+        # As nvidia-smi names them, also cut short or with the memory on the box.
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("H100 PCIe", "h100"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("V100-PCIE-32GB", "v100-32gb"),
+        ("NVIDIA RTX 6000 Ada Generation", "6000ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "pro6000"),
+        ("NVIDIA GeForce RTX 3090 Ti", "3090ti"),
+        ("A10G 24GB", "a10g"),
+        ("T4 15GB", "t4"),
+        ("T4 16 GB", "t4"),
+        ("H200 141GB", "h200"),
     ],
 )
 def test_spellings(spelling, key):
@@ -40,7 +56,7 @@ def test_aliases_name_gpus():
 
 
 def test_an_unknown_name():
-    known = ", ".join(GPUS)
+    known = f"{', '.join(GPUS)}; for another kind, give --gib and the name of a similar one"
     with pytest.raises(UserError) as wrong:
         find_gpu("4091")
     assert str(wrong.value).startswith("--gpu 4091: unknown; did you mean 4090")
@@ -50,11 +66,21 @@ def test_an_unknown_name():
     assert str(wrong.value) == f"--gpu 'potato\\n': unknown; known are {known}"
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("RTX 4060 Ti", "4060ti-16gb"), ("A100 20GB", "a100-40gb or a100"), ("H100 94GB", "h100")],
+)
+def test_a_name_that_does_not_tell_the_memory(name, near):
+    """A 4060 Ti has 8 or 16 GB; there is no A100 of 20."""
+    with pytest.raises(UserError, match=rf"^--gpu {name}: unknown; did you mean {near}\? known are"):
+        find_gpu(name)
+
+
 def test_facts():
     """Cards whose limits the plans depend on: no bf16 and no Triton before Ampere; no peers among GeForce."""
     assert [name for name, gpu in GPUS.items() if not gpu.has_bf16] == ["t4", "2080ti", "v100", "v100-32gb"]
     assert [name for name, gpu in GPUS.items() if gpu.reads_peers] == [
-        "v100", "v100-32gb", "a100-40gb", "a100", "h100", "h200", "b200"
+        "v100", "v100-32gb", "a100-40gb", "a100", "h100", "h100-nvl", "h200", "b200"
     ]  # fmt: skip
     assert not find_gpu("t4").runs_triton and find_gpu("3060").runs_triton
 
