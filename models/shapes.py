@@ -19,6 +19,7 @@ class Shape:
         layers: decoder layers.
         heads, kv_heads: attention heads of queries, and of keys and values.
         vocabulary: known tokens.
+        context: most tokens of a row.
         tied: whether the head is the embedding.
     """
 
@@ -28,6 +29,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    context: int
     tied: bool = False
 
     def parameters(self) -> int:
@@ -49,7 +51,7 @@ class Shape:
             num_key_value_heads=self.kv_heads,
             vocab_size=self.vocabulary,
             tie_word_embeddings=self.tied,
-            max_position_embeddings=8192,
+            max_position_embeddings=self.context,
             rms_norm_eps=1e-5,
             bos_token_id=256,
             eos_token_id=257,
@@ -58,16 +60,17 @@ class Shape:
         )
 
 
-# 7b and 13b: Llama 2; 3b: Llama 3.2; 8b, 70b and 405b: Llama 3; 14b and 32b: Qwen2.5 without its biases.
+# 1b and 3b: Llama 3.2; 7b and 13b: Llama 2; 8b and 70b: Llama 3; 405b: Llama 3.1. 14b and 32b: Qwen2.5's
+# instruct models without their biases; their base models have 131,072 tokens.
 SHAPES = {
-    "tiny": Shape(64, 160, 4, 4, 2, 300),
-    "1b": Shape(2048, 8192, 16, 32, 8, 128256),  # Llama 3.2's, with a head of its own
-    "3b": Shape(3072, 8192, 28, 24, 8, 128256, tied=True),
-    "7b": Shape(4096, 11008, 32, 32, 32, 32000),
-    "8b": Shape(4096, 14336, 32, 32, 8, 128256),
-    "13b": Shape(5120, 13824, 40, 40, 40, 32000),
-    "14b": Shape(5120, 13824, 48, 40, 8, 152064),
-    "32b": Shape(5120, 27648, 64, 40, 8, 152064),
-    "70b": Shape(8192, 28672, 80, 64, 8, 128256),
-    "405b": Shape(16384, 53248, 126, 128, 8, 128256),
+    "tiny": Shape(64, 160, 4, 4, 2, 300, 8192),
+    "1b": Shape(2048, 8192, 16, 32, 8, 128256, 131072),  # with a head of its own
+    "3b": Shape(3072, 8192, 28, 24, 8, 128256, 131072, tied=True),
+    "7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+    "8b": Shape(4096, 14336, 32, 32, 8, 128256, 8192),
+    "13b": Shape(5120, 13824, 40, 40, 40, 32000, 4096),
+    "14b": Shape(5120, 13824, 48, 40, 8, 152064, 32768),
+    "32b": Shape(5120, 27648, 64, 40, 8, 152064, 32768),
+    "70b": Shape(8192, 28672, 80, 64, 8, 128256, 8192),
+    "405b": Shape(16384, 53248, 126, 128, 8, 128256, 131072),
 }

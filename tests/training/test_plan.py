@@ -102,10 +102,9 @@ def test_the_text_has_what_json_has(capsys):
 
 def test_without_a_context_one_row_is_searched_and_the_step_stays_the_same():
     found = plan_of("--batch_size=4", "--gradient_accumulation_steps=2")
-    assert (
-        found.is_models_limit and found.tokens == 8192 and "the model's limit" in "\n".join(describe(found))
-    )
-    assert found.command().endswith("--batch_size 1 --gradient_accumulation_steps 8 --context_length 8192")
+    assert found.is_models_limit and found.tokens == 131_072
+    assert "the model's limit" in "\n".join(describe(found))
+    assert found.command().endswith("--batch_size 1 --gradient_accumulation_steps 8 --context_length 131072")
     assert found.command().count("--batch_size") == 1, "the option that was typed is replaced"
     nothing = plan_of("--train_type=full", gib="8")
     assert not nothing.fits and nothing.table is None and nothing.tokens == 512

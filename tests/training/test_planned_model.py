@@ -92,6 +92,9 @@ def test_shapes_have_the_public_sizes():
               "14b": 14_770_033_664 - 48 * 7168, "32b": 32_763_876_352 - 64 * 7168, "70b": 70_553_706_496,
               "405b": 405_853_388_800}  # fmt: skip
     assert {name: SHAPES[name].parameters() for name in public} == public
+    contexts = {"1b": 2**17, "3b": 2**17, "7b": 4096, "8b": 8192, "13b": 4096, "14b": 2**15, "32b": 2**15,
+                "70b": 8192, "405b": 2**17}  # fmt: skip
+    assert {name: open_planned_model(name).context_limit for name in contexts} == contexts
     for name in SHAPES:
         planned = open_planned_model(name)
         assert sum(p.numel() for p in planned.model.parameters()) == SHAPES[name].parameters()

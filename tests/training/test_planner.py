@@ -149,18 +149,19 @@ def test_fitting(peak, host, host_gib, expected):
 
 def test_the_largest_batch_and_the_longest_context_are_those_of_a_search_one_by_one():
     planned, options = open_planned_model("1b"), "--train_type qlora"
+    estimator = Estimator(planned, GPUS["4090"])
     for gib in (2.5, 5.0, 7.0):
         machine = machine_of(gib=gib)
         config = resolved(options, machine, "1b")
 
         def is_possible(batch: int, tokens: int, config: Config = config, machine: Machine = machine) -> bool:
-            changed = dataclasses.replace(config, batch_size=batch)
-            return fits(estimate(changed, planned, machine.gpu, tokens), machine)
+            return fits(estimator(dataclasses.replace(config, batch_size=batch), tokens), machine)
 
         batches = [n for n in range(1, 40) if is_possible(n, 1024)]
         assert largest_batch(config, planned, machine, 1024) == max(batches, default=0) < 39
-        contexts = [n for n in range(128, 8193, 128) if is_possible(1, n)]
+        contexts = [n for n in range(128, 2**15, 128) if is_possible(1, n)]
         assert longest_context(config, Estimator(planned, machine.gpu), machine) == max(contexts, default=0)
+        assert not is_possible(1, 2**15), "the search ends before"
 
 
 def test_a_models_limit_is_the_longest_context(checkpoints):
