@@ -36,7 +36,7 @@ def target_linears(model: nn.Module, family: Family, target_modules: str) -> lis
     A pattern matches whole dotted segments at the end of a name: q_proj, self_attn.q_proj. Raises UserError
     if a pattern matches nothing, or a linear of a routed expert. target_modules: the option's value.
     """
-    names = [name for name, _ in family.layer_linears(model)]
+    names = list(family.layer_linear_names(model))
     matched = set()
     for pattern in peft_targets(family, target_modules):
         matches = [n for n in names if pattern and f".{n}".endswith(f".{pattern}")]
@@ -131,7 +131,7 @@ def quantizer_from_config(config: Config) -> Quantizer:
 def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> list[str]:
     """Return the names of the linears to pack: those of all decoder layers but Llama-Pro's new ones."""
     new = new_layers(model.config) if config.method.expansion else []
-    return [name for name, _ in family.layer_linears(model) if family.locate_layer(name)[0] not in new]
+    return [name for name in family.layer_linear_names(model) if family.locate_layer(name)[0] not in new]
 
 
 def choose_quantizers(names: list[str], config: Config, files: WeightHeaders) -> dict[str, Quantizer]:

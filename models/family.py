@@ -84,9 +84,17 @@ class Family:
 
         Raises AttributeError for a name that a layer does not have.
         """
+        layers = self.decoder_layers(model)
+        for name in self.layer_linear_names(model):
+            index, below = self.locate_layer(name)
+            assert index is not None
+            yield name, layers[index].get_submodule(below)
+
+    def layer_linear_names(self, model: nn.Module) -> Iterator[str]:
+        """Yield the names of `layer_linears`. Of 18,000 in a model with experts, modules take a second."""
         for i, layer in enumerate(self.decoder_layers(model)):
             for linear in self.select_linears(layer) if self.select_linears else self.linears:
-                yield f"{self.layers}.{i}.{linear}", layer.get_submodule(linear)
+                yield f"{self.layers}.{i}.{linear}"
 
     def locate_layer(self, name: str) -> tuple[int | None, str]:
         """Split a tensor's name into (layer's index, name within it); (None, name) outside of the layers."""

@@ -78,19 +78,20 @@ def plan_parameters(
     planned: list[PlannedParameter] = []
     added = new_layers(model.config) if method.expansion else []
     trains_all = not method.adapter and not method.expansion
-    linears = {f"{name}.weight" for name, _ in family.layer_linears(model)}
+    linears = {f"{name}.weight" for name in family.layer_linear_names(model)}
+    chosen = quantizer_from_config(config) if method.quantizer else None
     for name, stored in files.tensors.items():
-        layer, _ = family.locate_layer(name)
+        is_new = bool(added) and family.locate_layer(name)[0] in added
         quantizer = None
         if files.prequantized:  # the checkpoint's makers chose
             quantizer = files.packed[name].quantizer if name in files.packed else None
-        elif method.quantizer and name in linears and layer not in added:
-            quantizer = quantizer_from_config(config)
+        elif chosen and name in linears and not is_new:
+            quantizer = chosen
         if quantizer:
             for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
                 shape = (-(-n_bytes // STORAGE.itemsize),)
                 planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
-        elif trains_all or layer in added or (config.train_embeddings and name in vocabulary_weights(family)):
+        elif trains_all or is_new or (config.train_embeddings and name in vocabulary_weights(family)):
             planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
             is_padded = name not in vocabulary_weights(family)

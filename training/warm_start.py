@@ -227,7 +227,7 @@ def _adopt_targets(
     Raises UserError if the given one selects others.
     """
     model = build_on_meta(model_config, family)
-    linears = [name for name, _ in family.layer_linears(model)]
+    linears = list(family.layer_linear_names(model))
     own = _own_targets(adapter, linears)
     _check_other_targets(adapter, model, linears)
     try:
