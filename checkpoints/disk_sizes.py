@@ -7,6 +7,7 @@ metrics, report, samples, and the tokenizer of a result whose base is not on thi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -136,25 +137,48 @@ def _checkpoint_bytes(config: Config, precision: Precision, trained: list[Planne
     """Return the bytes of a checkpoint: trained weights, the optimizer's states, random states, manifest."""
     world = config.world_size
     shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(world, config.hybrid_shard_size)
-    sharded, own = _Tensors(), _Tensors()  # those of all ranks, and those that one rank has for itself
+    sharded = _Tensors()
     for i, parameter in enumerate(trained):
         name = f"{parameter.name}.{i}"  # about as long as in a checkpoint
         sharded.add(f"model.{name}", parameter.shape, precision.trained)
-        if config.optimizer in EIGHT_BIT:
-            for rank in range(world):
-                _add_8bit_states(own, f"@{rank}.{name}", _local_elements(parameter, shards, rank))
-        else:
+        if config.optimizer not in EIGHT_BIT:
             # bitsandbytes' 32 bits are fp32 for parameters of any dtype.
             dtype = torch.float32 if config.optimizer in PAGED else precision.trained
             for state in STATES.get(config.optimizer, ADAM_STATES):
                 sharded.add(f"optimizer.{state}.{name}", parameter.shape, dtype)
         if config.optimizer not in STATELESS:
             sharded.add(f"optimizer.step.{name}", (), torch.float32)
-    for rank in range(world):
-        own.add(f"random.cpu@{rank}", (RANDOM_STATE_BYTES,), torch.uint8)
-    headers = shards * sharded.header_bytes() + own.header_bytes()
-    manifest = RUN_STATE_BYTES + _manifest_bytes(sharded, shards) + _manifest_bytes(own, 1)
-    return sharded.data_bytes() + own.data_bytes() + headers + manifest
+    total = RUN_STATE_BYTES + sharded.data_bytes() + shards * sharded.header_bytes()
+    total += _manifest_bytes(sharded, shards)
+    for first, number in _alike_ranks(trained, world, shards):
+        own = _own_tensors(config.optimizer, trained, shards, first)
+        total += number * (own.data_bytes() + own.header_bytes() + _manifest_bytes(own, 1))
+    return total
+
+
+def _own_tensors(optimizer: str, trained: list[PlannedParameter], shards: int, rank: int) -> _Tensors:
+    """Return the tensors of a checkpoint that a rank has for itself."""
+    own = _Tensors()
+    own.add(f"random.cpu@{rank}", (RANDOM_STATE_BYTES,), torch.uint8)
+    for i, parameter in enumerate(trained if optimizer in EIGHT_BIT else ()):
+        elements = _local_elements(parameter, shards, rank)
+        _add_8bit_states(own, f"@{rank}.{parameter.name}.{i}", elements)
+    return own
+
+
+def _alike_ranks(trained: list[PlannedParameter], world: int, shards: int) -> list[tuple[int, int]]:
+    """Return (first, number) of consecutive ranks whose shards have the same numbers of elements.
+
+    A shard is whole in the first ranks, smaller in the next one, and empty in the last ones.
+    """
+    edges = {0, world}
+    for rows in {parameter.shape[0] for parameter in trained}:
+        whole = rows // -(-rows // shards)
+        edges |= {first + end for first in range(0, world, shards) for end in (0, whole, whole + 1)}
+    if shards == 1:  # all have everything
+        edges = {0, world}
+    starts = sorted(edge for edge in edges if edge <= world)
+    return [(start, end - start) for start, end in itertools.pairwise(starts)]
 
 
 def _local_elements(parameter: PlannedParameter, shards: int, rank: int) -> int:

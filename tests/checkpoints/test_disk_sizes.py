@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.disk_sizes import DiskSizes, disk_sizes
+from checkpoints.disk_sizes import DiskSizes, _alike_ranks, _local_elements, disk_sizes
 from files.names import BEST
+from monitoring.weight_memory import PlannedParameter
 from options.config import CHECKPOINTS
 from options.train import parse
 from tests.helpers.parity import biased_checkpoint
@@ -78,3 +79,17 @@ def test_files_of_runs(ranks, given, checkpoints, short_rows, tmp_path, request)
         assert getattr(planned, kind) == pytest.approx(found, rel=0.02), kind
     assert planned.checkpoints == 2 * planned.checkpoint
     assert planned.total == sum(v for k, v in dataclasses.asdict(planned).items() if k != "checkpoint")
+
+
+@pytest.mark.parametrize(("world", "shards"), [(1, 1), (4, 4), (7, 7), (8, 1), (12, 4), (300, 300)])
+def test_ranks_with_shards_alike_are_counted_at_once(world, shards):
+    """Each rank is in one group, and has as many elements of each parameter as the group's first."""
+    trained = [PlannedParameter("w", "trained", (rows, 3), 2) for rows in (1, 4, 7, 64, 100)]
+    groups = _alike_ranks(trained, world, shards)
+    assert [rank for first, number in groups for rank in range(first, first + number)] == list(range(world))
+    assert len(groups) <= 2 * len(trained) * world // shards + 1
+    for first, number in groups:
+        for rank in range(first, first + number):
+            for parameter in trained:
+                elements = _local_elements(parameter, shards, rank)
+                assert elements == _local_elements(parameter, shards, first)
