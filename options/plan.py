@@ -20,12 +20,14 @@ class PlanOptions:
     """The options that only plan.py has."""
 
     # fmt: off
-    gpus: int = option(1, "Plan", "number of GPUs, all in one host", ge=1)
+    gpus: int = option(1, "Plan", "number of GPUs, all in one host", ge=1, le=1024)
     gpu: str | None = option(None, "Plan", "kind of GPU: t4, 4090, h100 ...; unset = this machine's, or an"
         " RTX 4090 if it has none")
     gib: float | None = option(None, "Plan", "GiB of memory of each GPU; unset = what --gpu has", gt=0)
     host_gib: float | None = option(None, "Plan", "GiB of host memory; unset = what a run takes of it is"
         " printed, but not judged", gt=0)
+    cpus: int | None = option(None, "Plan", "CPUs of the host, which the ranks share: as many processes"
+        " compile; unset = 4 per rank", ge=1)
     curve: str | None = option(None, "Plan", "draw the peak against this, in the terminal and as a picture",
         choices=("context", "batch"))
     curve_file: Path | None = option(None, "Plan", "file of that picture; unset = curve.png")

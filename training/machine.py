@@ -12,6 +12,8 @@ from monitoring.memory_model import MemoryEstimate
 # GiB of each GPU that torch's allocator does not have: CUDA's context takes 0.5 (launch/devices.py); NCCL's
 # buffers, cuBLAS's workspaces and what fragmentation wastes take the rest.
 RESERVED_GIB = 1.0
+CPUS_PER_RANK = 4  # where the machine's are not known
+MOST_COMPILERS = 32  # of a rank: torch's default starts no more
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Machine:
         gpus: their number.
         gib: memory of each, as torch reports it.
         host_gib: host memory; None = not known, and not judged.
+        cpus: CPUs of the host; None = not known.
     """
 
     gpu: Gpu
     gpus: int
     gib: float
     host_gib: float | None = None
+    cpus: int | None = None
 
     def __str__(self) -> str:
         """Return it as text: 2 x RTX 4090, 23.5 GiB each."""
@@ -39,6 +43,11 @@ class Machine:
     def usable_gib(self) -> float:
         """GiB of each GPU that a run's tensors may take."""
         return self.gib - RESERVED_GIB
+
+
+def share_cpus(cpus: int | None, ranks: int) -> int:
+    """Return how many processes compile for each of the ranks that share a host's CPUs. None = not known."""
+    return CPUS_PER_RANK if cpus is None else min(max(cpus // ranks, 1), MOST_COMPILERS)
 
 
 def fits(estimate: MemoryEstimate, machine: Machine) -> bool:

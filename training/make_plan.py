@@ -17,7 +17,7 @@ from options.errors import UserError
 from options.plan import PlanOptions, Request
 from options.resolve import resolve
 from training.batch_table import LARGEST_BATCH, SHORTEST_CONTEXT, BatchTable, make_batch_table
-from training.fitting import Proposal, Search
+from training.fitting import MOST_GPUS, Proposal, Search
 from training.machine import RESERVED_GIB, Machine, find_largest, fits
 from training.memory_changes import as_arguments
 from training.plan import Plan
@@ -35,7 +35,7 @@ def make_plan(request: Request) -> Plan:
     planned = open_planned_model(request.config.model_name)
     config = resolve_on(machine, request.config, planned)
     check_model(config, planned)
-    estimator = Estimator(planned, machine.gpu)
+    estimator = Estimator(planned, machine.gpu, machine.cpus)
     searched, table = search_sizes(config, "context_length" not in request.given, estimator, machine)
     config = dataclasses.replace(config, **searched)
     tokens = config.context_length
@@ -156,7 +156,8 @@ def choose_machine(options: PlanOptions) -> tuple[Machine, str]:
     else:
         gpu, assumption = GPUS[DEFAULT_GPU], "no GPU here, so this kind is assumed; --gpu names another"
     gib = options.gib or gpu.gib
-    return Machine(dataclasses.replace(gpu, gib=gib), options.gpus, gib, options.host_gib), assumption
+    gpu = dataclasses.replace(gpu, gib=gib)
+    return Machine(gpu, options.gpus, gib, options.host_gib, options.cpus), assumption
 
 
 def propose(given: dict, estimator: Estimator, machine: Machine, tokens: int) -> list[Proposal]:
@@ -183,8 +184,10 @@ def propose(given: dict, estimator: Estimator, machine: Machine, tokens: int) ->
     needed = f"{strongest.estimate.peak / GIB + RESERVED_GIB:.1f} GiB on each GPU"
     if machine.host_gib is not None:
         needed += f" and {strongest.estimate.host / GIB:.1f} GiB of host memory"
-    more = f"; {gpus} GPUs of this kind would do" if gpus else "; no number of GPUs of this kind would do"
+    more = (
+        f"{gpus} GPUs of this kind would do" if gpus else f"not even {MOST_GPUS} GPUs of this kind would do"
+    )
     changed = f"with {as_arguments(strongest.options)} " if strongest.options else ""
     raise UserError(
-        f"--model_name {planned.name}: no option makes it fit {machine}: {changed}it needs {needed}{more}"
+        f"--model_name {planned.name}: no option makes it fit {machine}: {changed}it needs {needed}; {more}"
     )

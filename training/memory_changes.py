@@ -30,6 +30,12 @@ MEMORY_OPTIONS = frozenset({
     "save_minutes", "wd",
 })  # fmt: skip
 
+# Options that take some memory, which the model of memory does not count: for the input of dropout, for
+# generated samples, for records, and in the host for tensors that are read at the same time.
+NOT_COUNTED = frozenset({
+    "lora_dropout", "sample_every", "sample_tokens", "profile", "profile_memory", "loading_workers",
+})  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Situation:

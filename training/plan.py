@@ -14,7 +14,7 @@ from options.plan import Request
 from training.batch_table import BatchTable
 from training.fitting import Proposal
 from training.machine import Machine
-from training.memory_changes import MEMORY_OPTIONS
+from training.memory_changes import MEMORY_OPTIONS, NOT_COUNTED
 from training.plan_curve import MemoryCurve
 from training.planned_model import PlannedModel, is_named_shape
 
@@ -87,4 +87,10 @@ class Plan:
     @property
     def without_effect(self) -> list[str]:
         """The options that were typed and that its memory does not depend on."""
-        return [name for name, _ in self.request.typed if name in FIELDS and name not in MEMORY_OPTIONS]
+        known = MEMORY_OPTIONS | NOT_COUNTED
+        return [name for name, _ in self.request.typed if name in FIELDS and name not in known]
+
+    @property
+    def not_counted(self) -> list[str]:
+        """The options that were typed and that take memory which the estimate leaves out."""
+        return [name for name, _ in self.request.typed if name in NOT_COUNTED]

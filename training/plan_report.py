@@ -9,7 +9,7 @@ from launch.memory import GIB, format_bytes
 from options.errors import UserError
 from training.batch_table import BatchTable
 from training.fitting import Proposal
-from training.machine import RESERVED_GIB
+from training.machine import CPUS_PER_RANK, RESERVED_GIB
 from training.memory_changes import as_arguments
 from training.plan import PLACEHOLDER, Plan
 from training.plan_curve import draw_png, draw_text
@@ -73,7 +73,8 @@ def _describe_memory(plan: Plan) -> list[str]:
     """Return the table of the phases, and the lines about host, disk and traffic."""
     lines = ["memory of the fullest GPU, in GiB:"]
     lines += [f"  {PHASE_NAMES.get(name, name):<12}{gib:8.2f}" for name, gib in plan.phases_gib().items()]
-    lines += [f"host memory in all: {plan.estimate.host / GIB:.2f} GiB"]
+    assumption = f" (with {CPUS_PER_RANK} CPUs per rank; --cpus)" if plan.machine.cpus is None else ""
+    lines += [f"host memory in all: {plan.estimate.host / GIB:.2f} GiB{assumption}"]
     return [*lines, _describe_disk(plan), _describe_traffic(plan)]
 
 
@@ -162,6 +163,10 @@ def list_remarks(plan: Plan) -> list[str]:
         lines.append(
             f"--context_length {plan.tokens}: the model was made for {plan.planned.context_limit:,} tokens"
         )
+    if plan.not_counted:
+        lines.append(
+            f"what these take is not in the numbers: {' '.join(f'--{name}' for name in plan.not_counted)}"
+        )
     if plan.without_effect:
         lines.append(f"without effect on memory: {' '.join(f'--{name}' for name in plan.without_effect)}")
     return lines
@@ -188,6 +193,7 @@ def as_json(plan: Plan) -> dict:
             "gib": machine.gib,
             "usable_gib": machine.usable_gib,
             "host_gib": machine.host_gib,
+            "cpus": machine.cpus,
         },
         "run": {
             "train_type": config.train_type,

@@ -23,7 +23,7 @@ from options.errors import UserError
 from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.batch_table import LARGEST_BATCH
-from training.machine import Machine, find_largest, fits
+from training.machine import Machine, find_largest, fits, share_cpus
 from training.memory_changes import CONTEXT_STEP
 from training.planned_model import PlannedModel
 from training.step_sizes import settle_effective_batch
@@ -92,11 +92,13 @@ class Estimator:
     Attributes:
         planned: the model.
         gpu: the kind of the GPUs.
+        cpus: CPUs of the host; None = not known.
         known: sizes so far, by the options.
     """
 
     planned: PlannedModel
     gpu: Gpu
+    cpus: int | None = None
     known: dict[Config, RunSizes] = field(default_factory=dict)
 
     def __call__(self, config: Config, tokens: int) -> MemoryEstimate:
@@ -112,7 +114,8 @@ class Estimator:
             model, family, files = self.planned.model, self.planned.family, self.planned.files
             self.known[key] = run_sizes(model, family, config, precision, files, tokens)
         sizes = dataclasses.replace(self.known[key], tokens=tokens)
-        return estimate_memory(config, precision, sizes, self.gpu)
+        cpus = share_cpus(self.cpus, config.world_size)
+        return estimate_memory(config, precision, sizes, self.gpu, cpus)
 
 
 def estimate(config: Config, planned: PlannedModel, gpu: Gpu, tokens: int) -> MemoryEstimate:
@@ -122,7 +125,7 @@ def estimate(config: Config, planned: PlannedModel, gpu: Gpu, tokens: int) -> Me
 
 def largest_batch(config: Config, planned: PlannedModel, machine: Machine, tokens: int) -> int:
     """Return the largest --batch_size that fits, or 0. Args as for `Estimator`."""
-    estimator = Estimator(planned, machine.gpu)
+    estimator = Estimator(planned, machine.gpu, machine.cpus)
 
     def is_possible(batch: int) -> bool:
         return fits(estimator(dataclasses.replace(config, batch_size=batch), tokens), machine)

@@ -10,6 +10,7 @@ import pytest
 
 import plan
 from launch.memory import GIB
+from monitoring.host_memory import COMPILER_BYTES
 from options.errors import UserError
 from options.methods import METHODS
 from options.plan import parse
@@ -81,6 +82,8 @@ def test_the_text_has_what_json_has(capsys):
         "1e-4",
         "--save_every",
         "5",
+        "--keep",
+        "2",
     ]
     found = answer(capsys, *options)
     assert plan.main(options) == 0
@@ -89,8 +92,8 @@ def test_the_text_has_what_json_has(capsys):
         assert f"{phase} " in text and f"{gib:.2f}" in text
     assert f"host memory in all: {found['host_gib']:.2f} GiB" in text
     assert found["command"] in text and "1 x T4" in text and "fp" not in found["machine"]["gpu"]
-    assert found["without_effect"] == ["lr", "save_every"]
-    assert "without effect on memory: --lr --save_every" in text
+    assert found["without_effect"] == ["lr", "keep"]
+    assert "without effect on memory: --lr --keep" in text
     assert found["disk_gib"]["checkpoints"] > 0 and "disk: checkpoints" in text
     assert found["longest_context"]["limited_by"] == "memory" and "float16" in found["run"]["precision"]
     assert f"the longest context that fits: {found['longest_context']['tokens']:,} tokens" in text
@@ -163,6 +166,24 @@ def test_host_memory_is_judged_if_it_is_given():
         plan_of(*options, host_gib="0.5")
 
 
+def test_the_ranks_share_the_cpus_of_the_host():
+    """As many processes compile for each rank, at most 32; 4 where the CPUs are not known."""
+    options = "--train_type=qlora", "--context_length=512"
+    host = [
+        plan_of(*options, gpus="2", **more).estimate.host / GIB
+        for more in ({}, {"cpus": "8"}, {"cpus": "9"}, {"cpus": "48"}, {"cpus": "64"}, {"cpus": "1000"})
+    ]
+    assert host[0] == host[1] == host[2] < host[3] < host[4] == host[5]
+    assert host[3] - host[0] == pytest.approx(2 * (24 - 4) * COMPILER_BYTES / GIB)
+    assert "(with 4 CPUs per rank; --cpus)" in "\n".join(describe(plan_of(*options)))
+
+
+def test_what_the_numbers_leave_out_is_not_without_effect():
+    found = plan_of("--context_length=512", "--loading_workers=8", "--lora_dropout=0.1", "--keep=3")
+    assert found.without_effect == ["keep"]
+    assert "what these take is not in the numbers: --loading_workers --lora_dropout" in describe(found)
+
+
 def test_the_options_of_a_saved_run(tmp_path, capsys):
     """A file of options may hold those of train.py only, and its options are not reported as typed."""
     file = tmp_path / "run.yaml"
@@ -212,7 +233,9 @@ def test_a_curve(tmp_path, capsys):
     "options, words",
     [
         (["--gpu", "t5"], ["--gpu t5: unknown", "h100"]),
-        (["--gpus", "0"], ["--gpus 0: must be positive"]),
+        (["--gpus", "0"], ["--gpus 0: must be from 1 to 1024"]),
+        (["--gpus", "1025"], ["--gpus 1025: must be from 1 to 1024"]),
+        (["--cpus", "0"], ["--cpus 0: must be positive"]),
         (["--gib", "0"], ["--gib 0: must be above 0"]),
         (["--gib", "-1"], ["--gib -1: must be above 0"]),
         (["--host_gib", "0"], ["--host_gib 0"]),
@@ -230,6 +253,7 @@ def test_a_curve(tmp_path, capsys):
             ["--model_name", "8b", "--train_type", "full", "--gib", "1.1", "--context_length", "4096"],
             ["no option makes it fit 1 x RTX 4090, 1.1 GiB", "GiB on each GPU", "GPUs of this kind would do"],
         ),
+        (["--gib", "1.01", "--context_length", "4096"], ["; not even 64 GPUs of this kind would do"]),
     ],
 )  # fmt: skip
 def test_wrong_requests_are_one_line(options, words, capsys):
