@@ -30,7 +30,8 @@ class PlanOptions:
         " compile; unset = 4 per rank", ge=1)
     curve: str | None = option(None, "Plan", "draw the peak against this, in the terminal and as a picture",
         choices=("context", "batch"))
-    curve_file: Path | None = option(None, "Plan", "file of that picture; unset = curve.png")
+    curve_file: Path | None = option(None, "Plan", "file of that picture, .png, .pdf or .svg; unset ="
+        " curve.png")
     probe: bool = option(False, "Plan", "run two steps with random weights on this machine's GPUs too, and"
         " print what they take beside the plan, and the time of a step, an epoch of --dataset and the run")
     json: bool = option(False, "Plan", "print one JSON object (docs/plan.md)")
@@ -68,6 +69,7 @@ class Request:
         return shlex.join(["python", "train.py", *words])
 
 
+PICTURES = (".png", ".pdf", ".svg")  # formats of --curve_file
 OWN = option_fields(PlanOptions)
 COMMAND = Command(
     "plan.py",
@@ -92,6 +94,9 @@ def parse(argv: list[str]) -> Request:
         raise UserError("--model_name is missing; see --help")
     if "curve_file" in own and "curve" not in own:
         raise UserError("--curve_file: has no effect without --curve context or --curve batch")
+    file = own.get("curve_file")
+    if file and file.suffix.lower() not in PICTURES:
+        raise UserError(f"--curve_file {file}: must end in one of {', '.join(PICTURES)}")
     config, remarks = resolve(given)
     typed = [(name, value) for name, value in words if name not in OWN]
     return Request(PlanOptions(**own), given, config, typed, remarks)

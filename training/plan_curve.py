@@ -1,4 +1,4 @@
-"""Memory against the context or the batch, as a PNG and as text: plan.py --curve."""
+"""Memory against the context or the batch, as a picture and as text: plan.py --curve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from files.atomic_writes import stage_files
 from launch.memory import GIB
 
 WIDTH = 79  # columns of the text
+MORE_VALUES = 3  # above the smallest, if not even that fits
 MOST_OVER_LIMIT = 1.25  # the end of the text's scale: what exceeds it is cut off, or the rest would be small
 
 
@@ -44,6 +45,8 @@ def trace_peak(
 ) -> list[tuple[int, float]]:
     """Return (value, GiB) at start, 2 * start, 4 * start, ... up to the first value over the limit.
 
+    If that is `start`, MORE_VALUES follow, since a point is no curve.
+
     Args:
         peak: peak(value) returns the bytes that a run takes of a GPU.
         start: the smallest value.
@@ -51,7 +54,8 @@ def trace_peak(
         most: the largest value to try.
     """
     points = [(start, peak(start) / GIB)]
-    while points[-1][1] <= limit_gib and points[-1][0] * 2 <= most:
+    over = points[0][1] > limit_gib
+    while (points[-1][1] <= limit_gib or (over and len(points) <= MORE_VALUES)) and points[-1][0] * 2 <= most:
         value = 2 * points[-1][0]
         points.append((value, peak(value) / GIB))
     return points
@@ -87,8 +91,8 @@ def draw_text(curve: MemoryCurve) -> str:
     return "\n".join([*lines, " " * start + note])
 
 
-def draw_png(curve: MemoryCurve, path: Path) -> None:
-    """Write the curve as a PNG, with the limit as a line. Raises OSError."""
+def draw_picture(curve: MemoryCurve, path: Path) -> None:
+    """Write the curve with the limit as a line, in the format that the file's end names. Raises OSError."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,6 +117,6 @@ def draw_png(curve: MemoryCurve, path: Path) -> None:
     axes.legend(loc="upper left", fontsize=8)
     try:
         with stage_files(path.parent) as stage:
-            figure.savefig(stage(path.name), dpi=120, format="png")
+            figure.savefig(stage(path.name), dpi=120, format=path.suffix[1:].lower())
     finally:
         plt.close(figure)

@@ -12,7 +12,7 @@ from training.fitting import Proposal
 from training.machine import CPUS_PER_RANK, RESERVED_GIB
 from training.memory_changes import as_arguments
 from training.plan import PLACEHOLDER, Plan
-from training.plan_curve import draw_png, draw_text
+from training.plan_curve import draw_picture, draw_text
 
 # Phases with other names in the text.
 PHASE_NAMES = {"load": "after load"}
@@ -39,7 +39,7 @@ def draw_curve(plan: Plan) -> Path:
     assert plan.curve is not None
     file = plan.request.plan.curve_file or Path("curve.png")
     try:
-        draw_png(plan.curve, file)
+        draw_picture(plan.curve, file)
     except OSError as e:
         raise UserError(f"--curve_file {file}: {e.strerror or e}") from None
     return file

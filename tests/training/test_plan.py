@@ -248,6 +248,7 @@ def test_a_curve(tmp_path, capsys):
         (["--model_name", "no such model"], ["no such model"]),
         (["--model_name", "owner/name"], ["owner/name"]),
         (["--curve_file", "x.png"], ["--curve_file"]),
+        (["--curve", "batch", "--curve_file", "x.jpg"], ["x.jpg: must end in one of .png, .pdf, .svg"]),
         (["--curve", "batch", "--curve_file", "no/such/folder/x.png"], ["--curve_file no/such/folder/x.png"]),
         (
             ["--model_name", "8b", "--train_type", "full", "--gib", "1.1", "--context_length", "4096"],

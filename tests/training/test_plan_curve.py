@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from training.plan_curve import WIDTH, MemoryCurve, draw_png, draw_text, trace_peak
+from training.plan_curve import WIDTH, MemoryCurve, draw_picture, draw_text, trace_peak
 
 GIB = 2**30
 
@@ -15,7 +15,9 @@ def test_values_double_up_to_the_first_that_does_not_fit():
     peak = lambda tokens: (4 + tokens / 1024) * GIB  # noqa: E731
     assert trace_peak(peak, 512, 9.0, 2**20) == [(512, 4.5), (1024, 5), (2048, 6), (4096, 8), (8192, 12)]
     assert trace_peak(peak, 512, 9.0, 2048) == [(512, 4.5), (1024, 5), (2048, 6)]
-    assert trace_peak(peak, 512, 1.0, 2048) == [(512, 4.5)]
+    # Nothing fits: a few more, as far as the model goes.
+    assert trace_peak(peak, 512, 1.0, 2**20) == [(512, 4.5), (1024, 5), (2048, 6), (4096, 8)]
+    assert trace_peak(peak, 512, 1.0, 1024) == [(512, 4.5), (1024, 5)]
 
 
 def bars(text: str) -> list[str]:
@@ -50,8 +52,11 @@ def test_the_picture(tmp_path):
     from matplotlib.image import imread
 
     curve = MemoryCurve("8b", "rows per GPU", [(1, 6.0), (2, 8.0), (4, 12.0)], 10.0)
-    draw_png(curve, tmp_path / "curve.png")
+    draw_picture(curve, tmp_path / "curve.png")
     pixels = imread(tmp_path / "curve.png")[..., :3]
     colours = {tuple(c) for c in (pixels * 255).round().astype(int).reshape(-1, 3)}
     assert {(0x1F, 0x5F, 0xA8), (0xB0, 0x24, 0x3C), (0xB0, 0x6A, 0x00)} <= colours
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+    for end, start in ((".pdf", b"%PDF"), (".SVG", b"<?xml")):
+        draw_picture(curve, tmp_path / f"curve{end}")
+        assert (tmp_path / f"curve{end}").read_bytes().startswith(start)
