@@ -67,6 +67,14 @@ class StoredTensor:
         assert isinstance(self.dtype, torch.dtype), f"{self.dtype} cannot be read"
         return self.dtype
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element; other dtypes than those of DTYPES have their bits in safetensors' name."""
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype.itemsize
+        bits = re.search(r"\d+", self.dtype)
+        return int(bits[0]) // 8 if bits else 1
+
     def flat_slice(self, first: int, count: int) -> StoredTensor:
         """Describe the `count` elements from element `first` on, as a 1-D tensor."""
         begin = self.begin + first * self.torch_dtype.itemsize

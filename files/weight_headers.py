@@ -6,6 +6,8 @@ no more than this.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -60,6 +62,14 @@ class WeightHeaders:
                 f"{self.folder / file}: tensor {name} is missing; {INDEX} says it is in this file"
             )
         self.tensors |= {name: found[name] for name in sorted(found)}
+
+    def data_bytes(self, files: Collection[str] | None = None) -> int:
+        """Return the bytes of the tensors in these files; None = in all."""
+        return sum(
+            math.prod(tensor.shape) * tensor.itemsize
+            for tensor in self.tensors.values()
+            if files is None or tensor.file in files
+        )
 
     def set_packed(self, packed: dict) -> None:
         """Set the weights that bitsandbytes packed. Raises UserError if another tensor is no weight.

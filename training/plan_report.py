@@ -83,6 +83,7 @@ def _describe_disk(plan: Plan) -> str:
     disk, config = plan.disk, plan.config
     kept = format_bytes(disk.checkpoint) + " each" if disk.checkpoints is None else None
     parts = {
+        "download": format_bytes(plan.planned.download) if plan.planned.download else "",
         "quantized cache": format_bytes(disk.cache) if config.quantized_cache else "",
         "checkpoints": kept or (format_bytes(disk.checkpoints or 0) if disk.checkpoints else ""),
         "best": format_bytes(disk.best) if disk.best else "",
@@ -209,7 +210,8 @@ def as_json(plan: Plan) -> dict:
         "longest_context": _longest_as_json(plan),
         "batch_table": vars(plan.table) if plan.table else None,
         "curve": plan.curve.points if plan.curve else None,
-        "disk_gib": _in_gib(plan.disk, "cache", "checkpoint", "checkpoints", "best", "result"),
+        "disk_gib": _in_gib(plan.planned, "download")
+        | _in_gib(plan.disk, "cache", "checkpoint", "checkpoints", "best", "result"),
         "traffic_gib": _in_gib(plan.traffic, "weights", "gradients", "vocabulary", "to_gpu", "to_host"),
         "without_effect": plan.without_effect,
         "remarks": list_remarks(plan),

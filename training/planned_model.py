@@ -6,6 +6,7 @@ planned by its config.json alone: the weights of a run must have exactly the sha
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class PlannedModel:
         family: the model's family.
         files: its tensors by name, and which of them are packed.
         by_config: whether `files` follow from the config, because there are no headers.
+        download: bytes of weights that a run fetches from the hub first; 0 if they are on this disk.
     """
 
     name: str
@@ -48,6 +50,7 @@ class PlannedModel:
     family: Family
     files: WeightHeaders
     by_config: bool = False
+    download: int = 0
 
     @property
     def context_limit(self) -> int:
@@ -84,16 +87,18 @@ def open_planned_model(name: str) -> PlannedModel:
         raise UserError(f"{e}, and no named shape; these are {', '.join(SHAPES)}") from None
     config, family = read_config(folder)
     is_packed = detect_bnb_packing(getattr(config, "quantization_config", None), folder)
-    headers = _read_folder(folder, is_packed) if is_folder else _read_hub(name, folder)
+    headers, download = (_read_folder(folder, is_packed), 0) if is_folder else _read_hub(name, folder)
     if headers is None and is_packed:
         raise UserError(
             f"--model_name {name}: is packed by bitsandbytes, and the hub cannot be reached for its headers"
         )
     if headers is None:
-        return _plan_by_config(name, folder, config, family)
+        planned = _plan_by_config(name, folder, config, family)
+        return planned if is_folder else dataclasses.replace(planned, download=planned.files.data_bytes())
     if headers.folder == folder and has_untied_head(config, family, headers, START_ELEMENTS):
         config.tie_word_embeddings = False
-    return PlannedModel(name, open_headers(config, family, headers), family, headers)
+    # Of packed weights `headers` gets the shapes before they were packed, so the bytes are known before.
+    return PlannedModel(name, open_headers(config, family, headers), family, headers, download=download)
 
 
 def _plan_by_config(name: str, folder: Path, config: PretrainedConfig, family: Family) -> PlannedModel:
@@ -119,15 +124,18 @@ def _read_folder(folder: Path, is_packed: bool) -> WeightHeaders | None:
     return headers
 
 
-def _read_hub(name: str, folder: Path) -> WeightHeaders | None:
-    """Return the headers of a hub model, from its snapshot `folder` or the hub; None if neither has them."""
+def _read_hub(name: str, folder: Path) -> tuple[WeightHeaders | None, int]:
+    """Return (the headers of a hub model, bytes of its weights that are not on this disk).
+
+    The headers come from its snapshot `folder` or the hub; None if neither has them.
+    """
     has_list = (folder / INDEX).is_file() or (folder / SINGLE_FILE).is_file()
     files = list_weight_files(folder) if has_list else {SINGLE_FILE: None}
     absent = [file for file in files if not (folder / file).is_file()]
     fetched = fetch_headers(name, folder.name, absent) if absent else {}
     if fetched is None:
-        return None
+        return None, 0
     headers = WeightHeaders(Path(name) if absent else folder)
     for file, names in files.items():
         headers.add_file(file, fetched.get(file) or read_file_header(folder, file), names)
-    return headers
+    return headers, headers.data_bytes(absent)

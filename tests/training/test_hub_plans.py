@@ -39,7 +39,7 @@ def test_16_gb_are_planned_by_their_headers(serve, tmp_path):
             *(f.name for f in folder.glob("*.safe*s")),
         }
         assert hub.weight_bytes <= files * HEADER_BYTES < 2 * SHAPES["8b"].parameters() / 10_000
-    assert not planned.by_config
+    assert not planned.by_config and planned.download == 2 * SHAPES["8b"].parameters()
     assert parameters_of_plan(planned, "qlora") == parameters_of_run(folder, "qlora")
 
 
@@ -49,6 +49,10 @@ def test_packed_weights(checkpoints, serve, tmp_path, monkeypatch):
     pack_like_the_hub(checkpoints("llama_bias"), folder)
     with serve(folder):
         planned = open_planned_model("own/model")
+        files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        assert planned.download == pytest.approx(files, rel=0.2) and planned.download < files, (
+            "without headers"
+        )
         assert parameters_of_plan(planned, "bnb_dora") == parameters_of_run(folder, "bnb_dora")
         monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", raise_connection_error)
         with pytest.raises(UserError, match=r"packed by bitsandbytes, and the hub cannot be reached"):
@@ -62,10 +66,11 @@ def test_without_a_connection(checkpoints, serve, tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         by_config = open_planned_model("own/model")
     assert (by_headers.by_config, by_config.by_config) == (False, True)
+    assert by_headers.download == by_config.download > 0
     assert parameters_of_plan(by_headers, "qlora") == parameters_of_plan(by_config, "qlora")
     folder = add_to_hub_cache(tmp_path / "hub", "own/other", checkpoints("phi3"), FIRST, "main")
     planned = open_planned_model("own/other")
-    assert not planned.by_config
+    assert not planned.by_config and planned.download == 0, "its weights are in the cache"
     assert parameters_of_plan(planned, "qlora") == parameters_of_run(folder, "qlora")
 
 
