@@ -25,7 +25,7 @@ from parallel.optimizers import check_optimizer
 from training.batch_table import LARGEST_BATCH
 from training.machine import Machine, find_largest, fits, share_cpus
 from training.memory_changes import CONTEXT_STEP
-from training.planned_model import PlannedModel
+from training.planned_model import PlannedModel, is_named_shape
 from training.step_sizes import settle_effective_batch
 from training.warm_start import adopt_options
 
@@ -70,6 +70,11 @@ def resolve_on(machine: Machine, config: Config, planned: PlannedModel) -> Confi
 def check_model(config: Config, planned: PlannedModel) -> None:
     """Raise UserError if the model cannot be trained as the options say. config: from `resolve_on`."""
     model, family = planned.model, planned.family
+    if config.method.expansion and is_named_shape(planned.name):  # block_expansion.py cannot expand it
+        raise UserError(
+            f"--train_type {config.train_type}: {planned.name} is a shape without new layers; expand a model"
+            " of that shape with block_expansion.py, and plan with its folder, of which config.json suffices"
+        )
     if config.method.expansion:
         new_layers(model.config)
     check_quantization(model, family, config, planned.files)
