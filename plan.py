@@ -1,6 +1,6 @@
 """Say what a run of train.py takes and whether it fits, before anything is rented.
 
-    python plan.py --model_name meta-llama/Meta-Llama-3-70B --gpus 2 --gib 24 --context_length 4096
+    python plan.py --model_name meta-llama/Meta-Llama-3-70B --gpus 2 --gpu 4090 --context_length 4096
     python plan.py --model_name 8b --gpu t4 --train_type qlora                      the longest rows that fit
 
 It needs no GPU and no weights. docs/plan.md explains what it prints.

@@ -168,6 +168,8 @@ def list_remarks(plan: Plan) -> list[str]:
         lines.append(
             f"what these take is not in the numbers: {' '.join(f'--{name}' for name in plan.not_counted)}"
         )
+    if "dataset" in plan.without_effect:
+        lines.append("--dataset: the data are not looked at; --probe reads them")
     if plan.without_effect:
         lines.append(f"without effect on memory: {' '.join(f'--{name}' for name in plan.without_effect)}")
     return lines

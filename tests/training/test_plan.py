@@ -178,6 +178,11 @@ def test_the_ranks_share_the_cpus_of_the_host():
     assert "(with 4 CPUs per rank; --cpus)" in "\n".join(describe(plan_of(*options)))
 
 
+def test_the_data_are_not_looked_at():
+    found = plan_of("--context_length=512", "--dataset=none.jsonl")
+    assert "--dataset: the data are not looked at; --probe reads them" in describe(found)
+
+
 def test_what_the_numbers_leave_out_is_not_without_effect():
     found = plan_of("--context_length=512", "--loading_workers=8", "--lora_dropout=0.1", "--keep=3")
     assert found.without_effect == ["keep"]
