@@ -28,6 +28,8 @@ class PlanOptions:
         " printed, but not judged", gt=0)
     cpus: int | None = option(None, "Plan", "CPUs of the host, which the ranks share: as many processes"
         " compile; unset = 4 per rank", ge=1)
+    new_blocks: int | None = option(None, "Plan", "number of new blocks of a Llama-Pro train type, for a"
+        " model that block_expansion.py has not expanded yet", ge=1)
     curve: str | None = option(None, "Plan", "draw the peak against this, in the terminal and as a picture",
         choices=("context", "batch"))
     curve_file: Path | None = option(None, "Plan", "file of that picture, .png, .pdf or .svg; unset ="
@@ -98,5 +100,7 @@ def parse(argv: list[str]) -> Request:
     if file and file.suffix.lower() not in PICTURES:
         raise UserError(f"--curve_file {file}: must end in one of {', '.join(PICTURES)}")
     config, remarks = resolve(given)
+    if "new_blocks" in own and not config.method.expansion:
+        raise UserError(f"--new_blocks: has no effect with --train_type {config.train_type}")
     typed = [(name, value) for name, value in words if name not in OWN]
     return Request(PlanOptions(**own), given, config, typed, remarks)

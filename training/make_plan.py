@@ -33,6 +33,10 @@ def make_plan(request: Request) -> Plan:
     """Return the plan of a run. Raises UserError if it is not possible, or if no change makes it fit."""
     machine, assumption = choose_machine(request.plan)
     planned = open_planned_model(request.config.model_name)
+    if request.plan.new_blocks:
+        from training.expanded_model import expand_planned  # with the packages that write models
+
+        planned = expand_planned(planned, request.plan.new_blocks)
     config = resolve_on(machine, request.config, planned)
     check_model(config, planned)
     estimator = Estimator(planned, machine.gpu, machine.cpus)

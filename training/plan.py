@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from checkpoints.disk_sizes import DiskSizes
@@ -19,6 +20,7 @@ from training.plan_curve import MemoryCurve
 from training.planned_model import PlannedModel, is_named_shape
 
 PLACEHOLDER = "MODEL"  # in commands, in place of a named shape, which train.py cannot load
+EXPANDED = "EXPANDED_MODEL"  # in place of a model that block_expansion.py is still to expand
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,22 @@ class Plan:
         """Return the command of the run to paste: as it was typed, with what was searched and changed.
 
         It names the number of ranks, since the machine that it runs on may have more GPUs. A named shape
-        becomes PLACEHOLDER.
+        becomes PLACEHOLDER, and a model that is not expanded yet EXPANDED.
         """
         fixed: dict = {"model_name": PLACEHOLDER} if self.is_shape else {}
+        if self.request.plan.new_blocks:
+            fixed["model_name"] = EXPANDED
         if self.request.config.world_size == -1:
             fixed["world_size"] = self.config.world_size
         return self.request.command(fixed | self.searched | (changes or {}))
+
+    def first_command(self) -> str | None:
+        """Return the command that makes the expanded model; None if the run needs none."""
+        if not (blocks := self.request.plan.new_blocks):
+            return None
+        name = PLACEHOLDER if self.is_shape else self.planned.name
+        words = ["--model_name", name, "--new_blocks", str(blocks), "--output_dir", EXPANDED]
+        return shlex.join(["python", "block_expansion.py", *words])
 
     @property
     def is_shape(self) -> bool:

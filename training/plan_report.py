@@ -155,6 +155,8 @@ def _describe_proposal(plan: Plan, proposal: Proposal) -> list[str]:
 def list_remarks(plan: Plan) -> list[str]:
     """Return the lines on options and limits that the numbers do not show."""
     lines = list(plan.request.remarks)
+    if first := plan.first_command():
+        lines.append(f"before the run: {first}")
     if plan.is_shape:
         lines.append(
             f"{plan.planned.name} is a shape only: in place of {PLACEHOLDER}, put the folder or hub id of"

@@ -14,7 +14,7 @@ from launch.gpus import Gpu
 from launch.precision import Precision, choose_precision
 from launch.ranks import resolve_group_size, resolve_strategy
 from models.adapters import check_quantization, check_rank, target_linears
-from models.llama_pro import new_layers
+from models.llama_pro import is_expanded, new_layers
 from monitoring.memory_model import MemoryEstimate, estimate_memory
 from monitoring.run_sizes import run_sizes
 from monitoring.sizes import RunSizes
@@ -25,7 +25,7 @@ from parallel.optimizers import check_optimizer
 from training.batch_table import LARGEST_BATCH
 from training.machine import Machine, find_largest, fits, share_cpus
 from training.memory_changes import CONTEXT_STEP
-from training.planned_model import PlannedModel, is_named_shape
+from training.planned_model import PlannedModel
 from training.step_sizes import settle_effective_batch
 from training.warm_start import adopt_options
 
@@ -70,10 +70,10 @@ def resolve_on(machine: Machine, config: Config, planned: PlannedModel) -> Confi
 def check_model(config: Config, planned: PlannedModel) -> None:
     """Raise UserError if the model cannot be trained as the options say. config: from `resolve_on`."""
     model, family = planned.model, planned.family
-    if config.method.expansion and is_named_shape(planned.name):  # block_expansion.py cannot expand it
+    if config.method.expansion and not is_expanded(model.config):
         raise UserError(
-            f"--train_type {config.train_type}: {planned.name} is a shape without new layers; expand a model"
-            " of that shape with block_expansion.py, and plan with its folder, of which config.json suffices"
+            f"--train_type {config.train_type}: {planned.name} has no new layers; give --new_blocks N, or a"
+            " model that block_expansion.py has expanded"
         )
     if config.method.expansion:
         new_layers(model.config)

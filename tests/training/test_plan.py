@@ -178,6 +178,16 @@ def test_the_ranks_share_the_cpus_of_the_host():
     assert "(with 4 CPUs per rank; --cpus)" in "\n".join(describe(plan_of(*options)))
 
 
+def test_new_blocks_that_do_not_exist_yet():
+    found = plan_of("--train_type=bnb_llama_pro", "--new_blocks=4", "--context_length=512")
+    assert (
+        found.planned.model.config.num_hidden_layers == 20
+        and "--model_name EXPANDED_MODEL" in found.command()
+    )
+    first = "python block_expansion.py --model_name MODEL --new_blocks 4 --output_dir EXPANDED_MODEL"
+    assert f"before the run: {first}" in describe(found)
+
+
 def test_the_data_are_not_looked_at():
     found = plan_of("--context_length=512", "--dataset=none.jsonl")
     assert "--dataset: the data are not looked at; --probe reads them" in describe(found)
@@ -239,6 +249,7 @@ def test_a_curve(tmp_path, capsys):
     [
         (["--gpu", "t5"], ["--gpu t5: unknown", "h100"]),
         (["--gpus", "0"], ["--gpus 0: must be from 1 to 1024"]),
+        (["--new_blocks", "4"], ["--new_blocks: has no effect with --train_type"]),
         (["--gpus", "1025"], ["--gpus 1025: must be from 1 to 1024"]),
         (["--cpus", "0"], ["--cpus 0: must be positive"]),
         (["--gib", "0"], ["--gib 0: must be above 0"]),

@@ -13,9 +13,10 @@ from models.shapes import SHAPES
 from options.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
-from tests.helpers.expansion import all_tensors, edit_config
+from tests.helpers.expansion import all_tensors, edit_config, expand
 from tests.helpers.planned import parameters_of_plan, parameters_of_run
 from tests.helpers.stored import put_tensor
+from training.expanded_model import expand_planned
 from training.planned_model import open_planned_model
 
 TYPES = ["full", "hqq_lora", "bnb_dora --train_embeddings"]
@@ -50,6 +51,17 @@ def test_an_expanded_model(checkpoints):
     planned = open_planned_model(str(folder))
     for options in ("llama_pro", "bnb_llama_pro"):
         assert parameters_of_plan(planned, options) == parameters_of_run(folder, options)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gemma2", "gemma3", "qwen3_moe"])
+def test_a_model_that_is_still_to_be_expanded(kind, checkpoints, tmp_path):
+    """It has the parameters of what block_expansion.py writes."""
+    written = expand(checkpoints(kind), tmp_path / "pro", "--new_blocks", 2)
+    planned = expand_planned(open_planned_model(str(checkpoints(kind))), 2)
+    for options in ("llama_pro", "bnb_llama_pro"):
+        assert parameters_of_plan(planned, options) == parameters_of_run(written, options)
+    with pytest.raises(UserError, match="is expanded already"):
+        expand_planned(open_planned_model(str(written)), 2)
 
 
 @pytest.mark.parametrize("double", [True, False])

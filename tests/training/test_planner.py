@@ -113,7 +113,7 @@ def test_what_train_would_refuse_there(options, kind, words):
         ("--lora_rank 500", "--lora_rank 500"),
         (
             "--train_type bnb_llama_pro",
-            "^--train_type bnb_llama_pro: tiny is a shape without new layers; expand a model",
+            "^--train_type bnb_llama_pro: tiny has no new layers; give --new_blocks N",
         ),
         ("--train_type hqq_lora --group_size 24", "--group_size 24"),
     ],
