@@ -15,6 +15,7 @@ from options.strategies import STRATEGIES
 # that starts the ranks, a rank with CUDA's context and libraries, a rank on a CPU, a process of the compiler.
 LAUNCHER_BYTES, RANK_BYTES, CPU_RANK_BYTES = 0.4 * GIB, 2.17 * GIB, 0.45 * GIB
 COMPILER_BYTES = 0.09 * GIB  # most of its pages are shared with the others
+MOST_COMPILERS = 32  # torch's limit for a process
 BUFFER_BYTES = 600 * MIB  # page-locked, for weights on their way to the GPU and batches
 
 
@@ -46,7 +47,7 @@ def host_bytes(
         rank += BUFFER_BYTES
     compiled = is_compiled(config, sizes.widths, gpu)
     if compiled:
-        rank += (cpus + 1) * COMPILER_BYTES
+        rank += (min(cpus, MOST_COMPILERS) + 1) * COMPILER_BYTES
         # While Inductor times a kernel that works in place, it keeps the values in page-locked memory if the
         # GPU has no room for a copy: the MLP's, in the first backward. Small ones fit where the loss was.
         values = config.batch_size * sizes.tokens * sizes.widths.mlp * precision.matmul_dtype.itemsize
