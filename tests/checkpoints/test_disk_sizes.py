@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from checkpoints.disk_sizes import DiskSizes, _alike_ranks, _local_elements, disk_sizes
 from files.names import BEST
@@ -31,6 +32,7 @@ def write(rank_info, argv: list[str]) -> tuple[DiskSizes, dict[str, int]]:
     planned = open_planned_model(config.model_name)
     sizes = disk_sizes(planned.model, planned.family, job.config, job.precision, planned.files)
     full_run(rank_info, job)
+    dist.barrier()  # rank 0 writes last
     out, cache = Path(config.output_dir), config.quantized_cache
     checkpoints = list((out / CHECKPOINTS).iterdir())
     assert len(checkpoints) == config.keep
