@@ -27,7 +27,7 @@ from models.family import Family
 from models.llama_pro import new_layers
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights
 from options.config import Config
-from options.strategies import STRATEGIES
+from options.strategies import shards_of
 from parallel.optimizers import BLOCK_SIZE, MIN_8BIT_ELEMENTS
 
 # Optimizers' states that are as large as the parameter; others have AdamW's two.
@@ -136,7 +136,7 @@ def _count_checkpoints(config: Config, steps: int | None) -> int | None:
 def _checkpoint_bytes(config: Config, precision: Precision, trained: list[PlannedParameter]) -> int:
     """Return the bytes of a checkpoint: trained weights, the optimizer's states, random states, manifest."""
     world = config.world_size
-    shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(world, config.hybrid_shard_size)
+    shards = shards_of(config)
     sharded = _Tensors()
     for i, parameter in enumerate(trained):
         name = f"{parameter.name}.{i}"  # about as long as in a checkpoint

@@ -9,7 +9,7 @@ from models.loss import LOGITS_BYTES
 from monitoring.layer_memory import is_compiled
 from monitoring.sizes import RunSizes, optimizer_state_bytes, round_up_to_power
 from options.config import Config
-from options.strategies import STRATEGIES
+from options.strategies import shards_of
 
 # Resident sizes without data, measured with torch 2.11 and CUDA 13.0 on an H200 (2026-11-30): the process
 # that starts the ranks, a rank with CUDA's context and libraries, a rank on a CPU, a process of the compiler.
@@ -53,10 +53,7 @@ def host_bytes(
         values = config.batch_size * sizes.tokens * sizes.widths.mlp * precision.matmul_dtype.itemsize
         rank += round_up_to_power(values) if values > LOGITS_BYTES else 0
     if config.save_every or config.save_minutes:
-        shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(
-            config.world_size, config.hybrid_shard_size
-        )
-        trained = sizes.weights.trained / shards
+        trained = sizes.weights.trained / shards_of(config)
         states = optimizer_state_bytes(config.optimizer, trained, precision.trained.itemsize)
         # Copies that checkpoints are written from. With offload the copies count already (run_sizes.py), but
         # the states themselves then stay beside them.

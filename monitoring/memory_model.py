@@ -20,7 +20,7 @@ from monitoring.host_memory import host_bytes
 from monitoring.layer_memory import LayerMemory, is_compiled, layer_memory, mask_bytes
 from monitoring.sizes import RunSizes, optimizer_state_bytes
 from options.config import Config
-from options.strategies import STRATEGIES
+from options.strategies import STRATEGIES, shards_of
 from parallel.optimizers import UNPAGED
 
 # cuBLAS's workspaces of the two threads that call it: 32 MiB each from Hopper on, 8 MiB before
@@ -142,7 +142,7 @@ def _update_ratio(config: Config) -> float:
 def _shared_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None) -> _Shared:
     """Return the bytes of weights, gradients and optimizer states, and of units that are gathered."""
     strategy = STRATEGIES[config.sharding_strategy]
-    shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    shards = shards_of(config)
     trained, offload = sizes.weights.trained, config.use_cpu_offload
     weights = (sizes.weights.total - sizes.on_host) / shards
     gradients = trained / shards
@@ -202,7 +202,7 @@ def _saved_bytes(
 def _loss_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None, rows: int) -> float:
     """Return the most bytes that head and loss take beside what is saved (models/loss.py)."""
     width, hidden = precision.matmul_dtype.itemsize, sizes.widths.hidden
-    shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    shards = shards_of(config)
     is_trained = sizes.vocabulary_bytes > 0
     if is_trained:
         shards = 1  # gathered
@@ -237,8 +237,7 @@ def _vocabulary_backward_bytes(config: Config, precision: Precision, sizes: RunS
     """Return what the backward of a trained embedding takes: zeros if it is frozen."""
     if not sizes.vocabulary_bytes:
         return _VocabularyBackward()
-    strategy = STRATEGIES[config.sharding_strategy]
-    shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    shards = shards_of(config)
     gradient = 0 if config.use_cpu_offload else sizes.vocabulary_bytes / shards
     elements = sizes.vocabulary_bytes / precision.trained.itemsize
     if config.world_size == 1 and precision.gather_dtype is None and not config.use_cpu_offload:

@@ -25,7 +25,7 @@ from monitoring.weight_memory import (
     weight_bytes,
 )
 from options.config import Config
-from options.strategies import STRATEGIES
+from options.strategies import shards_of
 
 # Tensors of a trained weight that --use_cpu_offload may page-lock: itself, its gradient, and a checkpoint's
 # copies of it and of Adam's two moments. wrapping.py tries them all at start, so that they count even without
@@ -89,8 +89,7 @@ def run_sizes(
 
 def _page_locked_bytes(planned: list[PlannedParameter], config: Config) -> int:
     """Return the bytes that a rank page-locks for these parameters."""
-    strategy = STRATEGIES[config.sharding_strategy]
-    shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    shards = shards_of(config)
     copies = LOCKED_COPIES if config.use_cpu_offload else 1
     sizes = [(p.nbytes(shards), copies if p.kind == "trained" else 1) for p in planned]
     return sum(number * round_up_to_power(size) for size, number in sizes)

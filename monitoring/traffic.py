@@ -22,7 +22,7 @@ from models.family import Family
 from monitoring.layer_memory import is_compiled, layer_widths
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights
 from options.config import Config
-from options.strategies import STRATEGIES
+from options.strategies import STRATEGIES, shards_of
 
 INT64, FP32 = 8, 4  # bytes
 STATISTICS_BYTES = 3 * FP32  # of a token's logits, in models/loss.py
@@ -114,7 +114,7 @@ def step_traffic(
         gpu: the kind of the GPUs; None: CPU ranks, which have no memory but the host's.
     """
     planned = plan_parameters(model, family, config, precision, files)
-    shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    shards = shards_of(config)
     n_tokens, tied = config.batch_size * tokens, model.config.tie_word_embeddings
     step = _Step(
         config=config,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from options.config import Config
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -35,3 +37,8 @@ STRATEGIES = {
     # Nothing is sharded: "gathering" copies one unit at a time.
     "ddp": Strategy("ranks", reshard_after_forward=True),
 }
+
+
+def shards_of(config: Config) -> int:
+    """Return the number of ranks that share one copy of the model. config: with its world_size."""
+    return STRATEGIES[config.sharding_strategy].ranks_per_copy(config.world_size, config.hybrid_shard_size)

@@ -25,13 +25,13 @@ from options.config import Config
 from options.declaration import AUTO
 from options.errors import UserError
 from training.job import Job
+from training.machine import RESERVED_GIB
 from training.size_search import MAX_TRIALS, SizeSearch
 from training.step_sizes import list_batches, with_batch
 from training.trial import Trial, TrialResult, run_trial
 
 CONTEXT_STEP = 64  # tokens between the lengths that --context_length auto may take
 CPU_BATCH = 8  # most that --batch_size auto tries without a GPU, where a larger batch is hardly faster
-CONTEXT_BYTES = GIB  # of CUDA's context and NCCL's buffers, if no rank could measure what they leave
 FEW_STEPS = 50  # a run with fewer steps is told how to get more
 
 
@@ -72,7 +72,7 @@ def _measure_room(job: Job, try_rank: Callable, launcher: Launcher) -> float:
         return math.inf
     trial = Trial(job.config, job.model_config, job.files, tokens=0, expected=math.inf)
     room = run_trial(trial, try_rank, launcher).room
-    return room or job.gpu.gib * GIB - CONTEXT_BYTES
+    return room or (job.gpu.gib - RESERVED_GIB) * GIB
 
 
 def _find_context(job: Job, try_rank: Callable, launcher: Launcher, room: float) -> int:

@@ -97,7 +97,7 @@ def open_planned_model(name: str) -> PlannedModel:
         return planned if is_folder else dataclasses.replace(planned, download=planned.files.data_bytes())
     if headers.folder == folder and has_untied_head(config, family, headers, START_ELEMENTS):
         config.tie_word_embeddings = False
-    # Of packed weights `headers` gets the shapes before they were packed, so the bytes are known before.
+    # `headers` gets the shapes that packed weights had before, so the bytes are counted first.
     return PlannedModel(name, open_headers(config, family, headers), family, headers, download=download)
 
 

@@ -114,7 +114,7 @@ def test_a_resumed_run_compares_its_own_steps():
 
 @pytest.mark.parametrize(("limit", "room"), [(1.0, 15), (0.1, 10)])
 def test_the_room_of_a_gpu(limit, room, monkeypatch):
-    """Of 100 bytes others have 85, and torch's cache 5; a limit may be lower."""
+    """Other programs have 85 of 100 bytes, and torch's cache 5; a limit may be lower."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: limit)
