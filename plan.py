@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # transformers imports both where they are installed, for parts that a plan does not run. With hqq come
-    # torch's compiler and a second more.
-    sys.modules.update({"hqq": None, "scipy": None})  # type: ignore[dict-item]
+    # transformers imports these where they are installed, for parts that a plan does not run. With hqq come
+    # torch's compiler and a second more. scikit-learn needs scipy, so neither is left out alone.
+    sys.modules.update({"hqq": None, "scipy": None, "sklearn": None})  # type: ignore[dict-item]
     sys.exit(main(sys.argv[1:]))

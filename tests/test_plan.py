@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
+from transformers.utils import import_utils
 
 from tests.helpers.programs import ROOT
 
 SECONDS, MIB = 5.0, 1024
+MAIN = ast.parse((ROOT / "plan.py").read_text()).body[-1]
 # Runs a command, then prints the CPU seconds and the largest resident size, in MiB, that it took.
 MEASURE = """
 import resource, subprocess, sys
@@ -40,3 +45,15 @@ def test_70b_takes_seconds_and_little_memory(context):
         assert mib < MIB
         taken.append(seconds)
     assert min(taken) < SECONDS, taken
+
+
+def test_no_package_needs_what_plan_leaves_out():
+    """transformers 5.17 imports an installed scikit-learn at once, which fails without scipy."""
+    blocked = {key.value for node in ast.walk(MAIN) if isinstance(node, ast.Dict) for key in node.keys}
+    left_out = {"scikit-learn" if name == "sklearn" else name for name in blocked}
+    assert "scipy" in left_out
+    for package in metadata.distributions():
+        needs = {re.match(r"[\w.-]+", r)[0].lower() for r in package.requires or () if "extra ==" not in r}
+        name = "sklearn" if package.name == "scikit-learn" else package.name.lower()
+        is_imported = name not in blocked and hasattr(import_utils, f"is_{name}_available")
+        assert not (is_imported and needs & left_out), package.name
