@@ -16,8 +16,9 @@ from options.config import FIELDS
 from options.strategies import STRATEGIES
 from parallel.activation_offload import HostActivations, HostTensor
 from quantization.layer import Linear4bit
+from tests.helpers import tiny
 from tests.helpers.parity import TYPES, arguments, assert_same, biased_checkpoint
-from tests.helpers.products import products
+from tests.helpers.products import products, slow
 from tests.helpers.runs import set_up, train_run
 from wrapping import WRAP_POLICIES
 
@@ -92,7 +93,7 @@ def test_two_ranks_more(train_type, variant, plain, two_ranks):
 # Slow: Qwen 2's biases and Gemma 2's caps do not change how anything is moved or recomputed.
 @pytest.mark.parametrize(
     "kind",
-    ["gemma3", "phi3", "qwen3_moe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "gemma2"))],
+    ["gemma3", "phi3", "qwen3_moe", *slow(["qwen2", "gemma2", *tiny.OTHERS])],
 )
 def test_other_families(kind, checkpoints, alpaca_file, plain_run, two_ranks):
     """Tied embeddings, caps, fused linears and experts, under all options that move parameters."""

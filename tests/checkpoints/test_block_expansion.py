@@ -37,6 +37,7 @@ from tests.helpers.adapters import args_for
 from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.proc import status
+from tests.helpers.products import slow
 from tests.helpers.runs import set_up
 
 OUTPUTS = {"self_attn.o_proj": 0.0, "mlp.down_proj": 0.0}
@@ -58,8 +59,9 @@ def base_logits(checkpoints):
     [
         *itertools.product(["llama_bias", "qwen2", "qwen3"], [1, 2, 3, 5]),
         *itertools.product(
-            [kind for kind in tiny.CONFIGS if kind not in ("llama_bias", "qwen2", "qwen3")], [2]
+            [kind for kind in tiny.QUICK if kind not in ("llama_bias", "qwen2", "qwen3")], [2]
         ),
+        *slow((kind, 2) for kind in tiny.OTHERS),
     ],
 )
 def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, tmp_path):
@@ -112,7 +114,7 @@ def first_update(folder: Path, alpaca_file, one_rank) -> tuple[float, float]:
     return one_rank(one_step, args_for(folder, alpaca_file, "llama_pro", *options))[0]
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_the_first_update_hardly_moves_the_model(kind, checkpoints, alpaca_file, one_rank, tmp_path):
     """At the default learning rate: the new blocks are the identity, and stay close to it."""
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)

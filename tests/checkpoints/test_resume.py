@@ -24,9 +24,11 @@ from monitoring.metrics import Metrics
 from monitoring.tracking import make_tracker
 from options.errors import UserError
 from options.train import parse
+from tests.helpers.products import slow
 from tests.helpers.resuming import (
     NOISY,
     QUIET,
+    RUN,
     DiskFiller,
     Signals,
     adapter,
@@ -38,6 +40,7 @@ from tests.helpers.resuming import (
     run,
 )
 from tests.helpers.runs import full_run
+from tests.helpers.tiny import OTHERS
 from tests.helpers.wandb_files import wandb_records
 
 
@@ -69,6 +72,21 @@ def test_a_resumed_run_is_bitwise_equal(source, two_ranks, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     two_ranks(run, again)  # nothing is left to do
     assert repeatable_metrics(folder) == repeatable_metrics(whole)
+
+
+@pytest.mark.parametrize("kind", slow(OTHERS))
+def test_a_resumed_run_of_each_family(kind, checkpoints, short_rows, two_ranks, tmp_path):
+    """Bitwise, with packing."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    model = ["--model_name", str(checkpoints(kind)), "--dataset", str(short_rows)]
+    argv = [*model, *RUN, *"--lora_target_modules all --packing --max_steps 4 --output_dir".split()]
+    two_ranks(run, [*argv, str(whole)])
+    again = [*argv, str(folder), "--resume", "auto"]
+    assert "stopped at step 2 of 4" in two_ranks(run, again, Signals({2: signal.SIGTERM}))[0]
+    assert "4 steps, the last 2 of them in" in two_ranks(run, again)[0]
+    assert repeatable_metrics(folder) == repeatable_metrics(whole) and len(lines(folder)) == 4
+    ours, theirs = adapter(folder), adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow

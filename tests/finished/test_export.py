@@ -67,7 +67,7 @@ def close(a, b) -> None:
 
 # Slow: DoRA's export has LoRA's in it.
 @pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path):
     """`dequantized` is the trained model; `original` is what PEFT merges over the original base.
 

@@ -32,7 +32,9 @@ from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.fsdp_qlora import PROMPT as STANFORD
 from tests.helpers.layers import ALPHA, I, O, R, dora, fill_layer
+from tests.helpers.products import slow
 from tests.helpers.runs import dense_state, transformers_model
+from tests.helpers.tiny import OTHERS
 
 QUESTION, NEW = "Say red.", 8
 PENALTY = 3.0
@@ -94,6 +96,7 @@ def text_and_tokens(answer: dict) -> tuple[str, int]:
         ("gemma3", "dora"),
         pytest.param("phi3", "hqq_lora", marks=pytest.mark.slow),
         ("qwen3_moe", "bnb_dora"),
+        *slow((kind, "bnb_dora") for kind in OTHERS),
     ],
 )
 def test_answers_are_those_of_peft(

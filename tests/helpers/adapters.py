@@ -34,14 +34,17 @@ def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: flo
     with torch.no_grad():
         for name, tensor in ours.items():
             layer, _, last = name.rpartition(".")
-            path = f"base_model.model.{layer}."
             if last == "magnitude_change":
-                params[f"{path}lora_magnitude_vector.default.weight"].copy_(
-                    state[f"{layer}.weight"].norm(dim=1) + tensor
-                )
-            else:
-                params[f"{path}{last}.default.weight"].copy_(tensor)
+                tensor = state[f"{layer}.weight"].norm(dim=1) + tensor
+            params[peft_name(name)].copy_(tensor)
     return model
+
+
+def peft_name(name: str) -> str:
+    """Return the name of PEFT's parameter for one of our adapters' tensors."""
+    layer, _, last = name.rpartition(".")
+    theirs = {"magnitude_change": "lora_magnitude_vector"}.get(last, last)
+    return f"base_model.model.{layer}.{theirs}.default.weight"
 
 
 def set_up_adapters(rank_info, args) -> dict[str, torch.Tensor]:

@@ -8,6 +8,12 @@ from itertools import product
 import pytest
 
 
+def slow(cases: Iterable) -> list:
+    """Return the cases for parametrize, marked slow. A tuple has a value for each parameter."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in values]
+
+
 def products(*axes: Iterable, always: Iterable[tuple], left_out: Iterable = ()) -> list:
     """Return all combinations of the axes, for parametrize; those not in `always` are marked slow.
 

@@ -23,6 +23,7 @@ import block_expansion
 from benchmarks.make_checkpoint import byte_tokenizer
 from models.llama_pro import new_layers
 from models.registry import read_config
+from tests.helpers.products import slow
 
 _COMMON = {
     "vocab_size": 300,
@@ -90,6 +91,14 @@ CONFIGS = {
         **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
     ),
 }
+# The kinds of which `make test` runs many tests. Each other kind has one quick test, in
+# tests/models/test_equal_to_peft.py; its further tests are slow.
+QUICK = (
+    *("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+    *("gemma2", "gemma3", "phi3"),
+)
+OTHERS = [kind for kind in CONFIGS if kind not in QUICK]
+KINDS = [*QUICK, *slow(OTHERS)]  # for parametrize
 
 
 def save_checkpoint(

@@ -22,7 +22,7 @@ from tests.helpers.adapters import args_for, build_peft_model, trained_names
 from tests.helpers.layers import ALPHA, I, O, R, dora, fill_layer, quantized
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
 from tests.helpers.runs import outputs, transformers_model
-from tests.helpers.tiny import CONFIGS
+from tests.helpers.tiny import KINDS
 
 QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
@@ -165,7 +165,7 @@ def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank)
         assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora"])
 def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file, one_rank):
     """Every family against transformers' own forward on the (dequantized) weights, before any training."""
@@ -177,7 +177,7 @@ def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file,
         torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank):
     """It does not use transformers' forward, and must repeat its work between the head and the logits."""
     loss, logits = one_rank(loss_and_logits, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]

@@ -20,7 +20,7 @@ from models.registry import FAMILIES, read_config
 from tests.helpers.packing import padded_batch
 from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
-from tests.helpers.tiny import CONFIGS
+from tests.helpers.tiny import CONFIGS, KINDS
 
 ops = torch.ops.aten
 
@@ -146,7 +146,7 @@ class SyncRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("qwen3_moe", "gemma2")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("qwen3_moe", "gemma2")])
 def test_forward_and_backward_do_not_sync(kind, checkpoints, alpaca_file, one_rank):
     """Except in routed experts, and where transformers makes the masks; the second part shows that."""
     without, with_masks = one_rank(recorded_syncs, arguments(checkpoints(kind), alpaca_file, "bnb_dora"))[0]

@@ -31,6 +31,7 @@ from tests.helpers import tiny
 from tests.helpers.adapters import args_for, trained_names
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
 from tests.helpers.parity import arguments, assert_same
+from tests.helpers.products import slow
 from tests.helpers.runs import outputs, set_up, train_run, transformers_model
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
@@ -66,7 +67,7 @@ def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints
     assert (true - other).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "phi3", "qwen3_moe", *slow(tiny.OTHERS)])
 def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank):
     """Compare the logits, and the dtype and contents of each buffer, as on a GPU.
 

@@ -22,8 +22,9 @@ from tests.helpers import tiny
 from tests.helpers.adapters import args_for
 from tests.helpers.expansion import all_tensors, expand, read_config_json
 from tests.helpers.finished_runs import save_and_get_logits
-from tests.helpers.logits import transformers_logits
-from tests.helpers.runs import set_up, trained_tensors
+from tests.helpers.logits import IDS, transformers_logits
+from tests.helpers.products import slow
+from tests.helpers.runs import outputs, set_up, trained_tensors, transformers_model
 from training.saved_result import save
 
 
@@ -38,6 +39,17 @@ def test_exactly_the_new_layers_are_trained(train_type, checkpoints, alpaca_file
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.items())
     linears = {f"model.layers.{i}.{linear}" for i in (0, 2, 3) for linear in FAMILIES["llama"].linears}
     assert quantized == (linears if train_type == "bnb_llama_pro" else set())
+
+
+@pytest.mark.parametrize("kind", slow(tiny.OTHERS))
+def test_an_expanded_model_is_transformers_own(kind, checkpoints, alpaca_file, one_rank):
+    """In each family, with random new blocks, on the dequantized weights of the others."""
+    folder = checkpoints(f"{kind}_pro")
+    ours, state, _ = one_rank(outputs, args_for(folder, alpaca_file, "bnb_llama_pro"), IDS)[0]
+    with torch.no_grad():
+        theirs = transformers_model(folder, state)(input_ids=IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs - transformers_logits(folder)).abs().max() > 0.1, "nothing was quantized"
 
 
 def trained_and_quantized(rank_info, args):

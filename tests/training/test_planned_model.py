@@ -32,7 +32,7 @@ def test_every_family_has_a_tiny_config():
     assert {config().model_type for config in tiny.CONFIGS.values()} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_families(kind, checkpoints, tmp_path):
     """By the headers of a folder, and by its config.json alone."""
     folder = checkpoints(kind)
