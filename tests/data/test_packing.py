@@ -212,7 +212,9 @@ def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_fi
     """Every family, all of its parameters, in fp32."""
     found = one_rank(learn_all_ways, arguments(checkpoints(kind), alpaca_file, "full"))[0]
     expected, leaking = found.pop("one by one"), found.pop("leaking")
-    assert abs(leaking[0] / expected[0] - 1) > 1e-3, "rows that see one another would not show"
+    gradients = {n: gradient for n, gradient in expected[1].items() if gradient.any()}  # of experts in use
+    leaks = [(leaking[1][n] - gradient).norm() / gradient.norm() for n, gradient in gradients.items()]
+    assert max(leaks) > 0.1, "rows that see one another would not show"
     assert len(found) == (2 if kind == "gemma2" else 5)
     for result in found.values():
         assert_equal(result, expected)
