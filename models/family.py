@@ -102,6 +102,10 @@ class Family:
         number, _, rest = below.partition(".")
         return (int(number), rest) if below != name and number.isdecimal() else (None, name)
 
+    def is_output(self, name_in_layer: str) -> bool:
+        """Return whether a linear of a layer is one of `outputs`."""
+        return any(_matches(output.split("."), name_in_layer.split(".")) for output in self.outputs)
+
     def identity_value(self, name_in_layer: str) -> float | None:
         """Return the number that fills this tensor of Llama-Pro's new layers; None if the tensor is copied.
 

@@ -29,9 +29,13 @@ class LayerWidths:
         hidden, query, key, mlp: see above.
         heads: query heads.
         experts_per_token: 0 without routed experts.
+        mlp_tensors: tensors as wide as `mlp` that are saved: gate, up and their product; without a gate, the
+            activation function's input and result, and of gelu_new (Phi) the tanh in it.
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
+        has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
         has_head_norms: queries and keys are normalized (Qwen3, Gemma 3).
-        is_fused: query, key and value are one linear, and so are gate and up (Phi-3).
+        has_fused_qkv: query, key and value are one linear (Phi-3).
+        has_fused_gate: gate and up are one linear (Phi-3, GLM-4).
         is_eager: attention is eager and keeps its scores (Gemma 2).
         window: tokens of a sliding window; 0 without.
         compiles: whether --compile auto compiles the layers.
@@ -43,9 +47,12 @@ class LayerWidths:
     mlp: int
     heads: int
     experts_per_token: int = 0
+    mlp_tensors: int = 3
     has_four_norms: bool = False
+    has_one_norm: bool = False
     has_head_norms: bool = False
-    is_fused: bool = False
+    has_fused_qkv: bool = False
+    has_fused_gate: bool = False
     is_eager: bool = False
     window: int = 0
     compiles: bool = True
@@ -57,17 +64,22 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     layer = next(filter(_has_experts, layers), layers[0])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     names = [name for name, _ in layer.named_modules()]
+    norms = sum("norm" in name for name, _ in layer.named_children())
     experts = getattr(config, "num_experts_per_tok", 0) if _has_experts(layer) else 0
+    mlp, mlp_inputs = _mlp_widths(layer, family, experts)
     return LayerWidths(
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_dim,
         key=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
-        mlp=experts * config.moe_intermediate_size if experts else config.intermediate_size,
+        mlp=mlp,
         heads=config.num_attention_heads,
         experts_per_token=experts,
-        has_four_norms=sum("norm" in name for name, _ in layer.named_children()) > 2,
-        has_head_norms=any(name.endswith("q_norm") for name in names),
-        is_fused=any(name.endswith("qkv_proj") for name in names),
+        mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
+        has_four_norms=norms > 2,
+        has_one_norm=norms == 1,
+        has_head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
+        has_fused_qkv=any(name.endswith("qkv_proj") for name in names),
+        has_fused_gate=any(name.endswith("gate_up_proj") for name in names),
         is_eager=family.attention == "eager",
         window=getattr(config, "sliding_window", None) or 0,
         compiles=family.compiles,
@@ -76,6 +88,26 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
 
 def _has_experts(layer: nn.Module) -> bool:
     return any("experts" in name for name, _ in layer.named_modules())
+
+
+def _mlp_widths(layer: nn.Module, family: Family, experts: int) -> tuple[int, int]:
+    """Return (input features of a layer's last MLP linears, output features of its first ones).
+
+    Of all experts that a token visits, and of one that all tokens share. experts: experts of a token.
+    """
+    last = first = 0
+    for name in family.select_linears(layer) if family.select_linears else family.linears:
+        _, is_routed, expert = name.partition(".experts.")
+        is_beyond = bool(is_routed) and int(expert.partition(".")[0]) >= experts
+        if is_beyond or not name.startswith(f"{family.sublayers[1]}."):
+            continue
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if family.is_output(name):
+            last += linear.in_features
+        else:
+            first += linear.out_features
+    return last, first
 
 
 @dataclass(frozen=True)
@@ -143,12 +175,12 @@ def layer_memory(
     hidden, query, key, mlp = widths.hidden, widths.query, widths.key, widths.mlp
     is_autocast = stream > width
     # The norms' results, and the output of attention where a norm follows it.
-    saved: float = (3 if widths.has_four_norms else 2) * hidden
+    saved: float = (3 if widths.has_four_norms else 1 if widths.has_one_norm else 2) * hidden
     saved += 2 * query + 2 * key  # query, key and value, and what attention returns
-    names_linears_apart = widths.has_head_norms or widths.is_fused
+    names_linears_apart = widths.has_head_norms or widths.has_fused_qkv
     if names_linears_apart:  # query and key before their norm; or the result of the fused linear
         saved += query + key
-    saved += 3 * mlp  # gate, up and their product
+    saved += widths.mlp_tensors * mlp
     if adapter:
         saved += branches * config.lora_rank  # A x of each
     if adapter == "dora":  # outputs, which the gradients of magnitudes need: query, key, and one projection's
@@ -165,7 +197,9 @@ def layer_memory(
             saved += hidden + key
         if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
             saved += 7 * hidden + query + key
-    per_token: float = saved * width + hidden * stream  # and the sum of input and attention
+    per_token: float = saved * width
+    if not widths.has_one_norm:  # the sum of input and attention
+        per_token += hidden * stream
     backward: float = hidden * stream  # the gradient of the layer's result
     if not widths.is_eager:
         per_token += 8 * widths.heads  # the softmax's two numbers
@@ -178,7 +212,7 @@ def layer_memory(
     if widths.experts_per_token:
         backward += (mlp + 2 * widths.experts_per_token * hidden) * width
     else:
-        backward += mlp * width * (2 if widths.is_fused or not compiled else 1)
+        backward += mlp * width * (2 if widths.has_fused_gate or not compiled else 1)
     if adapter and not config.method.quantizer:  # results of base and branch, apart
         backward += (5 * mlp + hidden) * width
     if adapter == "dora" and is_autocast and not compiled:
@@ -193,7 +227,7 @@ def layer_memory(
         forward=rows * forward + weight,
         backward=rows * backward,
         last_backward=rows * (hidden * stream + mlp * width),
-        matmuls=rows * (2 * query + 2 * key + 2 * hidden + 2 * mlp) * width,
+        matmuls=rows * (2 * query + 2 * key + 2 * hidden + (widths.mlp_tensors - 1) * mlp) * width,
     )
 
 
