@@ -18,7 +18,17 @@ from files.bnb_weights import find_bnb_headers
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.weight_headers import WeightHeaders
-from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from models import (
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from models.causal_lm import replace_head, summed_loss_class
 from models.family import Family
 from models.redundant import (
@@ -39,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
     "phi3": phi3.FAMILY,
+    "granite": granite.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -77,6 +78,13 @@ _EXPERTS = {
     "norm_topk_prob": True,
     "mlp_only_layers": [0],
 }
+# Large enough to change the logits. Division by a power of two would be exact.
+MULTIPLIERS = {
+    "embedding_multiplier": 5.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.6,
+    "logits_scaling": 3.0,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
@@ -90,6 +98,7 @@ CONFIGS = {
     "phi3": lambda: Phi3Config(
         **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
     ),
+    "granite": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, tie_word_embeddings=True),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

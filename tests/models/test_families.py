@@ -12,8 +12,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GraniteConfig
-from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteRotaryEmbedding
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 import train
@@ -22,7 +21,7 @@ from data.rows import IGNORE
 from launch import precision
 from models import gemma2
 from models.adapters import target_linears
-from models.family import Family, unwrapped_name
+from models.family import unwrapped_name
 from models.moe import Experts
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.errors import UserError
@@ -54,6 +53,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("phi3", {"rope_parameters": tiny.LONG_ROPE | {"long_factor": tiny.LONG_ROPE["short_factor"]}}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
+        *(("granite", {name: 1.0}) for name in tiny.MULTIPLIERS),
     ],
 )
 def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints):
@@ -101,16 +101,6 @@ def bf16_logits_and_buffers(rank_info, args):
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
 
 
-def test_scaled_logits(alpaca_file, one_rank, tmp_path, monkeypatch):
-    """Granite divides its logits. Its family must do so too: the loss does not use transformers' forward."""
-    config = GraniteConfig(**tiny._COMMON, logits_scaling=4.0)
-    monkeypatch.setitem(tiny.CONFIGS, "granite", lambda: config)
-    args = args_for(tiny.save_checkpoint("granite", tmp_path), alpaca_file, "bnb_dora")
-    for scaled in (True, False):
-        loss, logits = one_rank(granite_loss_and_logits, args, scaled)[0]
-        assert (loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)) == scaled
-
-
 FOREIGN_KEYS = {  # what classes of other families read
     "final_logit_softcapping": 3.0,
     "attn_logit_softcapping": 1.0,
@@ -134,16 +124,6 @@ def test_keys_of_other_families_mean_nothing(kind, checkpoints, alpaca_file, one
     expected = transformers_logits(folder)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert loss == pytest.approx(summed_cross_entropy(expected), rel=1e-5)
-
-
-def granite_loss_and_logits(rank_info, args, scaled: bool):
-    """Return (loss, logits) of Granite. scaled: its family has a logit_scale."""
-    scale = {"logit_scale": lambda config: 1 / config.logits_scaling} if scaled else {}
-    FAMILIES["granite"] = Family(GraniteForCausalLM, GraniteRotaryEmbedding, **scale)
-    try:
-        return loss_and_logits(rank_info, args)
-    finally:
-        del FAMILIES["granite"]
 
 
 def test_a_buffer_that_nothing_fills_is_an_error(checkpoints, alpaca_file, one_rank):

@@ -34,7 +34,11 @@ from tests.helpers.runs import set_up, train_run
 from training import loop_components
 from training.bad_steps import BadStepGuard
 
-SLOW_FAMILIES = [("gemma2", 2), ("gemma3", 3), ("qwen2", 2)]  # two steps of Gemma 3's take 20 s
+# Two steps of Gemma 3's take 20 s.
+SLOW_FAMILIES = [
+    *(("gemma2", 2), ("gemma3", 3), ("qwen2", 2)),
+    *(("granite", 2),),
+]
 
 
 @pytest.mark.parametrize(
