@@ -28,6 +28,7 @@ from models import (
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 from models.causal_lm import replace_head, summed_loss_class
 from models.family import Family
@@ -50,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": gemma3.FAMILY,
     "phi3": phi3.FAMILY,
     "granite": granite.FAMILY,
+    "smollm3": smollm3.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

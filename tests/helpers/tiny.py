@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 import block_expansion
@@ -99,6 +100,9 @@ CONFIGS = {
         **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
     ),
     "granite": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, tie_word_embeddings=True),
+    "smollm3": lambda: SmolLM3Config(
+        **_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
+    ),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

@@ -54,6 +54,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         *(("granite", {name: 1.0}) for name in tiny.MULTIPLIERS),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
     ],
 )
 def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints):
