@@ -3,10 +3,10 @@
 A copy starts as the identity. Its output projections (attention's and the MLP's, weights and biases) are
 zero, so both branches add nothing to the hidden states.
 
-Where a norm follows the projections (Gemma 2 and 3), the norm's weight makes the branch zero instead, and the
-projections stay copies. Zeros before an RMSNorm would be the identity too, but only until the first update:
-there the norm multiplies gradients by 1 / sqrt(eps), a thousand, and makes the update's small outputs as
-large as those of any branch.
+Where a norm follows the projections (Gemma, OLMo, EXAONE 4), the norm's weight makes the branch zero
+instead, and the projections stay copies. Zeros before an RMSNorm would be the identity too, but only until
+the first update: there the norm multiplies gradients by 1 / sqrt(eps), a thousand, and makes the update's
+small outputs as large as those of any branch.
 
 block_expansion.py writes the expanded model; its config.json lists the new layers.
 """

@@ -24,6 +24,7 @@ from models import (
     granite,
     llama,
     mistral,
+    olmo2,
     phi3,
     qwen2,
     qwen3,
@@ -51,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": gemma3.FAMILY,
     "phi3": phi3.FAMILY,
     "granite": granite.FAMILY,
+    "olmo2": olmo2.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 

@@ -42,6 +42,7 @@ from tests.helpers.runs import set_up
 
 OUTPUTS = {"self_attn.o_proj": 0.0, "mlp.down_proj": 0.0}
 NORMS = {"post_attention_layernorm": -1.0, "post_feedforward_layernorm": -1.0}
+ZERO_NORMS = dict.fromkeys(NORMS, 0.0)
 
 
 # The expanded model
@@ -73,7 +74,11 @@ def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, 
 
 
 @pytest.mark.parametrize(
-    "kind, identity_init", [("llama_bias", OUTPUTS), ("qwen2", OUTPUTS), ("gemma2", NORMS), ("gemma3", NORMS)]
+    "kind, identity_init",
+    [
+        *(("llama_bias", OUTPUTS), ("qwen2", OUTPUTS), ("gemma2", NORMS), ("gemma3", NORMS)),
+        *slow([("olmo2", ZERO_NORMS)]),
+    ],
 )
 def test_new_blocks_are_copies_that_add_nothing(kind, identity_init, checkpoints, tmp_path):
     base = all_tensors(checkpoints(kind))
@@ -122,7 +127,7 @@ def test_the_first_update_hardly_moves_the_model(kind, checkpoints, alpaca_file,
     assert 0 < change < 0.01 and 0 < norm < 10
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", *slow(["olmo2"])])
 def test_zeroed_outputs_before_a_norm_last_only_one_step(
     kind, checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch
 ):

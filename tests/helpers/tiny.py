@@ -14,6 +14,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -100,6 +101,7 @@ CONFIGS = {
         **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
     ),
     "granite": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, tie_word_embeddings=True),
+    "olmo2": lambda: Olmo2Config(**_COMMON, pad_token_id=0),
     "smollm3": lambda: SmolLM3Config(
         **_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
     ),
