@@ -159,7 +159,7 @@ def _rope_parameters(config: PretrainedConfig) -> dict:
 
 
 def _ropes_by_layer(config: PretrainedConfig) -> list[dict]:
-    """Return the RoPE parameters of each kind of layer; [] if all layers share one (all but Gemma 3)."""
+    """Return the RoPE parameters of each kind of layer; [] if all share one (all but Gemma 3, OLMo 3)."""
     return [rope for rope in _rope_parameters(config).values() if isinstance(rope, dict)]
 
 

@@ -25,6 +25,7 @@ from models import (
     llama,
     mistral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
     "granite": granite.FAMILY,
     "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 

@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -87,6 +88,23 @@ MULTIPLIERS = {
     "attention_multiplier": 0.6,
     "logits_scaling": 3.0,
 }
+# Rows of more than 16 tokens have scaled frequencies.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+OLMO3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    "full_attention": YARN,
+}
+_WINDOWS = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
@@ -102,6 +120,7 @@ CONFIGS = {
     ),
     "granite": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, tie_word_embeddings=True),
     "olmo2": lambda: Olmo2Config(**_COMMON, pad_token_id=0),
+    "olmo3": lambda: Olmo3Config(**_COMMON, **_WINDOWS, pad_token_id=0, rope_parameters=OLMO3_ROPE),
     "smollm3": lambda: SmolLM3Config(
         **_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
     ),

@@ -54,6 +54,8 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         *(("granite", {name: 1.0}) for name in tiny.MULTIPLIERS),
+        ("olmo3", {"sliding_window": 64}),
+        ("olmo3", {"rope_parameters": dict.fromkeys(tiny.OLMO3_ROPE, tiny.YARN)}),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}),
     ],
 )
@@ -154,12 +156,30 @@ def test_gemma3_with_the_keys_of_the_hub(checkpoints, tmp_path):
     old |= {"rope_theta": 10000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 3}
     old["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    config, family = read_config(tmp_path)
-    assert config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
-    true, _ = read_config(checkpoints("gemma3"))
-    tables = [dict(family.rotary_class(config=c).named_buffers()) for c in (config, true)]
-    assert tables[0].keys() == tables[1].keys() and len(tables[0]) == 4
-    assert all(torch.equal(table, tables[1][name]) for name, table in tables[0].items())
+    assert read_config(tmp_path)[0].layer_types == ["sliding_attention"] * 2 + ["full_attention"]
+    assert_same_tables(tmp_path, checkpoints("gemma3"))
+
+
+def test_olmo3_with_the_keys_of_the_hub(checkpoints, tmp_path):
+    """allenai/Olmo-3-1025-7B uses transformers 4's keys: rope_scaling is for layers of full attention."""
+    scaling = {name: value for name, value in tiny.YARN.items() if name != "rope_theta"}
+    new = json.loads((checkpoints("olmo3") / "config.json").read_text())
+    for name, keys in (
+        ("old", {"rope_theta": 500000.0, "rope_scaling": scaling}),
+        ("new", {"rope_parameters": {of: r | {"rope_theta": 500000.0} for of, r in tiny.OLMO3_ROPE.items()}}),
+    ):
+        (tmp_path / name).mkdir()
+        config = {key: value for key, value in new.items() if key != "rope_parameters"} | keys
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    assert_same_tables(tmp_path / "old", tmp_path / "new")
+
+
+def assert_same_tables(*folders) -> None:
+    """Compare the rotary tables of two configurations with two kinds of layers."""
+    read = [read_config(folder) for folder in folders]
+    old, new = (dict(family.rotary_class(config=config).named_buffers()) for config, family in read)
+    assert old.keys() == new.keys() and len(old) == 4
+    assert all(torch.equal(table, new[name]) for name, table in old.items())
 
 
 @pytest.mark.parametrize(
