@@ -19,6 +19,7 @@ from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.weight_headers import WeightHeaders
 from models import (
+    exaone4,
     gemma2,
     gemma3,
     granite,
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
     "phi3": phi3.FAMILY,
+    "exaone4": exaone4.FAMILY,
     "granite": granite.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
@@ -117,6 +118,10 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA, rope_parameters=GEMMA3_ROPE),
     "phi3": lambda: Phi3Config(
         **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
+    ),
+    "exaone4": lambda: Exaone4Config(**_COMMON, **_WINDOWS),
+    "exaone4_small": lambda: Exaone4Config(
+        **_COMMON, sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
     ),
     "granite": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, tie_word_embeddings=True),
     "olmo2": lambda: Olmo2Config(**_COMMON, pad_token_id=0),

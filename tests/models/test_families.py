@@ -53,6 +53,8 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("phi3", {"rope_parameters": tiny.LONG_ROPE | {"long_factor": tiny.LONG_ROPE["short_factor"]}}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
+        ("exaone4", {"sliding_window": 64}),
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),  # with RoPE
         *(("granite", {name: 1.0}) for name in tiny.MULTIPLIERS),
         ("olmo3", {"sliding_window": 64}),
         ("olmo3", {"rope_parameters": dict.fromkeys(tiny.OLMO3_ROPE, tiny.YARN)}),
