@@ -45,7 +45,8 @@ class Family:
         attention: name, in transformers' registry, of the implementation for all of its attention.
         select_linears: returns the linears to quantize in the given decoder layer, relative to it. For layers
             that differ, or where more than `linears` is quantized.
-        match_checkpoint: changes the meta model in place so that its parameters are the files' tensors.
+        match_checkpoint: changes the meta model in place so that its parameters are the files' tensors. It
+            may raise ValueError for a config that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
         compiles: whether a layer compiles to one graph, without a break.

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -106,6 +107,8 @@ _WINDOWS = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+# Queries of tokens beyond the first 16 are scaled.
+SCALED_QUERIES = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
@@ -124,6 +127,9 @@ CONFIGS = {
         **_COMMON, sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
     ),
     "granite": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, tie_word_embeddings=True),
+    "ministral3": lambda: Ministral3Config(
+        **_COMMON, pad_token_id=0, head_dim=32, rope_parameters=dict(SCALED_QUERIES)
+    ),
     "olmo2": lambda: Olmo2Config(**_COMMON, pad_token_id=0),
     "olmo3": lambda: Olmo3Config(**_COMMON, **_WINDOWS, pad_token_id=0, rope_parameters=OLMO3_ROPE),
     "smollm3": lambda: SmolLM3Config(

@@ -56,6 +56,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("exaone4", {"sliding_window": 64}),
         ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),  # with RoPE
         *(("granite", {name: 1.0}) for name in tiny.MULTIPLIERS),
+        ("ministral3", {"rope_parameters": tiny.SCALED_QUERIES | {"llama_4_scaling_beta": 0.0}}),
         ("olmo3", {"sliding_window": 64}),
         ("olmo3", {"rope_parameters": dict.fromkeys(tiny.OLMO3_ROPE, tiny.YARN)}),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}),
@@ -345,6 +346,7 @@ def run_and_experts_used(rank_info, args):
     ("kind", "edit", "words"),
     [
         ("qwen3_moe", {"num_experts_per_tok": 9}, "describes no qwen3_moe model .*9 experts per token, of 8"),
+        ("ministral3", {"rope_parameters": tiny.YARN}, "describes no ministral3 .*no llama_4_scaling_beta"),
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention.*only causal models"),
         ("llama", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
         ("qwen2", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
