@@ -32,6 +32,7 @@ from models import (
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from models.causal_lm import replace_head, summed_loss_class
@@ -59,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": ministral3.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
+    "seed_oss": seed_oss.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 

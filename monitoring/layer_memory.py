@@ -33,10 +33,11 @@ class LayerWidths:
             activation function's input and result, and of gelu_new (Phi) the tanh in it.
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
         has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
-        has_head_norms: queries and keys are normalized (Qwen3, Gemma 3).
+        has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo, EXAONE 4).
         has_fused_qkv: query, key and value are one linear (Phi-3).
         has_fused_gate: gate and up are one linear (Phi-3, GLM-4).
         is_eager: attention is eager and keeps its scores (Gemma 2).
+        drops_scores: attention has dropout, which the variable-length kernel lacks (Seed-OSS).
         window: tokens of a sliding window; 0 without.
         compiles: whether --compile auto compiles the layers.
     """
@@ -54,6 +55,7 @@ class LayerWidths:
     has_fused_qkv: bool = False
     has_fused_gate: bool = False
     is_eager: bool = False
+    drops_scores: bool = False
     window: int = 0
     compiles: bool = True
 
@@ -81,6 +83,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         has_fused_qkv=any(name.endswith("qkv_proj") for name in names),
         has_fused_gate=any(name.endswith("gate_up_proj") for name in names),
         is_eager=family.attention == "eager",
+        drops_scores=bool(getattr(config, "attention_dropout", 0)),
         window=getattr(config, "sliding_window", None) or 0,
         compiles=family.compiles,
     )
@@ -245,7 +248,8 @@ def mask_bytes(
     windows shorter than a sequence.
     """
     has_window = 0 < widths.window < tokens
-    has_kernel = _takes_grouped_heads(precision, gpu)  # on the same GPUs, in the same dtypes
+    # The kernel runs on the GPUs, and in the dtypes, in which others take grouped heads.
+    has_kernel = _takes_grouped_heads(precision, gpu) and not widths.drops_scores
     if not widths.is_eager and (has_kernel or not (config.packing or has_window)):
         return 0
     kinds = 2 if widths.window else 1

@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -132,6 +133,9 @@ CONFIGS = {
     ),
     "olmo2": lambda: Olmo2Config(**_COMMON, pad_token_id=0),
     "olmo3": lambda: Olmo3Config(**_COMMON, **_WINDOWS, pad_token_id=0, rope_parameters=OLMO3_ROPE),
+    "seed_oss": lambda: SeedOssConfig(
+        **_COMMON, pad_token_id=0, head_dim=32, attention_dropout=0.0, residual_dropout=0.0
+    ),
     "smollm3": lambda: SmolLM3Config(
         **_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
     ),

@@ -29,6 +29,7 @@ from parallel.shards import full_tensor
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, trained_names
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
+from tests.helpers.packing import packed_batch
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.products import slow
 from tests.helpers.runs import outputs, set_up, train_run, transformers_model
@@ -105,6 +106,28 @@ def bf16_logits_and_buffers(rank_info, args):
     buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["residual_dropout", "attention_dropout"])
+def test_dropout_of_seed_oss_acts_in_training_only(name, checkpoints, alpaca_file, one_rank, tmp_path):
+    folder = tiny.save_checkpoint("seed_oss", tmp_path / "model", **{name: 0.5})
+    trained, evaluated = one_rank(losses_of_two_forwards, args_for(folder, alpaca_file, "qlora"))[0]
+    without = one_rank(losses_of_two_forwards, args_for(checkpoints("seed_oss"), alpaca_file, "qlora"))[0]
+    assert len({*trained, *evaluated}) == 3
+    assert without == (evaluated, evaluated)
+
+
+def losses_of_two_forwards(rank_info, args) -> tuple[list[float], list[float]]:
+    """Return the loss sums of the same packed rows, twice in training and twice in evaluation."""
+    job, model = set_up(rank_info, args)
+    model.set_attn_implementation(job.family.attention)
+    batch = packed_batch()
+    with torch.no_grad():
+        return tuple(
+            [train.loss_sum(model.train(training), batch).item() for _ in range(2)]
+            for training in (True, False)
+        )
 
 
 FOREIGN_KEYS = {  # what classes of other families read
