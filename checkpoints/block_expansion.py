@@ -40,6 +40,8 @@ from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_TOKENIZER_BYTES, re
 
 # Lists in config.json that never have one entry per layer, even if their length is the number of layers.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
+# Lists per layer that may go on behind the last layer (SmolLM3's).
+LONGER_LISTS = ("no_rope_layers",)
 
 
 def insertion_points(options: Options, num_layers: int) -> list[int]:
@@ -125,11 +127,14 @@ def expanded_tensors(files: CheckpointFiles, family: Family, originals: list[int
 def per_layer_lists(config: dict, num_layers: int) -> dict[str, list]:
     """Return {key: list} of the lists in a config that have `num_layers` entries, one per layer.
 
-    OTHER_LISTS and lists of token ids are left out, whatever their length.
+    LONGER_LISTS are cut. OTHER_LISTS and lists of token ids are left out, whatever their length.
     """
     lists = {
-        key: value for key, value in config.items() if isinstance(value, list) and len(value) == num_layers
+        key: value[:num_layers] if key in LONGER_LISTS else value
+        for key, value in config.items()
+        if isinstance(value, list)
     }
+    lists = {key: value for key, value in lists.items() if len(value) == num_layers}
     other = {key for key in lists if key in OTHER_LISTS or key.endswith(("_id", "_ids", "_tokens"))}
     return {key: value for key, value in lists.items() if key not in other}
 

@@ -277,6 +277,15 @@ def test_kinds_of_attention_go_with_their_layers(kind, written_out, checkpoints,
     assert torch.equal(transformers_logits(without), expected)
 
 
+@pytest.mark.parametrize("given", [*slow([[1, 0, 1], None]), [1, 0, 1, 0]], ids=["list", "pattern", "longer"])
+def test_layers_without_rope_stay_without(given, checkpoints, tmp_path):
+    base = shutil.copytree(checkpoints("smollm3"), tmp_path / "base")
+    edit_config(base, no_rope_layers=given, no_rope_layer_interval=2)
+    folder = expand(base, tmp_path / "out", "--after", "0,1,1")
+    assert read_config_json(folder)["no_rope_layers"] == [1, 1, 0, 0, 0, 1]
+    assert torch.equal(transformers_logits(folder), transformers_logits(base))
+
+
 @pytest.mark.parametrize("only, step", [([1], 1), ([], 2), ([3], 2), ([0, 4], 1)])
 def test_layers_with_experts_keep_them(only, step):
     config = Qwen3MoeConfig(num_hidden_layers=5, mlp_only_layers=only, decoder_sparse_step=step)
