@@ -64,6 +64,9 @@ from training.step_sizes import (
 )
 from training.warm_start import WarmStart, adopt_adapter
 
+# Values of config.json with which transformers' layers drop activations in training.
+DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout")
+
 
 def check_run(config: Config) -> Job:
     """Return a run as a Job. Raises UserError if anything is wrong with its options, model or data.
@@ -264,7 +267,10 @@ def _describe_token_training(config: Config) -> str:
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:
-    """Return lines on what differs from config.json in training. was_untied: the head got its own weights."""
+    """Return lines on settings of config.json that training ignores, and on dropouts that it applies.
+
+    was_untied: the head got its own weights.
+    """
     remarks = []
     if was_untied:
         remarks.append(f"{folder}: {UNTIED}")
@@ -274,6 +280,12 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: b
             f"{folder}/config.json: output_router_logits has no effect here: the loss is that of the tokens"
             " alone, without the auxiliary loss of the router"
         )
+    # A key of other families has no attribute in this config's class, and no effect.
+    known = (name for name in DROPOUTS if hasattr(type(model_config), name))
+    dropouts = [f"{name} {value:g}" for name in known if (value := getattr(model_config, name))]
+    if dropouts:
+        masks = "; packed rows need masks for it" if model_config.attention_dropout else ""
+        remarks.append(f"{folder}/config.json: {', '.join(dropouts)}: acts in training{masks}")
     return remarks
 
 

@@ -1,4 +1,4 @@
-"""Settings of config.json that training ignores are reported at start."""
+"""Settings of config.json that training ignores, and dropouts that it applies, are reported at start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
+from models.registry import read_config
 from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.expansion import edit_config
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
+from training.preflight import remarks_on_model
 
+DROPOUTS = {
+    (
+        "seed_oss",
+        "attention_dropout",
+    ): "attention_dropout 0.1: acts in training; packed rows need masks for it",
+    ("seed_oss", "residual_dropout"): "residual_dropout 0.1: acts in training",
+    ("llama", "residual_dropout"): None,  # a key of other families
+}
 ROUTER = "config.json: output_router_logits has no effect here: the loss is that of the tokens alone"
 
 
@@ -40,3 +50,12 @@ def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_fi
     assert loss == pytest.approx(summed_cross_entropy(theirs.logits), rel=1e-5)
     auxiliary = theirs.loss.item() - loss / IDS[:, 1:].numel()
     assert (auxiliary > 0.1) == kind.startswith("qwen3_moe"), "transformers adds what ours leaves out"
+
+
+@pytest.mark.parametrize(("kind", "name"), DROPOUTS)
+def test_dropouts_of_the_config(kind, name, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
+    edit_config(folder, **{name: 0.1})
+    remark = DROPOUTS[kind, name]
+    expected = [f"{folder}/config.json: {remark}"] if remark else []
+    assert remarks_on_model(read_config(folder)[0], folder, was_untied=False) == expected
