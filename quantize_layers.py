@@ -27,6 +27,7 @@ from files.weight_cache import CacheWriter
 from launch.devices import set_current_device
 from launch.memory import empty_on_host
 from launch.ranks import RankInfo, gather_from_ranks
+from models.config_parts import text_config
 from models.family import Family, unwrapped_name
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
@@ -111,7 +112,7 @@ def allocate(
         if isinstance(m, ConvertingModule) or m is rotary
         for b in m.buffers(False)
     }
-    for name, content in family.constant_buffers(model.config).items():
+    for name, content in family.constant_buffers(text_config(model.config)).items():
         path, _, last = name.rpartition(".")
         buffer = model.get_buffer(name)
         assert buffer.shape == content.shape, f"{name}: {content.shape} for {buffer.shape}"

@@ -46,6 +46,7 @@ from launch.start import start
 from models.adapters import apply_method
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
+from models.config_parts import text_config
 from models.registry import build_on_meta
 from monitoring import weight_memory
 from monitoring.layer_memory import layer_input_bytes
@@ -96,8 +97,9 @@ def set_up(
     expected = weight_memory.expected_memory(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
-    layer_input = layer_input_bytes(config, precision, max_tokens, job.model_config.hidden_size)
-    on_host = config.use_activation_cpu_offload * job.model_config.num_hidden_layers * layer_input
+    text = text_config(job.model_config)
+    layer_input = layer_input_bytes(config, precision, max_tokens, text.hidden_size)
+    on_host = config.use_activation_cpu_offload * text.num_hidden_layers * layer_input
     wrap(
         model,
         family,

@@ -19,7 +19,7 @@ from files.disk_room import check_free_space
 from files.names import ADAPTER, ADAPTER_CONFIG
 from files.saved_adapter import ADAPTER_DTYPES, PEFT_PREFIX, TensorHeaders, read_adapter_modules
 from files.tensors import save_tensors
-from models.adapters import peft_targets
+from models.adapters import peft_exclusions, peft_targets
 from models.family import Family, unwrapped_name
 from models.lora import LoRALinear
 from models.vocabulary import peft_modules_to_save, vocabulary_modules
@@ -116,6 +116,7 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": peft_targets(family, config.lora_target_modules),
+        "exclude_modules": peft_exclusions(family),
         "use_dora": config.method.adapter == "dora",
         "bias": "none",
         "fan_in_fan_out": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import shlex
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig
 from checkpoints.model_writer import (
     TensorEntry,
     WeightFiles,
+    apart_entries,
     check_entries_finite,
     constant_entry,
     file_entries,
@@ -30,6 +32,7 @@ from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
 from launch.program import print_error, quiet_libraries, shell_command
+from models.config_parts import text_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, is_expanded, new_layers, source_layers, spread_new_blocks
 from models.redundant import UNTIED, corrected_config, sync_tied_embeddings
@@ -89,7 +92,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
             " expand its base model, with all new blocks at once"
         )
     else:
-        insertion_points(options, config.num_hidden_layers)
+        insertion_points(options, text_config(config).num_hidden_layers)
     fetch_weights(pin_model_name(name, folder), folder)
     files, _, untied_head = open_weights(folder, config, family)
     check_entries_finite(file_entries(files))
@@ -124,6 +127,32 @@ def expanded_tensors(files: CheckpointFiles, family: Family, originals: list[int
     return entries
 
 
+def name_like_base(
+    entries: dict[str, TensorEntry], files: CheckpointFiles, family: Family, originals: list[int]
+) -> dict[str, TensorEntry]:
+    """Return the expanded model's entries by the names that its files have, spelled like the base's.
+
+    Args:
+        entries: from `expanded_tensors`, by the parameters' names.
+        files: the base's files.
+        family: the model's family.
+        originals: as for `expanded_tensors`.
+    """
+    named = {}
+    for name, entry in entries.items():
+        layer, rest = family.locate_layer(name)
+        if layer is None:
+            named[files.stored_name(name)] = entry
+            continue
+        source = originals[layer]
+        stored = files.stored_name(f"{family.layers}.{source}.{rest}")
+        # The first number in a tensor's name is that of its layer.
+        before, number, after = re.split(r"(?<=\.)(\d+)(?=\.)", stored, maxsplit=1)
+        assert number == str(source)
+        named[f"{before}{layer}{after}"] = entry
+    return named
+
+
 def per_layer_lists(config: dict, num_layers: int) -> dict[str, list]:
     """Return {key: list} of the lists in a config that have `num_layers` entries, one per layer.
 
@@ -148,8 +177,16 @@ def expanded_config(raw: dict, config: PretrainedConfig, originals: list[int]) -
             kind of attention per layer) written out.
         originals: As for `expanded_tensors`.
     """
-    layers, resolved = config.num_hidden_layers, config.to_dict()
     new = dict(sync_tied_embeddings(raw, config))
+    text = text_config(config)
+    if text is not config:
+        return new | {"text_config": _expanded_text_config(raw["text_config"], text, originals)}
+    return _expanded_text_config(new, config, originals)
+
+
+def _expanded_text_config(raw: dict, config: PretrainedConfig, originals: list[int]) -> dict:
+    """Do the same as `expanded_config` for the part of the config that describes the layers."""
+    layers, resolved, new = config.num_hidden_layers, config.to_dict(), dict(raw)
     for key, value in per_layer_lists(raw | resolved, layers).items():
         new[key] = [value[layer] for layer in originals]
     if isinstance(raw.get("max_window_layers"), int):  # the number of first layers with full attention
@@ -170,14 +207,15 @@ def expand(options: Options) -> str:
     Raises UserError and OSError.
     """
     config, family, files, _ = read_model(options)
-    originals = source_layers(config.num_hidden_layers, insertion_points(options, config.num_hidden_layers))
+    layers = text_config(config).num_hidden_layers
+    originals = source_layers(layers, insertion_points(options, layers))
     raw = read_json(files.folder / CONFIG, MAX_CONFIG_BYTES)
     new_config = expanded_config(raw, config, originals)
     entries = expanded_tensors(files, family, originals)
     _check_plan(new_config, entries, config, files, family)
-    weight_files = _split_like_base(entries, files)
-    _write(options, weight_files, files, {CONFIG: to_json_text(new_config)})
-    new = ", ".join(map(str, new_config[NEW_LAYERS]))
+    stored = name_like_base(entries, files, family, originals) | apart_entries(files)
+    _write(options, _split_like_base(stored, files), files, {CONFIG: to_json_text(new_config)})
+    new = ", ".join(map(str, new_config.get("text_config", new_config)[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(originals)} layers, of which new: {new}\n"
         f"next: {shlex.join(shell_command('train.py'))} --train_type bnb_llama_pro"
@@ -200,8 +238,9 @@ def _check_plan(
     planned.tensors = {name: StoredTensor("", entry.shape, entry.dtype) for name, entry in entries.items()}
     expanded = type(config).from_dict(new_config)
     check_weights(build_on_meta(expanded, family), planned, family)
-    for key, value in per_layer_lists(expanded.to_dict(), expanded.num_hidden_layers).items():
-        assert value == new_config[key], f"{key}: transformers reads {value}"
+    text, written = text_config(expanded), new_config.get("text_config", new_config)
+    for key, value in per_layer_lists(text.to_dict(), text.num_hidden_layers).items():
+        assert value == written[key], f"{key}: transformers reads {value}"
 
 
 def _write(
@@ -217,8 +256,9 @@ def _write(
 def _split_like_base(entries: dict[str, TensorEntry], files: CheckpointFiles) -> WeightFiles:
     """Return `entries` split into files no larger than the base's largest file."""
     sizes: Counter[str] = Counter()
-    for name, entry in file_entries(files).items():
-        sizes[files.tensors[name].file] += entry.nbytes
+    for part in (files, *([files.apart] if files.apart else [])):
+        for name, entry in file_entries(part).items():
+            sizes[part.tensors[name].file] += entry.nbytes
     return split_into_files(entries, max(sizes.values()))
 
 
@@ -245,7 +285,7 @@ def insert_blocks(options: Options) -> str:
     if remark:
         print(remark, file=sys.stderr, flush=True)
     _write(options, replace_entries(files, file_entries(blocks)), files, small_files)
-    layers, count = config.num_hidden_layers, len(blocks.tensors)
+    layers, count = text_config(config).num_hidden_layers, len(blocks.tensors)
     return f"in {options.output_dir}: {layers} layers, {count} tensors from {options.blocks}"
 
 

@@ -253,9 +253,11 @@ def _result_bytes(
     new = new_layers(model.config) if config.method.expansion else []
     for name, stored in files.tensors.items():
         if not (blocks and new) or family.locate_layer(name)[0] in new:
-            saved.add(name, stored.shape, stored.torch_dtype)
+            saved.add(files.stored_name(name), stored.shape, stored.torch_dtype)
     if blocks and new:
         return saved.data_bytes() + saved.header_bytes()
+    for name, stored in files.apart.tensors.items() if files.apart else ():
+        saved.add(name, stored.shape, stored.torch_dtype)
     index = len(
         json.dumps({"weight_map": dict.fromkeys(saved.tensors, "model-00001-of-00001.safetensors")}, indent=2)
     )

@@ -52,7 +52,7 @@ WeightFiles = dict[str, dict[str, TensorEntry]]  # file name -> tensor name -> w
 
 
 def file_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
-    """Return {name: entry} that copies each tensor of a model's files.
+    """Return {parameter's name: entry} that copies each tensor of a model's files.
 
     Reading an entry raises UserError if its tensor holds NaN or infinity.
     """
@@ -62,6 +62,16 @@ def file_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
         )
         for name, t in files.tensors.items()
     }
+
+
+def with_stored_names(files: CheckpointFiles, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return entries of parameters by their names in a model's files."""
+    return {files.stored_name(name): entry for name, entry in entries.items()}
+
+
+def apart_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
+    """Return {name in the files: entry} that copies the tensors of the parts that were not built."""
+    return file_entries(files.apart) if files.apart else {}
 
 
 def check_entries_finite(entries: dict[str, TensorEntry]) -> None:
@@ -167,10 +177,14 @@ def split_into_files(entries: dict[str, TensorEntry], max_bytes: int) -> WeightF
 
 
 def replace_entries(files: CheckpointFiles, changed: dict[str, TensorEntry]) -> WeightFiles:
-    """Return entries that copy a model's files, under the same names, except for the tensors in `changed`."""
+    """Return entries that copy a model's files, but for the parameters in `changed`. No name changes."""
     weight_files: WeightFiles = {}
     for name, entry in file_entries(files).items():
-        weight_files.setdefault(files.tensors[name].file, {})[name] = changed.get(name, entry)
+        file = weight_files.setdefault(files.tensors[name].file, {})
+        file[files.stored_name(name)] = changed.get(name, entry)
+    for name, entry in apart_entries(files).items():
+        assert files.apart
+        weight_files.setdefault(files.apart.tensors[name].file, {})[name] = entry
     return weight_files
 
 

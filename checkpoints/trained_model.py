@@ -18,11 +18,13 @@ from checkpoints.model_writer import (
     SHARD_BYTES,
     TensorEntry,
     WeightFiles,
+    apart_entries,
     gathered_entry,
     replace_entries,
     sort_for_file,
     split_into_files,
     total_bytes,
+    with_stored_names,
     write_model,
     write_tensors,
 )
@@ -57,7 +59,8 @@ def save_model(
 ) -> None:
     """Write the full trained model, with the base's tensor names, dtypes, config and tokenizer.
 
-    Collective; rank 0 writes, one tensor at a time, and raises OSError.
+    The parts of a wrapper that were not built are copied from the base's files. Collective; rank 0 writes,
+    one tensor at a time, and raises OSError.
 
     Args:
         files: The base's files.
@@ -65,6 +68,7 @@ def save_model(
     """
     params = {unwrapped_name(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered_entry(p, files.tensors[name].torch_dtype) for name, p in params.items()}
+    entries = with_stored_names(files, entries) | apart_entries(files)
     _write_model_collectively(folder, split_into_files(entries, SHARD_BYTES), files, base, small_files)
 
 
@@ -157,7 +161,8 @@ def save_blocks(
         base: The expanded model.
         extra_files: {name: text} of more files to write.
     """
-    entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
+    entries = with_stored_names(files, _trained_blocks(model, family, files))
+    layers = json.dumps(new_layers(model.config))
     metadata = {"base_model_name_or_path": base.name, NEW_LAYERS: layers} | base.metadata()
     metadata |= {"revision": base.revision} if base.revision else {}
 
@@ -190,6 +195,8 @@ def open_blocks(
     Raises UserError unless the file holds exactly the tensors of these layers, with their shapes.
     """
     blocks = CheckpointFiles(path.parent, only_file=path.name)
+    parameters = {stored: name for name, stored in files.stored_names.items()}
+    blocks.rename(lambda stored: parameters.get(stored, stored), family.is_unused)
     metadata = read_header(path)[0].get("__metadata__") or {}
     stored_layers = metadata.get(NEW_LAYERS)
     if stored_layers is None:

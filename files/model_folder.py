@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -26,7 +26,7 @@ from files.links import points_outside
 from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE, split_revision
 from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, list_tensors, read_tensor
 from files.weight_headers import WeightHeaders
-from files.weight_sets import compare_weight_sets
+from files.weight_sets import UnmatchedTensor, compare_weight_sets
 from options.config import TOY_MODEL
 from options.errors import UserError
 from options.limits import MAX_INDEX_BYTES, read_json
@@ -41,6 +41,8 @@ class CheckpointFiles(WeightHeaders):
     Attributes:
         unmatched: tensors that only one of two sets of weights holds.
     """
+
+    apart: CheckpointFiles | None
 
     def __init__(self, folder: Path, only_file: str | None = None):
         """Read and check the headers of a folder's weight files, or of `only_file` alone. Raises UserError.
@@ -63,7 +65,19 @@ class CheckpointFiles(WeightHeaders):
 
     def tensor_origin(self, name: str) -> str:
         """Return a tensor's file and name, for messages."""
-        return f"{self.folder / self.tensors[name].file}: {name}"
+        return f"{self.folder / self.tensors[name].file}: {self.stored_name(name)}"
+
+    def rename(self, parameter_name: Callable[[str], str], is_unused: Callable[[str], bool]) -> None:
+        """Rename the tensors, those of `unmatched` too; see `WeightHeaders.rename`."""
+        super().rename(parameter_name, is_unused)
+        self.unmatched = [
+            UnmatchedTensor(
+                parameter_name(extra.name),
+                {parameter_name(name): stored for name, stored in extra.tensors.items()},
+                extra.missing_from,
+            )
+            for extra in self.unmatched
+        ]
 
     @overload
     def read(self, name: str, buffers: None = None) -> torch.Tensor | PackedWeight: ...
@@ -215,6 +229,10 @@ def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
     """
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
                "quantization_config")  # fmt: skip
-    settings = {k: v for k, v in config.to_dict().items() if k not in ignored}
+    settings = {
+        key: {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+        for key, value in config.to_dict().items()  # a wrapper's config holds those of its parts
+        if key not in ignored
+    }
     shapes = {name: stored.shape for name, stored in sorted(files.tensors.items())}
     return hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode()).hexdigest()

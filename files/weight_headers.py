@@ -6,8 +6,9 @@ no more than this.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,9 @@ class WeightHeaders:
         folder: the model's folder. Of a model that is not on this disk, its name as a path, for messages.
         tensors: all tensors.
         packed: those of them that are stored packed, by bitsandbytes or in a cache.
+        stored_names: {parameter's name: name in the files}, of tensors that `rename` renamed.
+        apart: the tensors of the parts of the model that are not built, such as a vision tower, by the names
+            in the files; None without any.
         prequantized: whether bitsandbytes packed some of them.
     """
 
@@ -42,6 +46,8 @@ class WeightHeaders:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.packed: dict[str, StoredPackedWeight] = {}
+        self.stored_names: dict[str, str] = {}
+        self.apart: WeightHeaders | None = None
         self.prequantized = False
 
     def add_file(self, file: str, found: dict[str, StoredTensor], expected: set[str] | None) -> None:
@@ -86,3 +92,34 @@ class WeightHeaders:
                     f"{self.folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
                     " floating-point weights, or bitsandbytes' 4 bits"
                 )
+
+    def rename(self, parameter_name: Callable[[str], str], is_unused: Callable[[str], bool]) -> None:
+        """Rename all tensors from their names in the files to names of parameters.
+
+        Args:
+            parameter_name: maps a name in the files to the parameter's.
+            is_unused: whether the parameter with this name is not built; its tensor moves to `apart`.
+
+        Raises UserError if two tensors would get one name.
+        """
+        renamed = {stored: parameter_name(stored) for stored in self.tensors}
+        self.stored_names = {name: stored for stored, name in renamed.items() if name != stored}
+        for stored, name in renamed.items():
+            other = self.stored_names.get(name, name)
+            if stored != other:
+                raise UserError(
+                    f"{self.folder / self.tensors[stored].file}: {stored} and {other} are both the model's"
+                    f" {name}; leave one of them"
+                )
+        unused = {stored for stored, name in renamed.items() if is_unused(name)}
+        if unused:
+            apart = self.apart = copy.copy(self)
+            apart.stored_names = {}
+            apart.tensors = {key: self.tensors[key] for key in self.tensors if key in unused}
+            apart.packed = {key: self.packed[key] for key in self.packed if key in unused}
+        self.tensors = {renamed[key]: t for key, t in self.tensors.items() if key not in unused}
+        self.packed = {renamed[key]: weight for key, weight in self.packed.items() if key not in unused}
+
+    def stored_name(self, name: str) -> str:
+        """Return a parameter's name in the files."""
+        return self.stored_names.get(name, name)

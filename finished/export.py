@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from checkpoints import model_writer
 from checkpoints.adapter import zero_rows_remark
@@ -22,6 +23,7 @@ from checkpoints.model_writer import (
     copy_small_files,
     list_small_files,
     to_json_text,
+    with_stored_names,
     write_model,
 )
 from data.dataset_names import first_set
@@ -38,11 +40,13 @@ from files.names import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER_FILES, split_
 from finished.export_folder import check_output_folder, check_space, staging_folder
 from finished.finished_run import Run, find_stop_ids, load_tokenizer, open_run, read_adapter
 from finished.layerwise import compare_logits, plain_logits, trained_logits
-from finished.merge import make_merged_entries
+from finished.merge import make_apart_entries, make_merged_entries
 from finished.model_card import render_card
 from launch.program import print_error, quiet_libraries
+from models.checkpoint_names import rename_tensors
+from models.config_parts import weights_dtype
 from models.redundant import sync_tied_embeddings
-from models.registry import read_config
+from models.registry import build_on_meta, read_config
 from options.errors import UserError, describe
 from options.export import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
@@ -115,7 +119,7 @@ def _check_hub_access(repo: str) -> None:
 
 def make_dtype_rule(options: Options, run: Run) -> Callable[[torch.dtype], torch.dtype]:
     """Return the function that maps a stored dtype (uint8: packed in its file) to the dtype to write."""
-    config_dtype = getattr(run.model_config, "dtype", None)
+    config_dtype = weights_dtype(run.model_config)
     unpacked = config_dtype if config_dtype in (torch.float32, torch.float16) else torch.bfloat16
 
     def dtype_of(stored: torch.dtype) -> torch.dtype:
@@ -136,7 +140,10 @@ def make_merged_config(run: Run, entries: dict[str, TensorEntry]) -> dict:
     raw.setdefault("architectures", [run.family.model_class.__name__])
     if any(entry.dtype != run.files.tensors[name].dtype for name, entry in entries.items()):
         largest = max(entries.values(), key=lambda entry: entry.nbytes).dtype
-        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(largest).removeprefix("torch.")
+        for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+            key = "torch_dtype" if "torch_dtype" in part else "dtype"
+            if part is raw or key in part:  # the parts of a wrapper
+                part[key] = str(largest).removeprefix("torch.")
     return raw
 
 
@@ -160,16 +167,26 @@ def write_merged(
     adapter = read_adapter(run) if run.adapter else {}
     base = choose_merge_base(run, options)
     entries = make_merged_entries(run, adapter, base == "dequantized", make_dtype_rule(options, run), device)
+    config = make_merged_config(run, entries)
+    entries = with_stored_names(run.files, entries)
+    entries |= make_apart_entries(run.files, make_dtype_rule(options, run), device)
     size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in list_small_files(run.base))
     check_space(options.out, size)
-    small_files = small_files | {CONFIG: to_json_text(make_merged_config(run, entries))}
+    small_files = small_files | {CONFIG: to_json_text(config)}
     write_model(
         folder, model_writer.split_into_files(entries, model_writer.SHARD_BYTES), run.base, small_files
     )
-    description = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
+    auto_class = _auto_class_name(run.model_config)
+    description = f"A complete model folder: `{auto_class}.from_pretrained` loads it."
     if run.adapter:
         description += f" The adapter is merged into the {base} weights."
     write_card(run, options, folder, description, "transformers")
+
+
+def _auto_class_name(config: PretrainedConfig) -> str:
+    """Return the name of the auto class that loads a model: not all wrappers are causal LMs there."""
+    is_causal_lm = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "AutoModelForCausalLM" if is_causal_lm else "AutoModelForImageTextToText"
 
 
 def write_card(run: Run, options: Options, folder: Path, description: str, library: str) -> None:
@@ -257,9 +274,9 @@ def describe_logit_difference(run: Run, out: Path, device: torch.device) -> str:
     trained = trained_logits(run, read_adapter(run) if run.adapter else {}, ids, device)
     reference = "the trained model" if run.is_base_verified else f"the run over {run.base}"
     written, family = read_config(out)  # not the run's config, so that errors in the written file show
-    difference, largest = compare_logits(
-        trained, plain_logits(written, family, CheckpointFiles(out), ids, device), lengths
-    )
+    files = CheckpointFiles(out)
+    rename_tensors(build_on_meta(written, family), family, files)
+    difference, largest = compare_logits(trained, plain_logits(written, family, files, ids, device), lengths)
     return (
         f"largest logit difference from {reference}: {difference:.4g}, of logits up to {largest:.4g}"
         f" ({len(rows)} {description}, {sum(lengths)} tokens, computed in fp32)"

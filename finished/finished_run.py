@@ -42,7 +42,8 @@ from files.saved_adapter import (
 from files.tensors import read_header
 from launch.precision import Precision
 from launch.ranks import RankInfo
-from models.adapters import apply_method, check_quantization
+from models.adapters import apply_method, check_quantization, peft_exclusions
+from models.config_parts import eos_token_id, text_config
 from models.family import Family
 from models.llama_pro import new_layers
 from models.registry import build_on_meta, open_weights, read_config
@@ -248,6 +249,7 @@ def _check_adapter_config(path: Path, run: Run) -> None:
     config = run.config
     expected = {
         "modules_to_save": peft_modules_to_save(run.family) if config.train_embeddings else None,
+        "exclude_modules": peft_exclusions(run.family),
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_dora": config.method.adapter == "dora",
@@ -323,10 +325,10 @@ def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict
 def find_stop_ids(run: Run, tokenizer) -> list[int]:
     """Return the ids of the tokens that end an answer: those the run learned, and the base's own."""
     context = RenderContext(tokenizer, day=run.config.chat_date)
-    return collect_stop_ids(run.base, run.model_config.eos_token_id, run.config.dataset_format, context)
+    return collect_stop_ids(run.base, eos_token_id(run.model_config), run.config.dataset_format, context)
 
 
 def load_tokenizer(run: Run):
     """Load the base's tokenizer, with the run's --chat_template. Raises UserError if it is unusable."""
-    rows = run.model_config.vocab_size
+    rows = text_config(run.model_config).vocab_size
     return read_trained_tokenizer(run.base, str(run.base), run.config.chat_template, rows)

@@ -26,6 +26,7 @@ from finished.finished_run import Run, load_model, load_tokenizer, open_base, op
 from finished.prompt_template import Answer, AnswerStreamer, MarkerCriterion, PromptTemplate
 from launch.precision import Precision, choose_precision
 from models.adapters import replace_adapters
+from models.config_parts import eos_token_id, text_config
 from models.dora import cached_norms
 from models.lora import adapters_off
 from options.data_files import file_suffix
@@ -96,9 +97,9 @@ def make_template(
         raise UserError(
             f"--thinking {thinking}: has no effect: the prompts of {run.folder} have no empty thinking block"
         )
-    stop_ids = collect_stop_ids(run.base, run.model_config.eos_token_id, name, context)
+    stop_ids = collect_stop_ids(run.base, eos_token_id(run.model_config), name, context)
     marker = FORMATS[name].marker(context)
-    max_positions = run.model_config.max_position_embeddings
+    max_positions = text_config(run.model_config).max_position_embeddings
     columns = dataclasses.replace(columns, must_exist=False)
     template = PromptTemplate(FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker)
     if system is not None:

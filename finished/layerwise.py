@@ -19,6 +19,7 @@ from files.model_folder import CheckpointFiles
 from finished.finished_run import Run, select_module_tensors
 from launch.precision import Precision
 from models.adapters import apply_method, choose_quantizers, packed_linears
+from models.config_parts import text_config
 from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LoRALinear
@@ -141,7 +142,7 @@ def _load_submodule(
     for module in submodule.modules():
         if isinstance(module, ConvertingModule):
             module.fill_buffers(device)
-    for name, content in family.constant_buffers(model.config).items():
+    for name, content in family.constant_buffers(text_config(model.config)).items():
         if name.startswith(prefix):
             model.get_buffer(name).copy_(content)
     params, filled = dict(submodule.named_parameters()), set()

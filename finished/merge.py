@@ -64,7 +64,7 @@ def make_merged_entries(
     dtype_of: Callable[[torch.dtype], torch.dtype],
     device: torch.device,
 ) -> dict[str, TensorEntry]:
-    """Return {name: TensorEntry} of the merged model in the files' order. Tensors are merged when written.
+    """Return {parameter's name: TensorEntry} of the merged model. Tensors are merged when written.
 
     Args:
         run: the opened RUN.
@@ -96,6 +96,30 @@ def make_merged_entries(
             pieces = partial(_yield_converted_chunks, run.files, name, dtype)
             entries[name] = dataclasses.replace(entry, dtype=dtype, chunks=pieces)
     assert not adapters, f"without a weight: {next(iter(adapters))}"
+    return entries
+
+
+def make_apart_entries(
+    files: CheckpointFiles, dtype_of: Callable[[torch.dtype], torch.dtype], device: torch.device
+) -> dict[str, TensorEntry]:
+    """Return {name in the files: TensorEntry} of the parts that are not built: unchanged, but never packed.
+
+    Args:
+        files: files of the base.
+        dtype_of, device: as for `make_merged_entries`.
+    """
+    if files.apart is None:
+        return {}
+    entries = file_entries(files.apart)
+    for name, entry in entries.items():
+        dtype = dtype_of(entry.dtype)
+        if name in files.apart.packed:
+            quantizer = files.apart.packed[name].quantizer
+            make = partial(_read_merged_weight, files.apart, name, quantizer, None, 0.0, device, None)
+            entries[name] = TensorEntry(dtype, entry.shape, partial(_yield_merged_chunk, make, name, dtype))
+        elif dtype != entry.dtype:
+            pieces = partial(_yield_converted_chunks, files.apart, name, dtype)
+            entries[name] = dataclasses.replace(entry, dtype=dtype, chunks=pieces)
     return entries
 
 

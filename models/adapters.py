@@ -79,6 +79,15 @@ def peft_targets(family: Family, target_modules: str) -> list[str]:
     return [pattern.strip() for pattern in target_modules.split(",")]
 
 
+def peft_exclusions(family: Family) -> str | None:
+    """Return PEFT's exclude_modules: a regular expression for the modules of `unused`; None without any.
+
+    Their linears may have the same last names as those of the text model.
+    """
+    names = [name.rpartition(".")[2] for name in family.unused]
+    return rf"(.*\.)?({'|'.join(names)})(\..*)?" if names else None
+
+
 def check_quantization(model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders) -> None:
     """Raise UserError if the train type cannot pack the files' weights, or use those packed already.
 

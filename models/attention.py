@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from models.config_parts import text_config
 from models.family import FUSED, Family
 
 # Our names in transformers' registry, beside FUSED.
@@ -57,6 +58,7 @@ def choose_attention(
     """
     if family.attention != FUSED:
         return family.attention
+    config = text_config(config)
     window = getattr(config, "sliding_window", None)
     if not packing and (window is None or max_sequence_length <= window):
         return CAUSAL

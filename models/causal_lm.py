@@ -41,19 +41,24 @@ class SummedLossMixin(Base):
             target_positions: Batch.target_positions.
             row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py).
         """
-        rotary: Any = getattr(self.base_model, "rotary_emb", None)
+        decoder = self.get_decoder()  # the text model, also of a wrapper
+        rotary: Any = getattr(decoder, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths
         if targets is None:
             return super().forward(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state
         return self.get_output_embeddings()(hidden, targets, target_positions)
 
 
 @cache
 def summed_loss_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return a subclass of the same name whose forward returns the summed loss if it gets targets."""
-    return type(model_class.__name__, (SummedLossMixin, model_class), {})
+    """Return a subclass of the same name whose forward returns the summed loss if it gets targets.
+
+    It has the module's name of `model_class`, too: transformers renames tensors for its own classes only.
+    """
+    module = {"__module__": model_class.__module__}
+    return type(model_class.__name__, (SummedLossMixin, model_class), module)
 
 
 def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from models.config_parts import text_config
 
 FUSED = "fused_sdpa"  # attend_fused of models/attention.py, in transformers' registry
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # end of a tensor's name in old Llama files
@@ -52,6 +54,10 @@ class Family:
         compiles: whether a layer compiles to one graph, without a break.
         logit_scale: returns the factor that is applied to the head's result, before any cap.
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
+        unused: the modules of a wrapper that text alone does not need, such as a vision tower. They are not
+            built; a saved model gets their tensors unchanged.
+
+    The functions get the config of the text model (`text_config`), except for `match_checkpoint`.
     """
 
     model_class: type[nn.Module]
@@ -68,6 +74,7 @@ class Family:
     compiles: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     logit_cap: Callable[[Any], float | None] = lambda config: None
+    unused: tuple[str, ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -125,6 +132,36 @@ class Family:
         """
         return tensor.endswith(ROTARY_TABLE) or (tied and tensor == f"{self.head}.weight")
 
+    def is_unused(self, tensor: str) -> bool:
+        """Return whether the tensor belongs to a module of `unused`."""
+        return tensor.startswith(tuple(f"{module}." for module in self.unused))
+
+
+def wrap_family(text: Family, model_class: type[nn.Module], unused: tuple[str, ...]) -> Family:
+    """Return the family of a wrapper, whose part `model.language_model` is the text family's `model`.
+
+    Args:
+        text: the family of the text model alone.
+        model_class: transformers' class of the wrapper.
+        unused: Family.unused.
+    """
+
+    def wrapped(name: str) -> str:
+        return f"model.language_model.{name.removeprefix('model.')}"
+
+    return replace(
+        text,
+        model_class=model_class,
+        unused=unused,
+        layers=wrapped(text.layers),
+        embedding=wrapped(text.embedding),
+        norm=wrapped(text.norm),
+        rotary=wrapped(text.rotary),
+        constant_buffers=lambda config: {
+            wrapped(name): content for name, content in text.constant_buffers(config).items()
+        },
+    )
+
 
 def _matches(pattern: list[str], segments: list[str]) -> bool:
     same_length = len(pattern) == len(segments)
@@ -156,7 +193,7 @@ def has_longrope_by_layer(config: PretrainedConfig) -> bool:
 
 
 def _rope_parameters(config: PretrainedConfig) -> dict:
-    return getattr(config, "rope_parameters", None) or {}
+    return getattr(text_config(config), "rope_parameters", None) or {}
 
 
 def _ropes_by_layer(config: PretrainedConfig) -> list[dict]:

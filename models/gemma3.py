@@ -1,12 +1,22 @@
-"""Gemma 3, text only (model_type gemma3_text): norms on queries and keys, sliding and full attention.
+"""Gemma 3: norms on queries and keys, sliding and full attention.
 
 Several layers of sliding attention come before one of full attention; each kind has rotary tables of its own.
 Scores have no cap: transformers ignores attn_logit_softcapping here.
+
+The models of 270M and 1B are a text model alone (model_type gemma3_text). The larger ones are a wrapper
+(gemma3) with a vision tower and a projector. They are trained on text, which needs neither: the two are not
+loaded.
 """
 
-from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3RotaryEmbedding
+from dataclasses import replace
 
-from models.family import Family
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3RotaryEmbedding,
+)
+
+from models.family import Family, wrap_family
 from models.gemma2 import IDENTITY_INIT, constant_buffers, logit_cap
 
 FAMILY = Family(
@@ -15,4 +25,10 @@ FAMILY = Family(
     identity_init=IDENTITY_INIT,
     constant_buffers=constant_buffers,
     logit_cap=logit_cap,
+)
+
+WRAPPER = wrap_family(
+    replace(FAMILY, logit_cap=lambda config: None),  # transformers ignores final_logit_softcapping here
+    Gemma3ForConditionalGeneration,
+    unused=("model.vision_tower", "model.multi_modal_projector"),
 )

@@ -18,15 +18,17 @@ from transformers import PretrainedConfig
 
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
+from models.config_parts import text_config
 from models.family import Family
 from options.errors import UserError
 
-NEW_LAYERS = "llama_pro_new_layers"  # in config.json: indices in the expanded model, from 0, ascending
+# In config.json, beside num_hidden_layers: indices in the expanded model, from 0, ascending.
+NEW_LAYERS = "llama_pro_new_layers"
 
 
 def is_expanded(config: PretrainedConfig) -> bool:
     """Return whether the config has llama_pro_new_layers, as block_expansion.py writes it."""
-    return getattr(config, NEW_LAYERS, None) is not None
+    return getattr(text_config(config), NEW_LAYERS, None) is not None
 
 
 def new_layers(config: PretrainedConfig) -> list[int]:
@@ -34,8 +36,8 @@ def new_layers(config: PretrainedConfig) -> list[int]:
 
     Layer 0 is never new: there is no layer before it to copy.
     """
-    path, count = f"{config.name_or_path}/{CONFIG}", config.num_hidden_layers
-    layers = getattr(config, NEW_LAYERS, None)
+    path, text = f"{config.name_or_path}/{CONFIG}", text_config(config)
+    layers, count = getattr(text, NEW_LAYERS, None), text.num_hidden_layers
     if layers is None:
         raise UserError(
             f"{path}: has no {NEW_LAYERS}, so this is no expanded model; make one with"

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from models.config_parts import text_config
 from models.family import Family, longrope_threshold
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _per_row_class(rotary_class: type[nn.Module]) -> type[nn.Module]:
 
 def make_rotary(family: Family, config: PretrainedConfig) -> nn.Module:
     """Build the model's rotary embedding on torch's default device; with longrope, a PerRowLongRope."""
-    cls = family.rotary_class
+    config, cls = text_config(config), family.rotary_class
     if longrope_threshold(config) < math.inf:
         cls = _per_row_class(cls)  # type: ignore[arg-type]
     return cls(config=config)

@@ -20,6 +20,7 @@ from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
 from files.weight_headers import WeightHeaders
 from files.weight_sets import UnmatchedTensor, two_sets_error
+from models.config_parts import text_config
 from models.family import ROTARY_TABLE, Family
 from models.longrope import PerRowLongRope, make_rotary
 from options.errors import UserError
@@ -133,7 +134,7 @@ def _rotary_tables(config: PretrainedConfig, family: Family) -> list[torch.Tenso
     tables = [table for name, table in rotary.named_buffers() if name.endswith("inv_freq")]
     if isinstance(rotary, PerRowLongRope):
         tables.append(rotary.long_inv_freq)
-    rope = config.rope_parameters
+    rope = text_config(config).rope_parameters
     if rope.get("rope_type") == "linear":  # transformers 4 divided the positions instead of the frequencies
         tables.append(tables[0] * rope["factor"])
     return tables

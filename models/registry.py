@@ -26,6 +26,7 @@ from models import (
     llama,
     ministral3,
     mistral,
+    mistral3,
     olmo2,
     olmo3,
     phi3,
@@ -36,6 +37,8 @@ from models import (
     smollm3,
 )
 from models.causal_lm import replace_head, summed_loss_class
+from models.checkpoint_names import rename_tensors
+from models.config_parts import text_config
 from models.family import Family
 from models.redundant import (
     check_extra_tensors,
@@ -53,7 +56,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "gemma2": gemma2.FAMILY,
+    "gemma3": gemma3.WRAPPER,
     "gemma3_text": gemma3.FAMILY,
+    "mistral3": mistral3.FAMILY,
     "phi3": phi3.FAMILY,
     "exaone4": exaone4.FAMILY,
     "granite": granite.FAMILY,
@@ -97,8 +102,11 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
 def _check_counts(raw: dict, folder: Path) -> None:
     """Raise UserError if config.json (`raw`) has a size below 1, or a num_* value above MAX_LAYERS.
 
-    Each layer is an object, on meta too.
+    The parts of a wrapper are checked, too. Each layer is an object, on meta too.
     """
+    for part in raw.values():
+        if isinstance(part, dict):
+            _check_counts(part, folder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         if isinstance(raw.get(name), int) and raw[name] < 1:
             raise UserError(f"{folder}/{CONFIG}: {name} {raw[name]}: must be positive")
@@ -115,13 +123,17 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
 
     Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
-    config._attn_implementation = attention or family.attention
+    text = text_config(config)
+    config._attn_implementation = attention or family.attention  # of its parts, too
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes of zero; check_weights reports them
             model = summed_loss_class(family.model_class)(config)  # type: ignore[arg-type]
             family.match_checkpoint(model)
-            replace_head(model, family.head, family.logit_scale(config), family.logit_cap(config))
+            for name in family.unused:
+                path, _, last = name.rpartition(".")
+                setattr(model.get_submodule(path), last, None)
+            replace_head(model, family.head, family.logit_scale(text), family.logit_cap(text))
     except CONFIG_ERRORS as e:
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes no {config.model_type} model"
@@ -129,7 +141,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
         ) from None
     # Embedding models would see the tokens that they must predict, and the padding. transformers reads
     # `is_causal` of modules, and of any model's config when it makes masks.
-    if not all(getattr(part, "is_causal", True) for part in (config, *model.modules())):
+    if not all(getattr(part, "is_causal", True) for part in (config, text, *model.modules())):
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes a model with bidirectional attention"
             " (use_bidirectional_attention or is_causal); only causal models are trained"
@@ -162,11 +174,13 @@ def open_weights(
         config, family: from `read_config`.
     """
     files = CheckpointFiles(folder)
+    model = build_on_meta(config, family)
+    rename_tensors(model, family, files)
     rename_tied_head(config, family, files)
     untied_head = f"{family.head}.weight" if has_untied_head(config, family, files) else None
     if untied_head:
         config.tie_word_embeddings = False
-    model = build_on_meta(config, family)
+        model = build_on_meta(config, family)
     check_extra_tensors(config, family, files)
     check_weights(model, files, family)
     return files, model, untied_head
@@ -189,8 +203,9 @@ def open_headers(config: PretrainedConfig, family: Family, headers: WeightHeader
     Head and embedding are tied if `config` ties them. Removes redundant tensors from `headers`. Raises
     UserError unless the others are all that the model needs.
     """
-    rename_tied_head(config, family, headers)
     model = build_on_meta(config, family)
+    rename_tensors(model, family, headers)
+    rename_tied_head(config, family, headers)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     headers.set_packed(find_bnb_headers(headers.folder, headers.tensors, shapes))
     check_shapes(model, headers)
@@ -206,7 +221,7 @@ def check_shapes(model: PreTrainedModel, files: WeightHeaders) -> None:
         stored = files.tensors[name]
         if stored.shape != tuple(parameter.shape):
             raise UserError(
-                f"{files.folder}/{stored.file}: {name} has shape {list(stored.shape)},"
+                f"{files.folder}/{stored.file}: {files.stored_name(name)} has shape {list(stored.shape)},"
                 f" but config.json says {list(parameter.shape)}"
             )
 
@@ -220,6 +235,7 @@ def remove_redundant(model: PreTrainedModel, files: WeightHeaders, family: Famil
             continue
         if not family.is_redundant(name, tied):
             raise UserError(
-                f"{files.folder}/{files.tensors[name].file}: {name} belongs to no parameter of this model"
+                f"{files.folder}/{files.tensors[name].file}: {files.stored_name(name)} belongs to no"
+                " parameter of this model"
             )
         del files.tensors[name]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from launch.gpus import Gpu
 from launch.precision import Precision
+from models.config_parts import text_config
 from models.family import Family
 from options.config import Config
 
@@ -62,7 +63,7 @@ class LayerWidths:
 
 def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     """Return the widths of a meta model's decoder layers; where some have experts, of such a layer."""
-    config, layers = model.config, family.decoder_layers(model)
+    config, layers = text_config(model.config), family.decoder_layers(model)
     layer = next(filter(_has_experts, layers), layers[0])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     names = [name for name, _ in layer.named_modules()]

@@ -14,6 +14,7 @@ from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.adapters import target_linears
+from models.config_parts import text_config
 from models.family import Family
 from monitoring.layer_memory import layer_widths
 from monitoring.sizes import RunSizes, round_up_to_power
@@ -60,7 +61,7 @@ def run_sizes(
         units[unit] += parameter.nbytes()
         trained_units[unit] += parameter.nbytes() * (parameter.kind == "trained")
     trained_layers = [layer for (layer, _), n_bytes in trained_units.items() if n_bytes]
-    layers = model.config.num_hidden_layers
+    layers = len(family.decoder_layers(model))
     on_host = host_parameters(planned, family, model.config.tie_word_embeddings)
     adapted = target_linears(model, family, config.lora_target_modules) if config.method.adapter else []
     per_layer = Counter(family.locate_layer(name)[0] for name in adapted)
@@ -69,7 +70,7 @@ def run_sizes(
     largest = max(whole, key=PlannedParameter.nbytes)
     return RunSizes(
         tokens=tokens,
-        vocabulary=model.config.vocab_size,
+        vocabulary=text_config(model.config).vocab_size,
         layers=layers,
         saved_layers=layers - (0 if _trains_embedding(vocabulary) else min(trained_layers, default=0)),
         widths=layer_widths(model, family),

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from files.weight_headers import WeightHeaders
 from launch.gpus import Gpu
 from launch.precision import Precision
+from models.config_parts import text_config
 from models.family import Family
 from monitoring.layer_memory import is_compiled, layer_widths
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights
@@ -124,7 +125,7 @@ def step_traffic(
         copies=config.world_size // shards,
         n_tokens=n_tokens,
         n_targets=n_tokens if targets is None else targets,
-        hidden=model.config.hidden_size,
+        hidden=text_config(model.config).hidden_size,
         tied=tied,
         compiled=is_compiled(config, layer_widths(model, family), gpu),
     )

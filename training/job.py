@@ -26,6 +26,7 @@ from files.weight_cache import CachePlan
 from launch.gpus import Gpu, detect_gpu
 from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
+from models.config_parts import text_config
 from models.family import Family
 from models.registry import FAMILIES
 from options.config import Config, dump_yaml
@@ -93,7 +94,7 @@ class Job:
 
     def read_tokenizer(self) -> Any:
         """Return the tokenizer of the run, with its --chat_template."""
-        folder, rows = self.files.folder, self.model_config.vocab_size
+        folder, rows = self.files.folder, text_config(self.model_config).vocab_size
         return read_trained_tokenizer(folder, f"--model_name {folder}", self.config.chat_template, rows)
 
     def total_steps(self, sampler: StepSampler) -> int:

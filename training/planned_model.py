@@ -21,6 +21,7 @@ from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE
 from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
+from models.config_parts import weights_dtype
 from models.family import Family
 from models.redundant import has_untied_head
 from models.registry import FAMILIES, build_on_meta, open_headers, read_config
@@ -105,7 +106,7 @@ def _plan_by_config(name: str, folder: Path, config: PretrainedConfig, family: F
     """Return a model whose tensors are those that its config asks for. folder: for messages."""
     model = build_on_meta(config, family)
     headers = WeightHeaders(folder)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    dtype = weights_dtype(config) or torch.bfloat16
     found = {
         key: StoredTensor(SINGLE_FILE, tuple(parameter.shape), dtype)
         for key, parameter in model.named_parameters()

@@ -41,6 +41,7 @@ from models.adapters import (
     quantizer_from_config,
     target_linears,
 )
+from models.config_parts import eos_token_id, text_config
 from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
@@ -220,12 +221,12 @@ def _check_data(
 
     In the config the text of --chat_template replaces the name or the file. adapter: that of --adapter.
     """
-    folder = model.folder
+    folder, vocabulary = model.folder, text_config(model.config).vocab_size
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
     template_remarks = []
     if config.chat_template is not None:
         template_remarks = use_template(
-            tokenizer, config.chat_template, model.config.vocab_size, _describe_token_training(config)
+            tokenizer, config.chat_template, vocabulary, _describe_token_training(config)
         )
         config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
     length = config.context_length
@@ -235,14 +236,13 @@ def _check_data(
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
         raise UserError(_describe_unused_template(config.dataset_format))
-    if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
+    if max(int(rows.tokens.max()), evaluation.largest_id()) >= vocabulary:
         raise UserError(
-            f"--model_name {folder}: the tokenizer returns ids of vocab_size"
-            f" {model.config.vocab_size} or more"
+            f"--model_name {folder}: the tokenizer returns ids of vocab_size {vocabulary} or more"
         )
     check_rope(config, model.config, rows, evaluation)
     context = RenderContext(tokenizer, day=config.chat_date)
-    stop_ids = collect_stop_ids(folder, model.config.eos_token_id, config.dataset_format, context)
+    stop_ids = collect_stop_ids(folder, eos_token_id(model.config), config.dataset_format, context)
     remarks = (*template_remarks, *evaluation.remarks)
     evaluation = dataclasses.replace(evaluation, stop_ids=tuple(stop_ids), remarks=remarks)
     return dataclasses.replace(config, context_length=length), rows, evaluation, tokenizer
@@ -274,6 +274,7 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: b
     remarks = []
     if was_untied:
         remarks.append(f"{folder}: {UNTIED}")
+    model_config = text_config(model_config)
     routed = getattr(model_config, "num_experts", 0) or getattr(model_config, "num_local_experts", 0)
     if routed and getattr(model_config, "output_router_logits", False):
         remarks.append(
@@ -326,7 +327,7 @@ def check_rope(
         )
     if not uses_dynamic_rope(model_config):
         return
-    limit = model_config.max_position_embeddings
+    limit = text_config(model_config).max_position_embeddings
     sets = [rows, evaluation.rows] if evaluation.rows else [rows]
     lengths = [int(s.lengths().max()) for s in sets]
     longest = max(lengths + [len(prompt.ids) + config.sample_tokens for prompt in evaluation.prompts])

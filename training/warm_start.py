@@ -30,6 +30,7 @@ from files.saved_adapter import (
 )
 from launch.precision import Precision
 from models.adapters import apply_method, target_linears
+from models.config_parts import text_config
 from models.family import Family
 from models.registry import build_on_meta
 from models.vocabulary import peft_modules_to_save, vocabulary_modules
@@ -99,7 +100,7 @@ def adopt_adapter(
         _check_tied(adapter, family)
     for _ in read_adapter_modules(adapter.path):  # raises for NaN
         pass
-    template = adopt_template(config, adapter, files.folder, model_config.vocab_size)
+    template = adopt_template(config, adapter, files.folder, text_config(model_config).vocab_size)
     told = _describe(config), remark, tokenizer_remark(adapter.metadata, files.folder), *template.remarks
     remarks = tuple(filter(None, told))
     warm_start = WarmStart(adapter.name, adapter.path, adapter.digest(), remarks, template.is_adapters)

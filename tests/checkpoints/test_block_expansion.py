@@ -34,7 +34,7 @@ from options.train import parse
 from quantization.layer import Linear4bit
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
+from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json, text_config_json
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.proc import status
 from tests.helpers.products import slow
@@ -68,9 +68,9 @@ def base_logits(checkpoints):
 def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, tmp_path):
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", new_blocks)
     assert torch.equal(transformers_logits(folder), base_logits(kind))
-    layers = read_config_json(checkpoints(kind))["num_hidden_layers"]
-    assert read_config_json(folder)["num_hidden_layers"] == layers + new_blocks
-    assert len(read_config_json(folder)[NEW_LAYERS]) == new_blocks
+    before, after = (text_config_json(each) for each in (checkpoints(kind), folder))
+    assert after["num_hidden_layers"] == before["num_hidden_layers"] + new_blocks
+    assert len(after[NEW_LAYERS]) == new_blocks
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import export
 import finished.export
@@ -22,9 +22,11 @@ from checkpoints import model_writer
 from files.model_folder import TOY_BASE
 from files.names import ADAPTER, INDEX
 from finished import layerwise
+from models.registry import read_config
 from quantization.nf4 import NF4
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
+from tests.helpers.auto_classes import auto_class, load_transformers_model
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.expansion import all_tensors, read_config_json
 from tests.helpers.finished_runs import write_random_run
@@ -49,7 +51,7 @@ def difference(shown: str) -> float:
 
 
 def loaded(folder: Path):
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = load_transformers_model(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
     assert not any(report.values()), report
@@ -77,6 +79,9 @@ def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_
     trained = write_random_run(one_rank, run, args_for(checkpoints(kind), alpaca_file, train_type))
     shown = exported(run, tmp_path / "dequantized")
     close(logits(loaded(tmp_path / "dequantized")), trained)
+    assert all_tensors(tmp_path / "dequantized").keys() == all_tensors(checkpoints(kind)).keys()
+    card = (tmp_path / "dequantized" / "README.md").read_text()
+    assert f"{auto_class(read_config(checkpoints(kind))[0]).__name__}.from_pretrained" in card
     assert difference(shown) < 1e-4 and "rows of the data" in shown
     exported(run, tmp_path / "original", "--base", "original", "--check", "false")
     merged = logits(loaded(tmp_path / "original"))

@@ -28,7 +28,10 @@ CPU = torch.device("cpu")
             for t in ("lora", "dora", "qlora", "bnb_dora", "hqq_dora --n_bits 3", "full", "llama_pro")
         ],
         ("llama_pro --llama_pro_save blocks", "llama_bias"),
-        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe")],
+        ("llama_pro --llama_pro_save blocks", "gemma3_wrapper_pro"),
+        ("llama_pro", "mistral3_pro"),
+        ("full", "gemma3_wrapper"),
+        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe", "gemma3_wrapper")],
     ],
 )
 def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpaca_file, one_rank, tmp_path):

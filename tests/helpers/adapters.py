@@ -6,14 +6,14 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM
 
 from files.model_folder import CheckpointFiles
 from launch.precision import Precision
-from models.adapters import apply_method
+from models.adapters import apply_method, peft_exclusions
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.methods import METHODS
 from options.train import parse
+from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.layers import ALPHA, R
 from tests.helpers.runs import set_up, trained_tensors, transformers_model
 
@@ -29,6 +29,7 @@ def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: flo
     base = transformers_model(folder, state)
     names = sorted({name.split(".")[-2] for name in ours})
     options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
+    options["exclude_modules"] = peft_exclusions(read_config(folder)[1])
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())
     with torch.no_grad():
@@ -74,7 +75,7 @@ def save_peft_adapter(base, folder: Path, seed: int = 0, **options) -> Path:
     """
     torch.manual_seed(seed)
     options = {"r": R, "lora_alpha": ALPHA, "target_modules": ["q_proj", "down_proj"], **options}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_transformers_model(base, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -27,6 +27,12 @@ def read_config_json(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+def text_config_json(folder: Path) -> dict:
+    """Return the part of config.json that describes the decoder layers."""
+    config = read_config_json(folder)
+    return config.get("text_config", config)
+
+
 def edit_config(folder: Path, **values) -> None:
     """Set values in config.json; None removes one."""
     config = {k: v for k, v in (read_config_json(folder) | values).items() if v is not None}

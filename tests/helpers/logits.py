@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 import train
 from data.batches import Batch
 from data.rows import IGNORE
+from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.runs import set_up
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,7 @@ def summed_cross_entropy(logits: torch.Tensor) -> float:
 
 def transformers_logits(folder: Path) -> torch.Tensor:
     """Return the logits of transformers' model on IDS; fails if the weights do not fit."""
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = load_transformers_model(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]

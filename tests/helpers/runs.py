@@ -12,16 +12,19 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import train
 from data.packing import make_sampler
+from models.checkpoint_names import ParameterNames
 from models.family import unwrapped_name
 from models.lora import LoRALinear
 from monitoring.tracking import NoTracker
 from options.train import parse
 from parallel.shards import fill_shard, gather_to_cpu
+from tests.helpers.auto_classes import auto_class, load_transformers_model
+from tests.helpers.spellings import is_of_a_tower
 from training import preflight as checks
 
 
@@ -117,13 +120,24 @@ def dense_tensors(model) -> dict[str, torch.Tensor]:
 def transformers_model(folder: Path, state: dict[str, torch.Tensor]):
     """Return transformers' model of a checkpoint's folder with the weights `state` instead of the folder's.
 
-    `state` has the files' names and goes through transformers' loader, which stacks experts. Attention is
-    eager, the plain arithmetic that everything else optimizes.
+    `state` has the parameters' names. It goes through transformers' loader by the files' names, with the
+    folder's tensors for towers, which are not built here. The loader stacks experts. Attention is eager, the
+    plain arithmetic that everything else optimizes.
     """
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
+        names = ParameterNames(auto_class(config).from_config(config))
+    for path in folder.glob("*.safetensors"):
+        for stored, tensor in load_file(path).items():
+            name = names.parameter_name(stored)
+            if name in state:
+                state = {key: value for key, value in state.items() if key != name} | {stored: state[name]}
+            elif is_of_a_tower(stored):
+                state = state | {stored: tensor}
     with tempfile.TemporaryDirectory() as copied:
         shutil.copy(folder / "config.json", copied)
         save_file({k: v.contiguous() for k, v in state.items()}, Path(copied, "model.safetensors"))
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = load_transformers_model(
             copied, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
     assert not any(report.values()), report

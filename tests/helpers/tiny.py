@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     Exaone4Config,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -29,7 +30,8 @@ from transformers import (
 import block_expansion
 from benchmarks.make_checkpoint import byte_tokenizer
 from models.llama_pro import new_layers
-from models.registry import read_config
+from models.registry import open_weights, read_config
+from tests.helpers.auto_classes import auto_class
 from tests.helpers.products import slow
 
 _COMMON = {
@@ -110,6 +112,14 @@ _WINDOWS = {
 }
 # Queries of tokens beyond the first 16 are scaled.
 SCALED_QUERIES = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+# A vision tower of the wrappers, which text alone does not need.
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
@@ -120,6 +130,18 @@ CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, head_dim=32, **_EXPERTS),
     "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA, rope_parameters=GEMMA3_ROPE),
+    "gemma3_wrapper": lambda: Gemma3Config(
+        text_config=Gemma3TextConfig(**_GEMMA, rope_parameters=GEMMA3_ROPE),
+        vision_config=_VISION | {"model_type": "siglip_vision_model", "image_size": 16},
+        mm_tokens_per_image=4,
+        image_token_index=299,
+    ),
+    "mistral3": lambda: Mistral3Config(
+        text_config=MistralConfig(**_COMMON, sliding_window=None, head_dim=16),
+        vision_config=_VISION | {"model_type": "pixtral", "image_size": 16, "head_dim": 8},
+        image_token_index=299,
+        tie_word_embeddings=False,
+    ),
     "phi3": lambda: Phi3Config(
         **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
     ),
@@ -171,9 +193,10 @@ def save_checkpoint(
     torch.manual_seed(0)
     config = CONFIGS[kind]()
     for name, value in changes.items():
-        assert hasattr(config, name)
-        setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config)
+        part = config if hasattr(config, name) else config.get_text_config()
+        assert hasattr(part, name)
+        setattr(part, name, value)
+    model = auto_class(config).from_config(config)
     norm = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + weight
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:  # 3 where transformers stacks experts; the files hold one tensor for each
@@ -193,11 +216,13 @@ def save_expanded(base: Path, folder: Path) -> Path:
     arguments = ["--model_name", str(base), "--output_dir", str(folder), "--after", "0,2"]
     assert block_expansion.main(arguments) == 0
     config, family = read_config(folder)
+    files, _, _ = open_weights(folder, config, family)
+    parameters = {files.stored_name(name): name for name in files.tensors}
     generator = torch.Generator().manual_seed(1)
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for name, tensor in tensors.items():
-            layer, rest = family.locate_layer(name)
+            layer, rest = family.locate_layer(parameters.get(name, name))
             if layer in new_layers(config) and family.identity_value(rest) is not None:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
         save_file(tensors, path, metadata={"format": "pt"})

@@ -373,8 +373,13 @@ def run_and_experts_used(rank_info, args):
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention.*only causal models"),
         ("llama", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
         ("qwen2", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
-        # with images: not yet
-        ("gemma3", {"model_type": "gemma3"}, "'gemma3' is unknown; known: .*gemma3_text"),
+        ("gemma3", {"model_type": "gemma4"}, "'gemma4' is unknown; known: .*gemma3_text"),
+        (
+            "gemma3_wrapper",
+            {"text_config": {"model_type": "gemma3_text", "use_bidirectional_attention": True}},
+            "bidirectional attention.*only causal models",
+        ),
+        ("mistral3", {"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers 0: must be positive"),
     ],
 )
 def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, tmp_path):

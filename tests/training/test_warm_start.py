@@ -116,7 +116,6 @@ def test_dora_into_a_lora_train_type(check, changed):
         {"modules_to_save": ["score"]},
         {"fan_in_fan_out": True},
         {"layers_to_transform": [1]},
-        {"exclude_modules": ["lm_head"]},
         {"trainable_token_indices": [1]},
         {"target_parameters": ["experts"]},
         {"use_qalora": True},

@@ -1,0 +1,94 @@
+"""The names of a checkpoint's tensors, turned into the names of the model's parameters.
+
+Files of one model come in several spellings: that of older versions of transformers, which the hub still has
+(`language_model.model.layers...`), that of a model without its head (`layers...`), or with other names for
+experts (Mixtral's w1, w2, w3). transformers' own rules (transformers/conversion_mapping.py) are read here for
+the model at hand. The code behind this module knows the names of parameters alone.
+`WeightHeaders.stored_names` leads back: written files keep the spelling of those that were read.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
+
+from files.weight_headers import WeightHeaders
+from models.family import Family
+
+# transformers' parameter of stacked experts -> the linears of one expert (models/moe.py) that are stacked in
+# it, in the order of the files' tensors.
+EXPERT_LINEARS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+WEIGHT = ".weight"
+
+
+class ParameterNames:
+    """Maps names in files to names of parameters, as transformers does when it loads a model."""
+
+    def __init__(self, model: PreTrainedModel):
+        """model: on meta or not; from `build_on_meta`, before a method changes it."""
+        self.model = model
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    @cached_property
+    def _transforms(self) -> list[WeightTransform]:
+        """transformers' rules for this model; made only if a name is not a parameter's already."""
+        return get_model_conversion_mapping(self.model)
+
+    def parameter_name(self, stored: str) -> str:
+        """Return the name of the parameter that a file's tensor fills; of others, what the rules make of it.
+
+        The tensors that bitsandbytes adds to a packed weight (`....weight.absmax`) follow their weight.
+        """
+        weight, dot, suffix = stored.partition(f"{WEIGHT}.")
+        if dot:
+            return f"{self.parameter_name(f'{weight}{WEIGHT}')}.{suffix}"
+        if stored in self.parameters:
+            return stored
+        renamings = [rule for rule in self._transforms if isinstance(rule, WeightRenaming)]
+        name, _ = rename_source_key(
+            stored,
+            renamings,
+            [],
+            self.model.base_model_prefix,
+            self.parameters,
+        )
+        return name if name in self.parameters else self._expert_name(name)
+
+    def _expert_name(self, name: str) -> str:
+        """Return the name of one expert's weight, as models/moe.py has it; other names unchanged.
+
+        transformers stacks experts' weights, here each has its own parameter.
+        """
+        for rule in self._transforms:
+            if not isinstance(rule, WeightConverter) or not isinstance(rule.operations[0], MergeModulelist):
+                continue
+            _, source = rule.rename_source_key(name)
+            linears = EXPERT_LINEARS.get(rule.target_patterns[0].rpartition(".")[2])
+            if source is None or linears is None:
+                continue
+            path = name.removesuffix(WEIGHT).rpartition(".")[0]
+            return f"{path}.{linears[rule.source_patterns.index(source)]}{WEIGHT}"
+        return name
+
+
+def rename_tensors(model: PreTrainedModel, family: Family, files: WeightHeaders) -> None:
+    """Rename the tensors of `files` to the parameters of `model`, and set those of parts not built apart.
+
+    Raises UserError if two tensors would fill the same parameter.
+
+    Args:
+        model: from `build_on_meta`.
+        family: its family.
+        files: the model's weights, changed in place.
+    """
+    names = ParameterNames(model)
+    files.rename(names.parameter_name, family.is_unused)
