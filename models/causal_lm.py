@@ -27,6 +27,7 @@ class SummedLossMixin(Base):
     def forward(
         self,
         *args,
+        attention_mask: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
         row_lengths: torch.Tensor | None = None,
@@ -36,11 +37,14 @@ class SummedLossMixin(Base):
 
         Args:
             args, kwargs: the model's own arguments.
+            attention_mask: one of them, named here for `generate`, which reads the names.
             targets: [B, T]. The cross-entropy is summed over targets that are not IGNORE; all of these are at
                 `target_positions`.
             target_positions: Batch.target_positions.
             row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py).
         """
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
         decoder = self.get_decoder()  # the text model, also of a wrapper
         rotary: Any = getattr(decoder, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):

@@ -90,7 +90,7 @@ def test_two_ranks_more(train_type, variant, plain, two_ranks):
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *ON_TWO[variant].split()])[0])
 
 
-# Slow: Qwen 2's biases and Gemma 2's caps do not change how anything is moved or recomputed.
+# Slow: Qwen 2's biases, Gemma 2's caps and wrappers' names do not change how anything is moved or recomputed.
 @pytest.mark.parametrize(
     "kind",
     ["gemma3", "phi3", "qwen3_moe", *slow(["qwen2", "gemma2", *tiny.OTHERS])],

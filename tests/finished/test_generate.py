@@ -94,6 +94,8 @@ def text_and_tokens(answer: dict) -> tuple[str, int]:
         ("llama_bias", "bnb_dora"),
         pytest.param("gemma2", "bnb_dora", marks=pytest.mark.slow),
         ("gemma3", "dora"),
+        ("gemma3_wrapper", "bnb_dora"),
+        pytest.param("mistral3", "qlora", marks=pytest.mark.slow),
         pytest.param("phi3", "hqq_lora", marks=pytest.mark.slow),
         ("qwen3_moe", "bnb_dora"),
         *slow((kind, "bnb_dora") for kind in OTHERS),

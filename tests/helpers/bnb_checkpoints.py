@@ -25,14 +25,15 @@ def pack_like_the_hub(
 ) -> dict:
     """Write `base` like a `*-bnb-4bit` repository, with every linear but DENSE packed by bitsandbytes.
 
-    Returns the weights dequantized by bitsandbytes.
+    Of a wrapper linears of the vision tower are packed, too, as transformers does it. Returns the weights
+    dequantized by bitsandbytes.
     """
     folder.mkdir()
     options = {"blocksize": 64, "quant_type": "nf4"} | quantization
     expected, stored = {}, {}
     for name, tensor in {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}.items():
         expected[name], stored[name] = tensor, tensor
-        if name.endswith("_proj.weight") and name != DENSE:
+        if name.endswith("_proj.weight") and not name.endswith(DENSE.removeprefix("model.")):
             codes, state = bnb.quantize_4bit(
                 tensor, compress_statistics=double, quant_storage=storage, **options
             )

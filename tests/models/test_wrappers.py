@@ -1,0 +1,180 @@
+"""Wrappers trained on text: Gemma 3 and Mistral Small 3, in all that differs from their text models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export
+import train
+from data.batches import Batch
+from data.rows import IGNORE
+from files.names import ADAPTER, BLOCKS, INDEX, SINGLE_FILE
+from models.config_parts import eos_token_id
+from models.family import unwrapped_name
+from models.registry import read_config
+from options.methods import METHODS
+from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter
+from tests.helpers.auto_classes import load_transformers_model
+from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
+from tests.helpers.expansion import all_tensors, expand
+from tests.helpers.finished_runs import write_random_run
+from tests.helpers.logits import IDS, transformers_logits
+from tests.helpers.parity import arguments
+from tests.helpers.resuming import Signals, run
+from tests.helpers.runs import dense_state, dense_tensors, outputs, set_up, trained_tensors
+from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
+
+KINDS = ["gemma3_wrapper", "mistral3"]
+TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    [
+        pytest.param(kind, train_type, marks=() if train_type == "bnb_dora" else pytest.mark.slow)
+        for kind in KINDS
+        for train_type in TYPES
+    ],
+)
+def test_loss_and_gradients_are_pefts(kind, train_type, checkpoints, alpaca_file, one_rank):
+    """PEFT over the wrapper as transformers loads it, on the dequantized weights."""
+    args = args_for(checkpoints(kind), alpaca_file, train_type)
+    loss, gradients, state, adapters = one_rank(loss_and_gradients, args)[0]
+    model = build_peft_model(checkpoints(kind), state, adapters, METHODS[train_type].adapter == "dora").eval()
+    theirs = torch.nn.functional.cross_entropy(
+        model(input_ids=IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum"
+    )
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), rel=1e-5)
+    expected = {peft_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected.keys() and not any("vision" in name for name in gradients)
+    for name, gradient in gradients.items():
+        scale = expected[name].abs().max().item()
+        assert scale > 1e-3, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+def loss_and_gradients(rank_info, args):
+    """Return (loss sum, {trained tensor: gradient}, dense weights, trained tensors) on IDS."""
+    _, model = set_up(rank_info, args)
+    targets = IDS.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    loss = train.loss_sum(model.eval(), Batch(IDS, targets))
+    loss.backward()
+    gradients = {unwrapped_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), gradients, dense_tensors(model), trained_tensors(model)
+
+
+def peft_name(name: str) -> str:
+    """Return this program's name of a trained tensor of PEFT's model."""
+    name = name.removeprefix("base_model.model.").replace(".default", "")
+    name = name.replace("lora_magnitude_vector.weight", "magnitude_change")
+    return name.removesuffix(".weight")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, one_rank, tmp_path):
+    """Both ways: its names are those of PEFT over the wrapper, and so are those that a run saves."""
+    exclude = r".*(vision_tower|multi_modal_projector).*"
+    theirs = save_peft_adapter(checkpoints(kind), tmp_path / "peft", exclude_modules=exclude)
+    args = ["--model_name", checkpoints(kind), "--dataset", alpaca_file, "--train_type", "lora"]
+    ours = one_rank(outputs, [*args, "--adapter", theirs], IDS)[0][0]
+    model = peft.PeftModel.from_pretrained(load_transformers_model(checkpoints(kind)), theirs).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    more = ["--lora_target_modules", "q_proj,down_proj"]
+    write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "lora", *more))
+    assert load_file(tmp_path / "run" / ADAPTER).keys() == load_file(theirs / ADAPTER).keys()
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_files_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
+    """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too."""
+    folder, dense = tmp_path / "4bit", tmp_path / "dense"
+    base = respell(checkpoints("gemma3_wrapper"), dense, SPELLINGS[spelling])
+    expected = pack_like_the_hub(base, folder)
+    assert any(is_of_a_tower(name) and ".quant_state." in name for name in all_tensors(folder))
+    args = args_for(folder, alpaca_file, "qlora")
+    ours = one_rank(without_quantizing, outputs, args, IDS, False)[0][0]
+    write_dense(base, expected)
+    torch.testing.assert_close(ours, transformers_logits(base), rtol=1e-5, atol=1e-5)
+    trained = write_random_run(one_rank, tmp_path / "run", args)
+    exported = ["--to", "merged", "--out", tmp_path / "out", "--dtype", "float32", "--check", "false"]
+    assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
+    torch.testing.assert_close(transformers_logits(tmp_path / "out"), trained, rtol=1e-4, atol=1e-4)
+    merged = all_tensors(tmp_path / "out")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected if is_of_a_tower(name))
+
+
+def write_dense(folder, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the weights of a checkpoint."""
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink(missing_ok=True)
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("train_type", ["qlora", pytest.param("hqq_lora", marks=pytest.mark.slow)])
+def test_a_cache_serves_every_spelling(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+    """It is made from files in one spelling, and used with those in another."""
+    base, cache = checkpoints("mistral3"), ["--quantized_cache", tmp_path / "cache"]
+    first = one_rank(dense_state, args_for(base, alpaca_file, train_type, *cache))[0]
+    other = respell(base, tmp_path / "other", SPELLINGS["memory"])
+    args = args_for(other, alpaca_file, train_type, *cache)
+    later = one_rank(without_quantizing, dense_state, args)[0]
+    assert first.keys() == later.keys() and all(torch.equal(first[name], later[name]) for name in first)
+
+
+@pytest.mark.parametrize("spelling", ["memory", pytest.param("hub", marks=pytest.mark.slow)])
+def test_trained_models_are_complete_and_spelled_like_their_base(
+    spelling, checkpoints, alpaca_file, one_rank, tmp_path
+):
+    """`full`, and new blocks alone, put into the expanded model by block_expansion.py."""
+    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling])
+    trained = write_random_run(one_rank, tmp_path / "full", args_for(base, alpaca_file, "full"))
+    torch.testing.assert_close(transformers_logits(tmp_path / "full"), trained, rtol=1e-5, atol=1e-5)
+    before, after = all_tensors(base), all_tensors(tmp_path / "full")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if is_of_a_tower(name))
+
+    expanded = expand(base, tmp_path / "expanded", "--new_blocks", 1)
+    args = args_for(expanded, alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
+    trained = write_random_run(one_rank, tmp_path / "run", args)
+    put_back = expand(expanded, tmp_path / "whole", "--blocks", tmp_path / "run" / BLOCKS)
+    torch.testing.assert_close(transformers_logits(put_back), trained, rtol=1e-5, atol=1e-5)
+    expected = all_tensors(expanded).keys()
+    assert all_tensors(put_back).keys() == expected and without_numbers(expected) == without_numbers(before)
+
+
+def without_numbers(names) -> set[str]:
+    return {re.sub(r"\d+", "N", name) for name in names}
+
+
+def test_a_stopped_run_resumes(checkpoints, short_rows, two_ranks, tmp_path):
+    """The adapter is bit for bit that of a run that was not stopped."""
+    options = [*arguments(checkpoints("gemma3_wrapper"), short_rows, "qlora"), "--resume", "auto"]
+    args = [str(word) for word in options]
+    two_ranks(run, [*args, "--output_dir", str(tmp_path / "whole")])
+    stopped = [*args, "--output_dir", str(tmp_path / "stopped")]
+    assert "stopped at step 2 of 5" in two_ranks(run, stopped, Signals({2: signal.SIGTERM}))[0]
+    assert "5 steps, the last 3 of them in" in two_ranks(run, stopped)[0]
+    whole, resumed = (load_file(tmp_path / name / ADAPTER) for name in ("whole", "stopped"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_end_of_an_answer_is_the_wrappers(checkpoints, tmp_path):
+    """The hub's Gemma 3 lists its stops beside text_config."""
+    folder = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert eos_token_id(read_config(folder)[0]) == config["text_config"]["eos_token_id"] == 257
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, 106]}))
+    assert eos_token_id(read_config(folder)[0]) == [1, 106]
