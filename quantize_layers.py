@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from files.config_parts import text_config
 from files.finite import NONFINITE_MESSAGE, fp32_sum, is_finite, nonfinite_sums
 from files.model_folder import CheckpointFiles
 from files.tensors import PinnedBuffers, read_tensor
@@ -27,7 +28,6 @@ from files.weight_cache import CacheWriter
 from launch.devices import set_current_device
 from launch.memory import empty_on_host
 from launch.ranks import RankInfo, gather_from_ranks
-from models.config_parts import text_config
 from models.family import Family, unwrapped_name
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding

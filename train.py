@@ -36,6 +36,7 @@ from checkpoints import adapter
 from data.batches import StepSampler
 from data.packing import make_sampler, max_sequence_length
 from data.prefetch import prefetch_steps
+from files.config_parts import text_config
 from files.lock import FolderLock
 from files.weight_cache import open_cache_writer
 from launch import memory, ranks
@@ -46,7 +47,6 @@ from launch.start import start
 from models.adapters import apply_method
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
-from models.config_parts import text_config
 from models.registry import build_on_meta
 from monitoring import weight_memory
 from monitoring.layer_memory import layer_input_bytes

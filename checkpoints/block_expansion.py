@@ -26,13 +26,13 @@ from checkpoints.model_writer import (
 )
 from checkpoints.trained_model import open_blocks
 from files.base_model import check_base, tokenizer_remark
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.names import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
 from launch.program import print_error, quiet_libraries, shell_command
-from models.config_parts import text_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, is_expanded, new_layers, source_layers, spread_new_blocks
 from models.redundant import UNTIED, corrected_config, sync_tied_embeddings

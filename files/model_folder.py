@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from files.bnb_weights import find_bnb_weights
+from files.config_parts import text_config
 from files.hub_errors import translate_hub_errors
 from files.links import points_outside
 from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE, split_revision
@@ -229,10 +230,9 @@ def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
     """
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
                "quantization_config")  # fmt: skip
-    settings = {
-        key: {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
-        for key, value in config.to_dict().items()  # a wrapper's config holds those of its parts
-        if key not in ignored
-    }
+    text = text_config(config)  # of a wrapper, whose other parts are not trained
+    settings = {k: v for k, v in text.to_dict().items() if k not in ignored}
+    if text is not config:
+        settings |= {"wrapper": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
     shapes = {name: stored.shape for name, stored in sorted(files.tensors.items())}
     return hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode()).hexdigest()

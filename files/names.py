@@ -24,8 +24,9 @@ TOKENIZER_FILES = (
 # Those of them that are texts and define a tokenizer together.
 TOKENIZER_TEXTS = (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, ADDED_TOKENS, *VOCABULARY)
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # how a wrapper reads pictures
 # Copied beside retrained weights.
-SMALL_MODEL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+SMALL_MODEL_FILES = (CONFIG, GENERATION_CONFIG, *PROCESSOR_FILES, *TOKENIZER_FILES)
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MODEL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, SINGLE_FILE, "model-*.safetensors")
 

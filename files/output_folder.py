@@ -6,7 +6,16 @@ import contextlib
 from pathlib import Path
 
 from files.disk_room import check_writable
-from files.names import BEST, EVENTS, MODEL_FILES, RUN_FILES, SCORE, SMALL_MODEL_FILES, TOKENIZER_FILES
+from files.names import (
+    BEST,
+    EVENTS,
+    MODEL_FILES,
+    PROCESSOR_FILES,
+    RUN_FILES,
+    SCORE,
+    SMALL_MODEL_FILES,
+    TOKENIZER_FILES,
+)
 from options.config import CHECKPOINTS, Config
 from options.errors import UserError
 
@@ -47,7 +56,8 @@ def clear_output(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Beside no run or model, a tokenizer is the user's.
-    for pattern in RUN_FILES + MODEL_FILES + TOKENIZER_FILES * holds_run(folder):
+    copied = (*PROCESSOR_FILES, *TOKENIZER_FILES) if holds_run(folder) else ()
+    for pattern in RUN_FILES + MODEL_FILES + copied:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
     with contextlib.suppress(OSError):  # it does not exist, or holds files of others

@@ -33,6 +33,7 @@ from data.stop_ids import make_generation_config
 from data.template_choice import compare_with_base
 from data.tokenizing import tokenize_dataset
 from files.atomic_writes import write_text
+from files.config_parts import weights_dtype
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
 from files.model_folder import CheckpointFiles, pin_model_name
@@ -44,7 +45,6 @@ from finished.merge import make_apart_entries, make_merged_entries
 from finished.model_card import render_card
 from launch.program import print_error, quiet_libraries
 from models.checkpoint_names import rename_tensors
-from models.config_parts import weights_dtype
 from models.redundant import sync_tied_embeddings
 from models.registry import build_on_meta, read_config
 from options.errors import UserError, describe

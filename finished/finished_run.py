@@ -29,6 +29,7 @@ from files.base_model import (
     trained_without_head,
 )
 from files.bnb_weights import detect_bnb_packing
+from files.config_parts import eos_token_id, text_config
 from files.model_folder import CheckpointFiles, digest_structure, fetch_weights, find_model, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.saved_adapter import (
@@ -43,7 +44,6 @@ from files.tensors import read_header
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import apply_method, check_quantization, peft_exclusions
-from models.config_parts import eos_token_id, text_config
 from models.family import Family
 from models.llama_pro import new_layers
 from models.registry import build_on_meta, open_weights, read_config

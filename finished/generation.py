@@ -22,11 +22,11 @@ from data.dataset_names import first_set, split_name
 from data.formats import FORMATS, GUANACO_MARKERS, RenderContext
 from data.reading import ReadingOptions, find_format
 from data.stop_ids import collect_stop_ids
+from files.config_parts import eos_token_id, text_config
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from finished.prompt_template import Answer, AnswerStreamer, MarkerCriterion, PromptTemplate
 from launch.precision import Precision, choose_precision
 from models.adapters import replace_adapters
-from models.config_parts import eos_token_id, text_config
 from models.dora import cached_norms
 from models.lora import adapters_off
 from options.data_files import file_suffix

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from finished.finished_run import Run, select_module_tensors
 from launch.precision import Precision
 from models.adapters import apply_method, choose_quantizers, packed_linears
-from models.config_parts import text_config
 from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LoRALinear

@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from models.config_parts import text_config
+from files.config_parts import text_config
 from models.family import FUSED, Family
 
 # Our names in transformers' registry, beside FUSED.

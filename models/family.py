@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from models.config_parts import text_config
+from files.config_parts import text_config
 
 FUSED = "fused_sdpa"  # attend_fused of models/attention.py, in transformers' registry
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # end of a tensor's name in old Llama files
@@ -54,6 +54,7 @@ class Family:
         compiles: whether a layer compiles to one graph, without a break.
         logit_scale: returns the factor that is applied to the head's result, before any cap.
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
+        text_types: of a wrapper, the known values of model_type in its text_config.
         unused: the modules of a wrapper that text alone does not need, such as a vision tower. They are not
             built; a saved model gets their tensors unchanged.
 
@@ -74,6 +75,7 @@ class Family:
     compiles: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     logit_cap: Callable[[Any], float | None] = lambda config: None
+    text_types: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -137,13 +139,15 @@ class Family:
         return tensor.startswith(tuple(f"{module}." for module in self.unused))
 
 
-def wrap_family(text: Family, model_class: type[nn.Module], unused: tuple[str, ...]) -> Family:
+def wrap_family(
+    text: Family, model_class: type[nn.Module], text_types: tuple[str, ...], unused: tuple[str, ...]
+) -> Family:
     """Return the family of a wrapper, whose part `model.language_model` is the text family's `model`.
 
     Args:
         text: the family of the text model alone.
         model_class: transformers' class of the wrapper.
-        unused: Family.unused.
+        text_types, unused: as in `Family`.
     """
 
     def wrapped(name: str) -> str:
@@ -152,6 +156,7 @@ def wrap_family(text: Family, model_class: type[nn.Module], unused: tuple[str, .
     return replace(
         text,
         model_class=model_class,
+        text_types=text_types,
         unused=unused,
         layers=wrapped(text.layers),
         embedding=wrapped(text.embedding),

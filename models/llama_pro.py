@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
-from models.config_parts import text_config
 from models.family import Family
 from options.errors import UserError
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from models.config_parts import text_config
+from files.config_parts import text_config
 from models.family import Family, longrope_threshold
 
 if TYPE_CHECKING:

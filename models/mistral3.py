@@ -12,5 +12,6 @@ from models.family import wrap_family
 FAMILY = wrap_family(
     mistral.FAMILY,
     Mistral3ForConditionalGeneration,
+    text_types=("mistral", "ministral3"),
     unused=("model.vision_tower", "model.multi_modal_projector"),
 )

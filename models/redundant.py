@@ -15,12 +15,12 @@ import torch
 from transformers import PretrainedConfig
 
 from files.comparison import same_values
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
 from files.weight_headers import WeightHeaders
 from files.weight_sets import UnmatchedTensor, two_sets_error
-from models.config_parts import text_config
 from models.family import ROTARY_TABLE, Family
 from models.longrope import PerRowLongRope, make_rotary
 from options.errors import UserError
@@ -53,6 +53,15 @@ def has_untied_head(
         return True
     a, b = ((files.folder, files.tensors[name]) for name in (head, embedding))
     return not same_values(a, b, max_elements)
+
+
+def is_tied_by_default(config: PretrainedConfig) -> bool:
+    """Return whether a wrapper's config ties head and embedding, and its text_config does not.
+
+    transformers 4 followed text_config, and such a config.json leaves the wrapper's value to its default
+    (Mistral Small 3). transformers 5 ties them, unless the files hold both and they differ.
+    """
+    return config.tie_word_embeddings and not text_config(config).tie_word_embeddings
 
 
 def rename_tied_head(config: PretrainedConfig, family: Family, files: WeightHeaders) -> None:

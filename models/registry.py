@@ -15,9 +15,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 import models.attention  # noqa: F401 # registers the names that families give their attention
 from files.bnb_weights import find_bnb_headers
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.weight_headers import WeightHeaders
+from files.weight_sets import START_ELEMENTS
 from models import (
     exaone4,
     gemma2,
@@ -38,12 +40,12 @@ from models import (
 )
 from models.causal_lm import replace_head, summed_loss_class
 from models.checkpoint_names import rename_tensors
-from models.config_parts import text_config
 from models.family import Family
 from models.redundant import (
     check_extra_tensors,
     check_rotary_frequencies,
     has_untied_head,
+    is_tied_by_default,
     rename_tied_head,
 )
 from options.errors import UserError
@@ -96,7 +98,13 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
         ) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/{CONFIG}: model_type {config.model_type!r} is unknown; known: {known}")
-    return config, FAMILIES[config.model_type]
+    family, text = FAMILIES[config.model_type], text_config(config).model_type
+    if family.text_types and text not in family.text_types:
+        raise UserError(
+            f"{folder}/{CONFIG}: text_config has the model_type {text!r}; in {config.model_type} known:"
+            f" {', '.join(family.text_types)}"
+        )
+    return config, family
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
@@ -104,15 +112,13 @@ def _check_counts(raw: dict, folder: Path) -> None:
 
     The parts of a wrapper are checked, too. Each layer is an object, on meta too.
     """
-    for part in raw.values():
-        if isinstance(part, dict):
-            _check_counts(part, folder)
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
-        if isinstance(raw.get(name), int) and raw[name] < 1:
-            raise UserError(f"{folder}/{CONFIG}: {name} {raw[name]}: must be positive")
-    for name, value in raw.items():
-        if name.startswith("num_") and isinstance(value, int | float) and value > MAX_LAYERS:
-            raise UserError(f"{folder}/{CONFIG}: {name} {value}: at most {MAX_LAYERS:,} are built")
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+            if isinstance(part.get(name), int) and part[name] < 1:
+                raise UserError(f"{folder}/{CONFIG}: {name} {part[name]}: must be positive")
+        for name, value in part.items():
+            if name.startswith("num_") and isinstance(value, int | float) and value > MAX_LAYERS:
+                raise UserError(f"{folder}/{CONFIG}: {name} {value}: at most {MAX_LAYERS:,} are built")
 
 
 def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
@@ -197,15 +203,29 @@ def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family
     remove_redundant(model, files, family)
 
 
-def open_headers(config: PretrainedConfig, family: Family, headers: WeightHeaders) -> PreTrainedModel:
-    """Return the meta model that the tensors of `headers` fill; like `open_weights`, but nothing is read.
+def open_headers(
+    config: PretrainedConfig, family: Family, headers: WeightHeaders, is_local: bool
+) -> PreTrainedModel:
+    """Return the meta model that the tensors of `headers` fill; like `open_weights`, by headers.
 
-    Head and embedding are tied if `config` ties them. Removes redundant tensors from `headers`. Raises
-    UserError unless the others are all that the model needs.
+    Removes redundant tensors from `headers`. If head and embedding differ, tie_word_embeddings of `config` is
+    set to False. Raises UserError unless the other tensors are all that the model needs.
+
+    Args:
+        config, family: from `read_config`.
+        headers: the tensors of the model.
+        is_local: whether they can be read. Then the first elements of head and embedding are compared.
     """
     model = build_on_meta(config, family)
     rename_tensors(model, family, headers)
     rename_tied_head(config, family, headers)
+    if is_local:
+        is_untied = has_untied_head(config, family, headers, START_ELEMENTS)
+    else:
+        is_untied = is_tied_by_default(config) and f"{family.head}.weight" in headers.tensors
+    if is_untied:
+        config.tie_word_embeddings = False
+        model = build_on_meta(config, family)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     headers.set_packed(find_bnb_headers(headers.folder, headers.tensors, shapes))
     check_shapes(model, headers)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from files.config_parts import text_config
 from launch.gpus import Gpu
 from launch.precision import Precision
-from models.config_parts import text_config
 from models.family import Family
 from options.config import Config
 

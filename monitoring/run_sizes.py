@@ -10,11 +10,11 @@ from collections import Counter
 
 from transformers import PreTrainedModel
 
+from files.config_parts import text_config
 from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.adapters import target_linears
-from models.config_parts import text_config
 from models.family import Family
 from monitoring.layer_memory import layer_widths
 from monitoring.sizes import RunSizes, round_up_to_power

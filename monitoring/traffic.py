@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, fields, replace
 
 from transformers import PreTrainedModel
 
+from files.config_parts import text_config
 from files.weight_headers import WeightHeaders
 from launch.gpus import Gpu
 from launch.precision import Precision
-from models.config_parts import text_config
 from models.family import Family
 from monitoring.layer_memory import is_compiled, layer_widths
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights

@@ -20,13 +20,13 @@ from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
 from data.template_choice import read_trained_tokenizer
 from files.base_model import BaseModel
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.weight_cache import CachePlan
 from launch.gpus import Gpu, detect_gpu
 from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
-from models.config_parts import text_config
 from models.family import Family
 from models.registry import FAMILIES
 from options.config import Config, dump_yaml

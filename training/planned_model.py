@@ -15,15 +15,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from files.bnb_weights import detect_bnb_packing
+from files.config_parts import weights_dtype
 from files.hub_headers import fetch_headers
 from files.model_folder import find_model, list_weight_files, read_file_header
 from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE
 from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
-from files.weight_sets import START_ELEMENTS
-from models.config_parts import weights_dtype
 from models.family import Family
-from models.redundant import has_untied_head
+from models.redundant import is_tied_by_default
 from models.registry import FAMILIES, build_on_meta, open_headers, read_config
 from models.shapes import SHAPES
 from options.config import TOY_MODEL
@@ -96,14 +95,15 @@ def open_planned_model(name: str) -> PlannedModel:
     if headers is None:
         planned = _plan_by_config(name, folder, config, family)
         return planned if is_folder else dataclasses.replace(planned, download=planned.files.data_bytes())
-    if headers.folder == folder and has_untied_head(config, family, headers, START_ELEMENTS):
-        config.tie_word_embeddings = False
     # `headers` gets the shapes that packed weights had before, so the bytes are counted first.
-    return PlannedModel(name, open_headers(config, family, headers), family, headers, download=download)
+    model = open_headers(config, family, headers, is_local=headers.folder == folder)
+    return PlannedModel(name, model, family, headers, download=download)
 
 
 def _plan_by_config(name: str, folder: Path, config: PretrainedConfig, family: Family) -> PlannedModel:
     """Return a model whose tensors are those that its config asks for. folder: for messages."""
+    if is_tied_by_default(config):
+        config.tie_word_embeddings = False
     model = build_on_meta(config, family)
     headers = WeightHeaders(folder)
     dtype = weights_dtype(config) or torch.bfloat16

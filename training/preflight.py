@@ -25,6 +25,7 @@ from data.stop_ids import collect_stop_ids, make_generation_config
 from data.template_choice import compare_with_base, read_template, use_template
 from files.base_model import BaseModel, digest_without_head, record_base
 from files.bnb_weights import detect_bnb_packing
+from files.config_parts import eos_token_id, text_config
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
@@ -41,7 +42,6 @@ from models.adapters import (
     quantizer_from_config,
     target_linears,
 )
-from models.config_parts import eos_token_id, text_config
 from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config

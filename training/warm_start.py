@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from checkpoints.adapter import check_adapter_tensors
 from files.base_model import STRUCTURE_KEY, check_base, tokenizer_remark
+from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import ADAPTER_CONFIG, BEST
 from files.output_folder import output_folder
@@ -30,7 +31,6 @@ from files.saved_adapter import (
 )
 from launch.precision import Precision
 from models.adapters import apply_method, target_linears
-from models.config_parts import text_config
 from models.family import Family
 from models.registry import build_on_meta
 from models.vocabulary import peft_modules_to_save, vocabulary_modules

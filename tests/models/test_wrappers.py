@@ -6,31 +6,47 @@ import json
 import re
 import shutil
 import signal
+import warnings
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Ministral3Config
 
 import export
 import train
 from data.batches import Batch
 from data.rows import IGNORE
+from files.config_parts import eos_token_id
+from files.model_folder import CheckpointFiles
 from files.names import ADAPTER, BLOCKS, INDEX, SINGLE_FILE
-from models.config_parts import eos_token_id
+from files.weight_headers import WeightHeaders
+from finished.finished_run import load_model, open_run
 from models.family import unwrapped_name
-from models.registry import read_config
+from models.redundant import is_tied_by_default
+from models.registry import open_headers, open_weights, read_config
+from options.errors import UserError
 from options.methods import METHODS
+from tests.helpers import tiny
 from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
-from tests.helpers.expansion import all_tensors, expand
+from tests.helpers.expansion import all_tensors, edit_config, expand
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.parity import arguments
 from tests.helpers.resuming import Signals, run
-from tests.helpers.runs import dense_state, dense_tensors, outputs, set_up, trained_tensors
+from tests.helpers.runs import (
+    dense_state,
+    dense_tensors,
+    outputs,
+    set_up,
+    trained_tensors,
+    transformers_model,
+)
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
+from training.planned_model import open_planned_model
 
 KINDS = ["gemma3_wrapper", "mistral3"]
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
@@ -95,7 +111,9 @@ def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, o
     assert load_file(tmp_path / "run" / ADAPTER).keys() == load_file(theirs / ADAPTER).keys()
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "spelling", [pytest.param(name, marks=() if name == "hub" else pytest.mark.slow) for name in SPELLINGS]
+)
 def test_files_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
     """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too."""
     folder, dense = tmp_path / "4bit", tmp_path / "dense"
@@ -158,6 +176,7 @@ def without_numbers(names) -> set[str]:
     return {re.sub(r"\d+", "N", name) for name in names}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(checkpoints, short_rows, two_ranks, tmp_path):
     """The adapter is bit for bit that of a run that was not stopped."""
     options = [*arguments(checkpoints("gemma3_wrapper"), short_rows, "qlora"), "--resume", "auto"]
@@ -178,3 +197,72 @@ def test_the_end_of_an_answer_is_the_wrappers(checkpoints, tmp_path):
     assert eos_token_id(read_config(folder)[0]) == config["text_config"]["eos_token_id"] == 257
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, 106]}))
     assert eos_token_id(read_config(folder)[0]) == [1, 106]
+
+
+def test_a_head_that_only_the_wrappers_default_ties(checkpoints, tmp_path):
+    """As in Mistral Small 3's config.json: planned and trained untied, with and without files."""
+    folder = shutil.copytree(checkpoints("mistral3"), tmp_path / "model")
+    edit_config(folder, tie_word_embeddings=None)
+    config, family = read_config(folder)
+    assert config.tie_word_embeddings and is_tied_by_default(config)
+    files, _, untied_head = open_weights(folder, config, family)
+    assert untied_head == "lm_head.weight" in files.tensors and not config.tie_word_embeddings
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "bare")
+    for planned in (open_planned_model(str(folder)), open_planned_model(str(tmp_path / "bare"))):
+        assert planned.files.tensors.keys() == files.tensors.keys()
+    headers = WeightHeaders(tmp_path / "elsewhere")
+    headers.tensors = dict(CheckpointFiles(folder).tensors)
+    open_headers(*read_config(folder), headers, is_local=False)
+    assert headers.tensors.keys() == files.tensors.keys()
+
+
+def test_ministral3s_text_model(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
+    """Its queries are scaled from some position on, here within the rows."""
+    rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 64.0, "original_max_position_embeddings": 8}
+    rope |= {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0}
+    config = tiny.CONFIGS["mistral3"]()
+    sizes = {key: value for key, value in tiny._COMMON.items() if key != "dtype"}
+    config.text_config = Ministral3Config(**sizes, head_dim=16, sliding_window=None, rope_parameters=rope)
+    monkeypatch.setitem(tiny.CONFIGS, "mistral3", lambda: config)
+    folder = tiny.save_checkpoint("mistral3", tmp_path / "model")
+    ours, state, adapters = one_rank(outputs, args_for(folder, alpaca_file, "bnb_dora"), IDS)[0]
+    model = build_peft_model(folder, state, adapters, use_dora=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_another_text_model_is_refused(checkpoints, tmp_path):
+    shutil.copy(checkpoints("mistral3") / "config.json", tmp_path)
+    edit_config(tmp_path, text_config={"model_type": "qwen2"})
+    words = "text_config has the model_type 'qwen2'; in mistral3 known: mistral, ministral3"
+    with pytest.raises(UserError, match=words):
+        read_config(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_trained_embedding(checkpoints, short_rows, one_rank, tmp_path):
+    """PEFT finds it below the wrapper's names, and ties the head to it."""
+    base, folder = checkpoints("gemma3_wrapper"), tmp_path / "run"
+    args = [*arguments(base, short_rows, "qlora"), "--train_embeddings", "true", "--output_dir", folder]
+    one_rank(run, [str(word) for word in args])
+    opened = open_run(folder)
+    ours = load_model(opened, torch.device("cpu"), torch.float32)
+    state = one_rank(dense_state, args_for(base, short_rows, "qlora"))[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(transformers_model(base, state), folder).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS).logits
+        torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    embedding = load_file(folder / ADAPTER)["base_model.model.model.language_model.embed_tokens.weight"]
+    assert (embedding - state["model.language_model.embed_tokens.weight"]).abs().max() > 1e-3
+
+
+def test_the_processors_files_are_in_a_merged_folder(checkpoints, alpaca_file, one_rank, tmp_path):
+    base = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "base")
+    (base / "preprocessor_config.json").write_text("{}")
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "lora"))
+    exported = ["--to", "merged", "--out", tmp_path / "out", "--check", "false"]
+    assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
