@@ -180,7 +180,7 @@ def expanded_config(raw: dict, config: PretrainedConfig, originals: list[int]) -
     new = dict(sync_tied_embeddings(raw, config))
     text = text_config(config)
     if text is not config:
-        return new | {"text_config": _expanded_text_config(raw["text_config"], text, originals)}
+        return new | {"text_config": _expanded_text_config(raw.get("text_config") or {}, text, originals)}
     return _expanded_text_config(new, config, originals)
 
 

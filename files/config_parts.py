@@ -16,9 +16,10 @@ def text_config(config: PretrainedConfig) -> Any:
     """Return the config of the text model: a wrapper's `text_config`, or `config` itself.
 
     The wrapper's own config says whether the head is tied (tie_word_embeddings), in transformers too, and how
-    the weights are quantized.
+    the weights are quantized. transformers' get_text_config is not used: any config.json with a text_config,
+    a decoder or a generator is a wrapper to it.
     """
-    return config.get_text_config(decoder=True)
+    return config.text_config if "text_config" in config.sub_configs else config
 
 
 def eos_token_id(config: PretrainedConfig) -> int | list[int] | None:
