@@ -29,9 +29,9 @@ CPU = torch.device("cpu")
         ],
         ("llama_pro --llama_pro_save blocks", "llama_bias"),
         ("llama_pro --llama_pro_save blocks", "gemma3_wrapper_pro"),
-        ("llama_pro", "mistral3_pro"),
-        ("full", "gemma3_wrapper"),
-        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe", "gemma3_wrapper")],
+        pytest.param("llama_pro", "mistral3_pro", marks=pytest.mark.slow),
+        pytest.param("full", "gemma3_wrapper", marks=pytest.mark.slow),
+        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe")],
     ],
 )
 def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpaca_file, one_rank, tmp_path):

@@ -26,7 +26,7 @@ def logits_of(folder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("kind", ["gemma3_wrapper", "mistral3"])
+@pytest.mark.parametrize("kind", ["gemma3_wrapper", pytest.param("mistral3", marks=pytest.mark.slow)])
 def test_wrappers_in_every_spelling(kind, spelling, checkpoints, tmp_path):
     """The logits are transformers' on the same files, which it loads without a missing tensor."""
     folder = respell(checkpoints(kind), tmp_path / "model", SPELLINGS[spelling])

@@ -96,7 +96,7 @@ def peft_name(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["gemma3_wrapper", pytest.param("mistral3", marks=pytest.mark.slow)])
 def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, one_rank, tmp_path):
     """Both ways: its names are those of PEFT over the wrapper, and so are those that a run saves."""
     exclude = r".*(vision_tower|multi_modal_projector).*"
