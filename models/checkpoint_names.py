@@ -17,7 +17,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     rename_source_key,
 )
 
@@ -28,6 +27,7 @@ from models.family import Family
 # it, in the order of the files' tensors.
 EXPERT_LINEARS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 WEIGHT = ".weight"
+MAX_NAME = 1000  # characters; the rules' regular expressions take quadratic time
 
 
 class ParameterNames:
@@ -39,9 +39,11 @@ class ParameterNames:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
 
     @cached_property
-    def _transforms(self) -> list[WeightTransform]:
-        """transformers' rules for this model; made only if a name is not a parameter's already."""
-        return get_model_conversion_mapping(self.model)
+    def _rules(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        """transformers' rules for this model; read only if a name is not a parameter's already."""
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def parameter_name(self, stored: str) -> str:
         """Return the name of the parameter that a file's tensor fills; of others, what the rules make of it.
@@ -51,16 +53,11 @@ class ParameterNames:
         weight, dot, suffix = stored.partition(f"{WEIGHT}.")
         if dot:
             return f"{self.parameter_name(f'{weight}{WEIGHT}')}.{suffix}"
-        if stored in self.parameters:
+        if stored in self.parameters or len(stored) > MAX_NAME:
             return stored
-        renamings = [rule for rule in self._transforms if isinstance(rule, WeightRenaming)]
-        name, _ = rename_source_key(
-            stored,
-            renamings,
-            [],
-            self.model.base_model_prefix,
-            self.parameters,
-        )
+        renamings, _ = self._rules
+        prefix = self.model.base_model_prefix
+        name, _ = rename_source_key(stored, renamings, [], prefix, self.parameters)
         return name if name in self.parameters else self._expert_name(name)
 
     def _expert_name(self, name: str) -> str:
@@ -68,8 +65,8 @@ class ParameterNames:
 
         transformers stacks experts' weights, here each has its own parameter.
         """
-        for rule in self._transforms:
-            if not isinstance(rule, WeightConverter) or not isinstance(rule.operations[0], MergeModulelist):
+        for rule in self._rules[1]:
+            if not isinstance(rule.operations[0], MergeModulelist):
                 continue
             _, source = rule.rename_source_key(name)
             linears = EXPERT_LINEARS.get(rule.target_patterns[0].rpartition(".")[2])

@@ -25,7 +25,8 @@ from files.weight_headers import WeightHeaders
 from finished.finished_run import load_model, open_run
 from models.family import unwrapped_name
 from models.redundant import is_tied_by_default
-from models.registry import open_headers, open_weights, read_config
+from models.registry import build_on_meta, open_headers, open_weights, read_config
+from monitoring.layer_memory import layer_widths
 from options.errors import UserError
 from options.methods import METHODS
 from tests.helpers import tiny
@@ -238,6 +239,18 @@ def test_another_text_model_is_refused(checkpoints, tmp_path):
     words = "text_config has the model_type 'qwen2'; in mistral3 known: mistral, ministral3"
     with pytest.raises(UserError, match=words):
         read_config(tmp_path)
+
+
+def test_a_plan_sees_the_widths_of_the_text_model(checkpoints):
+    """Gemma 3's are the same inside a wrapper and alone."""
+    widths = [layer_widths(*build(checkpoints(kind))) for kind in ("gemma3", "gemma3_wrapper")]
+    assert widths[0] == widths[1] and widths[0].query == 4 * 32 and widths[0].window == 16
+
+
+def build(folder):
+    """Return (model on meta, family)."""
+    config, family = read_config(folder)
+    return build_on_meta(config, family), family
 
 
 @pytest.mark.slow
