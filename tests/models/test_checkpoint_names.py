@@ -71,6 +71,13 @@ def test_mixtrals_experts():
     assert {name: names.parameter_name(name) for name in expected} == expected
 
 
+def test_names_of_any_length(checkpoints):
+    """Rules with a wildcard would take hours for this one."""
+    _, model, _ = open_weights(checkpoints("qwen3_moe"), *read_config(checkpoints("qwen3_moe")))
+    name = "model.layers.0." + "mlp.experts.3." * 200_000
+    assert ParameterNames(model).parameter_name(name) == name
+
+
 def test_two_tensors_for_one_parameter(checkpoints, tmp_path):
     """Two spellings in one folder, as when a model was saved over another one."""
     old, new = "language_model.model.norm.weight", "model.language_model.norm.weight"
