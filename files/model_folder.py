@@ -71,9 +71,7 @@ class CheckpointFiles(WeightHeaders):
     def rename(self, parameter_name: Callable[[str], str], is_unused: Callable[[str], bool]) -> None:
         """Rename the tensors, those of `unmatched` too; see `WeightHeaders.rename`."""
         super().rename(parameter_name, is_unused)
-        sets = {
-            id(extra.tensors): extra.tensors for extra in self.unmatched
-        }  # two at most, with many tensors
+        sets = {id(extra.tensors): extra.tensors for extra in self.unmatched}  # two, which they share
         renamed = {
             key: {parameter_name(name): stored for name, stored in tensors.items()}
             for key, tensors in sets.items()
