@@ -231,7 +231,7 @@ def _check_data(
         config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
     length = config.context_length
     if length == AUTO:  # the rows are cut again once it is known
-        config = dataclasses.replace(config, context_length=model.config.max_position_embeddings)
+        config = dataclasses.replace(config, context_length=text_config(model.config).max_position_embeddings)
     config, rows, evaluation = prepare_sets(config, tokenizer)
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:

@@ -15,6 +15,7 @@ import torch
 from data.evaluation_data import EvaluationData
 from data.rows import TokenizedRows
 from files.base_model import BaseModel
+from files.config_parts import text_config
 from files.digests import WeightsDigest
 from files.model_folder import CheckpointFiles
 from launch.memory import PEAK_MEMORY, is_out_of_memory, peak_resident_bytes
@@ -57,7 +58,7 @@ def make_job(trial: Trial) -> Job:
     if config.packing and trial.rows:
         rows = _learn_everything(_cut_rows(trial.rows, trial.tokens))
     else:
-        rows = make_rows(count, trial.tokens, trial.model_config.vocab_size)
+        rows = make_rows(count, trial.tokens, text_config(trial.model_config).vocab_size)
     return Job(
         config=config,
         model_config=trial.model_config,
