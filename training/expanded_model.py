@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from checkpoints.block_expansion import expanded_config
+from files.config_parts import text_config
 from files.weight_headers import WeightHeaders
 from models.llama_pro import is_expanded, source_layers, spread_new_blocks
 from models.registry import build_on_meta, check_shapes
@@ -18,7 +19,8 @@ def expand_planned(planned: PlannedModel, new_blocks: int) -> PlannedModel:
 
     Raises UserError if the model cannot get new blocks.
     """
-    base, family, count = planned.model.config, planned.family, planned.model.config.num_hidden_layers
+    base, family = planned.model.config, planned.family
+    count = text_config(base).num_hidden_layers
     if is_expanded(base):
         raise UserError(
             f"--new_blocks {new_blocks}: {planned.name} is expanded already; leave the option out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from files.config_parts import text_config
 from launch.memory import GIB, format_bytes
 from options.errors import UserError
 from training.batch_table import BatchTable
@@ -62,7 +63,7 @@ def _describe_run(plan: Plan) -> list[str]:
     ranks = f"{config.world_size} rank{'s' * (config.world_size > 1)}, {config.sharding_strategy}"
     assumption = f" ({plan.assumption})" if plan.assumption else ""
     return [
-        f"model: {config.model_name}, {model.model_type}, {model.num_hidden_layers} layers",
+        f"model: {config.model_name}, {model.model_type}, {text_config(model).num_hidden_layers} layers",
         f"machine: {plan.machine}{assumption}",
         f"run: {config.train_type}, {config.batch_size} x {plan.tokens:,} tokens ({rows} per GPU), {ranks}",
         f"precision: {plan.precision}",
@@ -189,7 +190,7 @@ def as_json(plan: Plan) -> dict:
         "model": {
             "name": config.model_name,
             "model_type": model.model_type,
-            "layers": model.num_hidden_layers,
+            "layers": text_config(model).num_hidden_layers,
             "context_limit": plan.planned.context_limit,
         },
         "machine": {

@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from files.bnb_weights import detect_bnb_packing
-from files.config_parts import weights_dtype
+from files.config_parts import text_config, weights_dtype
 from files.hub_headers import fetch_headers
 from files.model_folder import find_model, list_weight_files, read_file_header
 from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE
@@ -55,7 +55,8 @@ class PlannedModel:
     @property
     def context_limit(self) -> int:
         """The most tokens of a row that the model was made for."""
-        return getattr(self.model.config, "max_position_embeddings", None) or UNKNOWN_LIMIT
+        text = text_config(self.model.config)
+        return getattr(text, "max_position_embeddings", None) or UNKNOWN_LIMIT
 
 
 def is_named_shape(model_name: str) -> bool:

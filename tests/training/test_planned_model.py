@@ -53,7 +53,7 @@ def test_an_expanded_model(checkpoints):
         assert parameters_of_plan(planned, options) == parameters_of_run(folder, options)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "gemma2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama3", "gemma2", "gemma3", "gemma3_wrapper", "qwen3_moe"])
 def test_a_model_that_is_still_to_be_expanded(kind, checkpoints, tmp_path):
     """It has the parameters of what block_expansion.py writes."""
     written = expand(checkpoints(kind), tmp_path / "pro", "--new_blocks", 2)
