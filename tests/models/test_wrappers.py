@@ -113,12 +113,21 @@ def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, o
 
 
 @pytest.mark.parametrize(
-    "spelling", [pytest.param(name, marks=() if name == "hub" else pytest.mark.slow) for name in SPELLINGS]
+    ("kind", "spelling"),
+    [
+        ("gemma3_wrapper", "hub"),
+        *[
+            pytest.param("gemma3_wrapper", name, marks=pytest.mark.slow)
+            for name in SPELLINGS
+            if name != "hub"
+        ],
+        pytest.param("mistral3", "hub", marks=pytest.mark.slow),
+    ],
 )
-def test_files_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
+def test_files_that_bitsandbytes_packed(kind, spelling, checkpoints, alpaca_file, one_rank, tmp_path):
     """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too."""
     folder, dense = tmp_path / "4bit", tmp_path / "dense"
-    base = respell(checkpoints("gemma3_wrapper"), dense, SPELLINGS[spelling])
+    base = respell(checkpoints(kind), dense, SPELLINGS[spelling])
     expected = pack_like_the_hub(base, folder)
     assert any(is_of_a_tower(name) and ".quant_state." in name for name in all_tensors(folder))
     args = args_for(folder, alpaca_file, "qlora")
