@@ -22,7 +22,7 @@ from files.tensors import save_tensors
 from models.adapters import peft_exclusions, peft_targets
 from models.family import Family, unwrapped_name
 from models.lora import LoRALinear
-from models.vocabulary import peft_modules_to_save, vocabulary_modules
+from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import Config
 from options.errors import UserError
 from parallel.shards import fill_shard, full_tensor, gather_to_cpu
@@ -89,15 +89,15 @@ def zero_rows_remark(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _gather_vocabulary(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """Return {PEFT's name: full weight} of the embedding and the head on rank 0, {} on others. Collective.
+    """Return {PEFT's name: full tensor} of the embedding and the head on rank 0, {} on others. Collective.
 
     A tied weight has both names, and is gathered and stored twice: PEFT looks for both.
     """
     tensors = {}
-    for path, module in vocabulary_modules(model, family).items():
-        full = full_tensor(module.get_parameter("weight")).detach()
+    for name, parameter in vocabulary_parameters(model, family).items():
+        full = full_tensor(parameter).detach()
         if dist.get_rank() == 0:  # host memory would not hold it once for each rank
-            tensors[f"{PEFT_PREFIX}{path}.weight"] = full.cpu().clone()  # safetensors refuses shared memory
+            tensors[f"{PEFT_PREFIX}{name}"] = full.cpu().clone()  # safetensors refuses shared memory
     return tensors
 
 
@@ -154,9 +154,9 @@ def check_adapter_tensors(
         for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
     }
     expected |= {
-        f"{PEFT_PREFIX}{path}.weight": list(module.weight.shape)
-        for path, module in vocabulary_modules(model, family).items()
-        if module.weight.requires_grad
+        f"{PEFT_PREFIX}{name}": list(parameter.shape)
+        for name, parameter in vocabulary_parameters(model, family).items()
+        if parameter.requires_grad
     }
     expected = {name: shape for name, shape in expected.items() if name in found or name not in optional}
     for name in sorted(expected.keys() | found.keys()):
@@ -174,13 +174,16 @@ def check_adapter_tensors(
             raise UserError(f"{path}: {name} is stored as {dtype}; expected one of {expected_dtypes}")
 
 
-def fill_weight(module: nn.Module, weight: Tensor) -> None:
-    """Copy this rank's shard of a full weight into a module's weight."""
-    fill_shard(module.get_parameter("weight"), weight)
+def fill_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy this rank's shards of full tensors into a module's parameters of these names."""
+    for name, tensor in tensors.items():
+        fill_shard(module.get_parameter(name), tensor)
 
 
 def load_adapter(
-    model: nn.Module, path: Path, set_weight: Callable[[nn.Module, Tensor], None] = fill_weight
+    model: nn.Module,
+    path: Path,
+    set_parameters: Callable[[nn.Module, dict[str, Tensor]], None] = fill_parameters,
 ) -> None:
     """Load an adapter's file, which `check_adapter_tensors` has checked, into a loaded model, sharded or not.
 
@@ -189,7 +192,7 @@ def load_adapter(
     Args:
         model: the model, with its adapters.
         path: the file.
-        set_weight: set_weight(module, full weight), called for the embedding and the head.
+        set_parameters: set_parameters(module, {name: full tensor}), called for the embedding and the head.
     """
     modules = {unwrapped_name(name): module for name, module in model.named_modules()}
     for name, tensors in read_adapter_modules(path):
@@ -197,4 +200,4 @@ def load_adapter(
         if isinstance(module, LoRALinear):
             module.set_peft_tensors(tensors, fill_shard)
         else:
-            set_weight(module, tensors["weight"])
+            set_parameters(module, tensors)

@@ -25,7 +25,7 @@ from launch.precision import Precision
 from models.adapters import packed_linears, quantizer_from_config
 from models.family import Family
 from models.llama_pro import new_layers
-from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights
+from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_tensors
 from options.config import Config
 from options.strategies import shards_of
 from parallel.optimizers import BLOCK_SIZE, MIN_8BIT_ELEMENTS
@@ -241,14 +241,17 @@ def _result_bytes(
     """
     saved = _Tensors()
     if config.method.saves == "adapter":
-        vocabulary = vocabulary_weights(family)
+        vocabulary = vocabulary_tensors(family)
         for i, p in enumerate(trained):
             if p.name not in vocabulary:
                 # A DoRA's magnitude, of one dimension, is saved in fp32.
                 dtype = precision.trained if len(p.shape) > 1 else torch.float32
                 saved.add(f"{PEFT_PREFIX}{p.name}.lora_A{i}", p.shape, dtype)
-        for name in vocabulary if config.train_embeddings else ():  # both, also if they are tied
-            saved.add(f"{PEFT_PREFIX}{name}", files.tensors[vocabulary[0]].shape, precision.trained)
+        embedding, head, _ = vocabulary
+        shapes = {name: files.tensors[name].shape for name in vocabulary if name in files.tensors}
+        shapes[head] = shapes[embedding]  # saved twice if they are tied
+        for name, shape in shapes.items() if config.train_embeddings else ():
+            saved.add(f"{PEFT_PREFIX}{name}", shape, precision.trained)
         return saved.data_bytes() + saved.header_bytes()
     new = new_layers(model.config) if config.method.expansion else []
     for name, stored in files.tensors.items():

@@ -49,8 +49,8 @@ from models.llama_pro import new_layers
 from models.registry import build_on_meta, open_weights, read_config
 from models.vocabulary import (
     peft_modules_to_save,
-    use_base_weight,
-    use_trained_weight,
+    use_base_parameters,
+    use_trained_parameters,
     vocabulary_modules,
 )
 from options.config import FIELDS, Config
@@ -312,8 +312,8 @@ def set_adapter(model: PreTrainedModel, run: Run) -> None:
     """Load the run's adapter into `model`, which has an adapter of the same base and adapter options."""
     assert run.adapter is not None
     for module in vocabulary_modules(model, run.family).values():
-        use_base_weight(module)
-    load_adapter(model, run.adapter, use_trained_weight)
+        use_base_parameters(module)
+    load_adapter(model, run.adapter, use_trained_parameters)
 
 
 def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -166,6 +166,6 @@ def _load_submodule(
                 if hasattr(module, key)
             }
     own = select_module_tensors(path, adapter)
-    if "weight" in own:  # an embedding or a head that was trained beside the adapter
-        fill_shard(params["weight"], own["weight"])
+    for key in own.keys() & params.keys():  # an embedding or a head that was trained beside the adapter
+        fill_shard(params[key], own[key])
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"

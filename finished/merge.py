@@ -30,6 +30,8 @@ from options.errors import UserError
 from quantization.operators import TINY
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 
+WHOLE = ("weight", "bias")  # ends of the names of an adapter's tensors that were trained in full
+
 
 def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
     """Merge a linear's LoRA or DoRA adapter into its weight, in place; return the merged weight.
@@ -76,7 +78,8 @@ def make_merged_entries(
     adapters: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in adapter.items():
         module, key = split_name(name)
-        adapters.setdefault(f"{module}.weight", {})[key] = tensor
+        target = f"{module}.{key}" if key in WHOLE else f"{module}.weight"
+        adapters.setdefault(target, {})[key] = tensor
     if run.model_config.tie_word_embeddings:  # the files hold a tied weight once
         adapters.pop(f"{run.family.head}.weight", None)
     quantizers = find_training_quantizers(run) if dequantized else {}
@@ -86,8 +89,9 @@ def make_merged_entries(
     entries = file_entries(run.files)
     for name, entry in entries.items():
         dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), adapters.pop(name, None)
-        if tensors and "weight" in tensors:  # trained in full: it replaces the base's
-            make_trained = partial(_yield_trained_chunks, tensors["weight"], name, dtype)
+        trained = (tensors or {}).get(name.rpartition(".")[2])
+        if trained is not None:  # in full: it replaces the base's
+            make_trained = partial(_yield_trained_chunks, trained, name, dtype)
             entries[name] = TensorEntry(dtype, entry.shape, make_trained)
         elif quantizer or tensors:
             make = partial(_read_merged_weight, run.files, name, quantizer, tensors, scaling, device, buffers)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.vocabulary import has_two_weights, swap_weights
+from models.vocabulary import has_two_weights, swap_parameters
 from quantization.layer import ConvertingModule, Linear4bit, convert_tensor, parameters_from, quantizer_for
 from quantization.quantizers import PackedWeight, Quantizer
 
@@ -131,10 +131,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.active = False
         for module in vocabulary:
-            swap_weights(module)
+            swap_parameters(module)
         yield
     finally:
         for layer in layers:
             layer.active = True
         for module in vocabulary:
-            swap_weights(module)
+            swap_parameters(module)

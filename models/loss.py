@@ -197,10 +197,10 @@ class Head(nn.Linear):
     ) -> Tensor:
         """Return the logits [.., V], or with targets this rank's summed cross-entropy in fp32.
 
-        Collective if the weight is sharded.
+        Collective if the weight is sharded. The bias, if there is one, is full on each rank: FSDP gathers it.
 
-        The loss's logits are c tanh(s z / c) with the head's scale s and the softcap c. Without targets
-        neither is applied: the model's own forward does it.
+        The loss's logits are c tanh(s z / c) with z = W x + bias, the head's scale s and the softcap c.
+        Without targets neither is applied: the model's own forward does it.
 
         Args:
             x: [.., H].
@@ -211,16 +211,18 @@ class Head(nn.Linear):
         if targets is None:
             weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
             return F.linear(x, weight.to(x.device), self.bias)
-        assert self.bias is None
         dtype = compute_dtype(x)
         x = x.flatten(0, -2)
         if self.scale != 1:
             x = x * self.scale
         shard = VocabularyShard(self.weight)
         rows = shard.rows.to(x.device, dtype, non_blocking=True)
+        bias = None
+        if self.bias is not None:
+            bias = self.scale * self.bias[shard.first_row : shard.first_row + len(rows)].to(x.device, dtype)
         with torch.autocast(x.device.type, enabled=False):
             settings = target_positions, shard, self.softcap, self.compiled
-            return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), *settings)
+            return _SummedLoss.apply(x.to(dtype), rows, bias, targets.flatten(), *settings)
 
 
 def _capped_logits(z: Tensor, softcap: float | None) -> Tensor:
@@ -282,25 +284,26 @@ KERNELS = {
 
 
 class _SummedLoss(torch.autograd.Function):
-    """(x [N, H], rows [S, H], targets [N], ...) -> the loss, summed over this rank's targets.
+    """(x [N, H], rows [S, H], bias [S], targets [N], ...) -> the loss, summed over this rank's targets.
 
-    Differentiable with respect to x and, if the head is trained, to its weight.
+    Differentiable with respect to x and, if the head is trained, to its weight and bias.
     """
 
     @staticmethod
-    def forward(ctx, x, rows, targets, target_positions, shard: VocabularyShard, softcap, compiled: bool):
+    def forward(ctx, x, rows, bias, targets, target_positions, shard: VocabularyShard, softcap, compiled):
         """Return the loss, and save its gradients for backward. Collective if the head is sharded.
 
         Args:
             x: [N, H], in the compute dtype.
             rows: [S, H], this rank's rows of the head's weight, on x's device and in its dtype.
+            bias: [S], the bias of these rows, in the same dtype; or None.
             targets: [N] int64, IGNORE for tokens that are not learned.
             target_positions: [P], as for `Head.forward`; None: all.
             shard: the ranks that hold the other rows of the head.
             softcap: c of the logits c tanh(z / c); None without a cap.
             compiled: whether to use the compiled KERNELS.
         """
-        needs_grad_x, needs_grad_rows = ctx.needs_input_grad[:2]
+        needs_grad_x, needs_grad_rows, needs_grad_bias = ctx.needs_input_grad[:3]
         assert not (needs_grad_rows and shard.n_ranks > 1), "a head that is trained is gathered"
         statistics, gradient, ctx.scale = KERNELS[compiled and len(rows) > 0]
         ctx.fp16 = fp16 = x.dtype == torch.float16
@@ -310,6 +313,7 @@ class _SummedLoss(torch.autograd.Function):
         losses = torch.zeros(len(target_positions), dtype=torch.float32, device=x.device)
         grad_x = torch.zeros_like(x) if needs_grad_x else None
         grad_rows = torch.zeros_like(rows, dtype=torch.float32) if needs_grad_rows else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad_bias else None
         n_bytes = LOGITS_BYTES if compiled else LOGITS_BYTES // 4
         max_tokens = n_bytes // (
             shard.max_rows * x.element_size()
@@ -322,14 +326,14 @@ class _SummedLoss(torch.autograd.Function):
             index, is_local = shard.find_rows(chunk_targets)
             is_learned = chunk_targets != IGNORE
             has_target = is_local & is_learned
-            z = F.linear(states, rows)  # [C, S]
+            z = F.linear(states, rows, bias)  # [C, S]
             all_statistics = shard.all_gather(statistics(z, index, has_target, softcap)[None])  # [W, C, 3]
             largest, total, target_logit = all_statistics.unbind(2)
             top = largest.amax(0)
             lse = top + (total * (largest - top).exp()).sum(0).log()
             chunk_losses = torch.where(is_learned, lse - target_logit.sum(0), 0)
             losses[chunk] = chunk_losses.view(shard.n_ranks, -1)[shard.rank]
-            if needs_grad_x or needs_grad_rows:
+            if any(ctx.needs_input_grad):
                 z = gradient(z, index, has_target, lse.masked_fill(~is_learned, torch.inf), softcap)
             if grad_x is not None:  # in 16 bits the sum over ranks would be rounded for each
                 part = z @ rows if shard.n_ranks == 1 else shard.reduce_scatter((z @ rows).float())
@@ -337,16 +341,19 @@ class _SummedLoss(torch.autograd.Function):
             if grad_rows is not None:
                 # A sum over tokens has no bound like that of FP16_FACTOR, so the factor is divided out first.
                 grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)
-        ctx.save_for_backward(grad_x, grad_rows)
+            if grad_bias is not None:
+                grad_bias += z.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_x, grad_rows, grad_bias)
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
-        """Return forward's gradients of x and rows, times `grad`, the fp32 scalar gradient of the loss."""
-        grad_x, grad_rows = ctx.saved_tensors
+        """Return forward's gradients of x, rows and bias, times `grad`, the fp32 scalar of the loss."""
+        grad_x, grad_rows, grad_bias = ctx.saved_tensors
         factor = grad / FP16_FACTOR if ctx.fp16 else grad
         return (
             None if grad_x is None else ctx.scale(grad_x, factor),
             None if grad_rows is None else grad_rows * grad,
+            None if grad_bias is None else grad_bias * factor,
             *[None] * 5,
         )

@@ -150,6 +150,8 @@ def list_units(
         tied: whether embedding and head are one parameter.
     """
     embedding, head = vocabulary_weights(family)
+    planned = list(planned)
+    trains_head = any(p.name == head and p.kind == "trained" for p in planned)
     inner = family.sublayers if config.wrap_policy == "sublayer" else ()
     units: dict[tuple, Unit] = {}
     for p in planned:
@@ -160,7 +162,8 @@ def list_units(
             part = next((i for i, each in enumerate(inner) if name.startswith(f"{each}.")), len(inner))
             key: tuple = (1, layer, part)
         else:
-            key = {embedding: (0,), head: (2,)}.get(p.name, (3,)) if not tied else (3,)
+            with_head = p.name == head or (trains_head and p.name == f"{family.head}.bias")
+            key = (3,) if tied else (0,) if p.name == embedding else (2,) if with_head else (3,)
         units.setdefault(key, Unit()).parameters.append(p)
     ordered = [units[key] for key in sorted(units)]
     cast_size = precision.gather_dtype.itemsize if precision.gather_dtype else None

@@ -91,7 +91,7 @@ def plan_parameters(
             for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
                 shape = (-(-n_bytes // STORAGE.itemsize),)
                 planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
-        elif trains_all or is_new or (config.train_embeddings and name in vocabulary_weights(family)):
+        elif trains_all or is_new or (config.train_embeddings and name in vocabulary_tensors(family)):
             planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
             is_padded = name not in vocabulary_weights(family)
@@ -111,6 +111,11 @@ def plan_parameters(
 def vocabulary_weights(family: Family) -> tuple[str, str]:
     """Return the tensor names of the embedding and of the head: they have a row for each known token."""
     return f"{family.embedding}.weight", f"{family.head}.weight"
+
+
+def vocabulary_tensors(family: Family) -> tuple[str, ...]:
+    """Return the tensors that --train_embeddings trains: `vocabulary_weights`, and the head's bias if any."""
+    return *vocabulary_weights(family), f"{family.head}.bias"
 
 
 def weight_bytes(planned: Iterable[PlannedParameter]) -> WeightBytes:

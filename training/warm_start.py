@@ -33,7 +33,7 @@ from launch.precision import Precision
 from models.adapters import apply_method, target_linears
 from models.family import Family
 from models.registry import build_on_meta
-from models.vocabulary import peft_modules_to_save, vocabulary_modules
+from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import ADAPTER_OPTIONS, FIELDS, Config
 from options.declaration import format_value
 from options.errors import UserError
@@ -91,7 +91,7 @@ def adopt_adapter(
     model = build_on_meta(model_config, family)
     apply_method(model, family, config, Precision(torch.float32, torch.float32), files)
     # The base's weights take the place of an embedding or a head that the adapter does not have.
-    optional = {f"{PEFT_PREFIX}{path}.weight" for path in vocabulary_modules(model, family)}
+    optional = {f"{PEFT_PREFIX}{name}" for name in vocabulary_parameters(model, family)}
     optional -= _saved_vocabulary(adapter, family)
     _check_untrained_vocabulary(adapter, config, family)
     where = adapter.path, files.folder, ADAPTER_CONFIG

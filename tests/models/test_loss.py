@@ -40,14 +40,18 @@ def make_case(seed: int, dtype=torch.float32, vocabulary: int = VOCABULARY):
     return x, weight.to(dtype), targets.masked_fill(ignored, IGNORE)
 
 
-def reference(x, weight, targets, softcap):
-    """Return (loss, gradients of x and of the weight), from all logits."""
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    logits = x @ weight.T
+def make_bias(vocabulary: int = VOCABULARY) -> torch.Tensor:
+    return torch.randn(vocabulary, generator=torch.Generator().manual_seed(98))
+
+
+def reference(x, weight, targets, softcap, bias=None, scale: float = 1.0):
+    """Return (loss, gradients of x, of the weight and of the bias, if there is one), from all logits."""
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    logits = scale * F.linear(*leaves)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total.detach(), *torch.autograd.grad(total * 0.37, (x, weight))
+    return total.detach(), *torch.autograd.grad(total * 0.37, leaves)
 
 
 def make_head(weight: torch.Tensor, trained: bool) -> Head:
@@ -107,6 +111,21 @@ def test_loss_and_gradients(rows, others, softcap, monkeypatch):
         torch.testing.assert_close(head(x, targets, target_positions), got[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bias(dtype, monkeypatch):
+    """A trained bias in chunks of 7 tokens, with a scale and a cap. In fp16 its gradients are scaled."""
+    monkeypatch.setattr(loss, "LOGITS_BYTES", dtype.itemsize * 7 * VOCABULARY * 4)
+    x, weight, targets = make_case(0, dtype)
+    head, leaf = make_head(weight, trained=True), x.clone().requires_grad_()
+    head.bias, head.scale, head.softcap = nn.Parameter(make_bias().to(dtype)), 0.5, 3.0
+    total = head(leaf, targets)
+    got = total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight, head.bias))
+    wide = x.float(), weight.float(), targets, 3.0, head.bias.detach().float(), 0.5
+    for ours, expected in zip(got, reference(*wide), strict=True):
+        tolerance = 2e-5 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(ours.float(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_compiled():
     """By Inductor, whose kernels need a C++ compiler. Tests of runs use another backend."""
     x, weight, targets = make_case(0)
@@ -162,14 +181,23 @@ def make_sharded(rank_info, weight: torch.Tensor) -> tuple[Head, nn.Embedding]:
     return head, embedding
 
 
-def sharded_results(rank_info, softcap, vocabulary: int = VOCABULARY, learned_only: bool = False):
+def sharded_results(
+    rank_info,
+    softcap,
+    vocabulary: int = VOCABULARY,
+    learned_only: bool = False,
+    bias: torch.Tensor | None = None,
+):
     """Return (loss, gradient of x, logits, embedded tokens) of this rank's tokens, with a sharded vocabulary.
 
     learned_only: compute only as many tokens as the rank with most learned ones has, else all.
+    bias: the head's; each rank has all of it.
     """
     x, weight, targets = (t.to(rank_info.device) for t in make_case(rank_info.rank, vocabulary=vocabulary))
     head, embedding = make_sharded(rank_info, weight)
     head.softcap, leaf = softcap, x.clone().requires_grad_()
+    if bias is not None:
+        head.bias = nn.Parameter(bias.to(rank_info.device), requires_grad=False)
     learned = [int((make_case(rank)[2] != IGNORE).sum()) for rank in range(rank_info.world)]
     assert len(set(learned)) > 1
     target_positions = learned_positions(targets, max(learned)) if learned_only else None
@@ -184,12 +212,12 @@ def sharded_results(rank_info, softcap, vocabulary: int = VOCABULARY, learned_on
     return tuple(r.cpu() for r in results)
 
 
-def assert_sharded_equal(results, softcap, vocabulary: int) -> None:
+def assert_sharded_equal(results, softcap, vocabulary: int, bias: torch.Tensor | None = None) -> None:
     """Compare each rank's `sharded_results` with a full vocabulary."""
     for rank, (total, gradient, logits, embedded) in enumerate(results):
         x, weight, targets = make_case(rank, vocabulary=vocabulary)
-        assert_equal((total, gradient), reference(x, weight, targets, softcap)[:2])
-        torch.testing.assert_close(logits, x @ weight.T, rtol=2e-5, atol=2e-5)
+        assert_equal((total, gradient), reference(x, weight, targets, softcap, bias)[:2])
+        torch.testing.assert_close(logits, F.linear(x, weight, bias), rtol=2e-5, atol=2e-5)
         assert torch.equal(embedded, weight[targets.clamp_min(0)])
 
 
@@ -204,7 +232,9 @@ def test_sharded_vocabulary(ranks, learned_only, softcap, request):
 @pytest.mark.parametrize(("vocabulary", "rows"), [(5, [2, 2, 1, 0]), (2, [1, 1, 0, 0])])
 def test_ranks_without_rows(vocabulary, rows, four_ranks):
     assert four_ranks(count_local_rows, vocabulary) == rows
-    assert_sharded_equal(four_ranks(sharded_results, 3.0, vocabulary), 3.0, vocabulary)
+    bias = make_bias(vocabulary)
+    results = four_ranks(sharded_results, 3.0, vocabulary, False, bias)
+    assert_sharded_equal(results, 3.0, vocabulary, bias)
 
 
 def count_local_rows(rank_info, vocabulary: int) -> int:
