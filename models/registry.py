@@ -37,6 +37,7 @@ from models import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    starcoder2,
 )
 from models.causal_lm import replace_head, summed_loss_class
 from models.checkpoint_names import rename_tensors
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": olmo3.FAMILY,
     "seed_oss": seed_oss.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "starcoder2": starcoder2.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

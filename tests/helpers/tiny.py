@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 import block_expansion
@@ -161,6 +162,7 @@ CONFIGS = {
     "smollm3": lambda: SmolLM3Config(
         **_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
     ),
+    "starcoder2": lambda: Starcoder2Config(**_COMMON, sliding_window=16),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.
@@ -202,7 +204,7 @@ def save_checkpoint(
         if parameter.dim() >= 2:  # 3 where transformers stacks experts; the files hold one tensor for each
             torch.nn.init.normal_(parameter, std=0.15)
         else:
-            torch.nn.init.normal_(parameter, mean=norm if "norm" in name else 0.0, std=0.1)
+            torch.nn.init.normal_(parameter, mean=norm if name.endswith("norm.weight") else 0.0, std=0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder

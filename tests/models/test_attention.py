@@ -54,14 +54,8 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     monkeypatch.setattr(attention, "has_varlen", lambda: has_varlen)
     names = {kind: chosen_attention(checkpoints(kind), packing=False) for kind in CONFIGS}
     beyond = VARLEN if has_varlen else FUSED
-    windows = {
-        "mistral": beyond,
-        "gemma3": beyond,
-        "gemma3_wrapper": beyond,
-        "olmo3": beyond,
-        "exaone4": beyond,
-        "gemma2": "eager",
-    }
+    windows = dict.fromkeys(("mistral", "gemma3", "gemma3_wrapper", "olmo3", "exaone4", "starcoder2"), beyond)
+    windows["gemma2"] = "eager"
     assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows
     mistral = checkpoints("mistral")
     short = {n: chosen_attention(mistral, packing=False, max_tokens=n) for n in (16, 17)}

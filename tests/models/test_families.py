@@ -29,6 +29,7 @@ from parallel.shards import full_tensor
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, trained_names
 from tests.helpers.auto_classes import load_transformers_model
+from tests.helpers.expansion import edit_config
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
 from tests.helpers.packing import packed_batch
 from tests.helpers.parity import arguments, assert_same
@@ -54,6 +55,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
             {"rope_parameters": dict.fromkeys(tiny.GEMMA3_ROPE, tiny.GEMMA3_ROPE["full_attention"])},
         ),
         ("phi3", {"rope_parameters": tiny.LONG_ROPE | {"long_factor": tiny.LONG_ROPE["short_factor"]}}),
+        ("starcoder2", {"sliding_window": 64}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
@@ -213,12 +215,32 @@ def assert_same_tables(*folders) -> None:
     [
         ("phi3", {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}),
         ("qwen3_moe", ATTENTION),
+        ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )
 def test_exact_set_of_trained_names(kind, linears, checkpoints, alpaca_file, one_rank):
     names = one_rank(trained_names, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]
     parts = ("lora_A", "lora_B", "magnitude_change")
     assert names == {f"model.layers.{i}.{linear}.{p}" for i in range(3) for linear in linears for p in parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [("starcoder2", "residual_dropout"), ("starcoder2", "embedding_dropout")],
+)
+def test_dropout_of_the_config_acts_in_training(kind, dropout, checkpoints, short_rows, one_rank, tmp_path):
+    """A layer that backward recomputes drops the same features as in forward."""
+    folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
+    edit_config(folder, **{dropout: 0.1})
+    options = ["--batch_size", "4", "--use_gradient_checkpointing"]
+    recomputed, saved = (
+        one_rank(train_run, [*arguments(folder, short_rows, "lora"), *options, checkpointing])[0]
+        for checkpointing in ("true", "false")
+    )
+    assert_same(recomputed, saved)
+    without = one_rank(train_run, [*arguments(checkpoints(kind), short_rows, "lora"), *options, "true"])[0]
+    assert recomputed[0][0] != pytest.approx(without[0][0], rel=1e-3)
 
 
 # Routed experts
