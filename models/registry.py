@@ -24,6 +24,7 @@ from models import (
     exaone4,
     gemma2,
     gemma3,
+    glm4,
     granite,
     llama,
     ministral3,
@@ -71,6 +72,7 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": seed_oss.FAMILY,
     "smollm3": smollm3.FAMILY,
     "starcoder2": starcoder2.FAMILY,
+    "glm4": glm4.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

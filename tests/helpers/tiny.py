@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -79,6 +80,8 @@ LONG_ROPE = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
     "original_max_position_embeddings": 32,
 }
+# Of families that rotate half of a head.
+FULL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # Layer 0 has a plain MLP.
 _EXPERTS = {
     "num_experts": 8,
@@ -163,6 +166,7 @@ CONFIGS = {
         **_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
     ),
     "starcoder2": lambda: Starcoder2Config(**_COMMON, sliding_window=16),
+    "glm4": lambda: Glm4Config(**_COMMON, head_dim=32, pad_token_id=0),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

@@ -56,6 +56,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ),
         ("phi3", {"rope_parameters": tiny.LONG_ROPE | {"long_factor": tiny.LONG_ROPE["short_factor"]}}),
         ("starcoder2", {"sliding_window": 64}),
+        ("glm4", {"rope_parameters": tiny.FULL_ROPE}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
@@ -215,6 +216,7 @@ def assert_same_tables(*folders) -> None:
     [
         ("phi3", {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}),
         ("qwen3_moe", ATTENTION),
+        ("glm4", ATTENTION | {"mlp.gate_up_proj", "mlp.down_proj"}),
         ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )
