@@ -21,6 +21,7 @@ from files.names import CONFIG
 from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
 from models import (
+    cohere2,
     exaone4,
     gemma2,
     gemma3,
@@ -73,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": smollm3.FAMILY,
     "starcoder2": starcoder2.FAMILY,
     "glm4": glm4.FAMILY,
+    "cohere2": cohere2.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Cohere2Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3Config,
@@ -167,6 +168,9 @@ CONFIGS = {
     ),
     "starcoder2": lambda: Starcoder2Config(**_COMMON, sliding_window=16),
     "glm4": lambda: Glm4Config(**_COMMON, head_dim=32, pad_token_id=0),
+    "cohere2": lambda: Cohere2Config(
+        **_COMMON, pad_token_id=0, sliding_window=16, layer_types=_GEMMA["layer_types"], logit_scale=2.0
+    ),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

@@ -54,7 +54,9 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     monkeypatch.setattr(attention, "has_varlen", lambda: has_varlen)
     names = {kind: chosen_attention(checkpoints(kind), packing=False) for kind in CONFIGS}
     beyond = VARLEN if has_varlen else FUSED
-    windows = dict.fromkeys(("mistral", "gemma3", "gemma3_wrapper", "olmo3", "exaone4", "starcoder2"), beyond)
+    windows = dict.fromkeys(
+        ("mistral", "gemma3", "gemma3_wrapper", "olmo3", "exaone4", "starcoder2", "cohere2"), beyond
+    )
     windows["gemma2"] = "eager"
     assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows
     mistral = checkpoints("mistral")

@@ -57,6 +57,9 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("phi3", {"rope_parameters": tiny.LONG_ROPE | {"long_factor": tiny.LONG_ROPE["short_factor"]}}),
         ("starcoder2", {"sliding_window": 64}),
         ("glm4", {"rope_parameters": tiny.FULL_ROPE}),
+        ("cohere2", {"layer_types": ["sliding_attention"] * 3}),  # which also rotates in all layers
+        ("cohere2", {"sliding_window": 64}),
+        ("cohere2", {"logit_scale": 1.0}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
