@@ -6,12 +6,12 @@ PyTorch's variable-length kernel, which computes no scores between packed rows, 
 window.
 
 All other cases use the family's own attention, `attend_fused` in most, with transformers' masks: packed rows
-or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores. The masks
-are [B, 1, T, T] booleans, made once per micro-batch and kind of layer, and shared by the layers. To decide
-whether a mask must separate rows, transformers looks for positions that start again
-(masking_utils.find_packed_sequence_indices, packed rows or not): the host waits for the GPU once per kind,
-before the first layer. transformers skips this for an implementation that has no mask function, such as the
-last two here.
+or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores; packed
+rows of a family whose layers do not hand on the rows' bounds (Nemotron). The masks are [B, 1, T, T] booleans,
+made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must separate
+rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices, packed
+rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this for an
+implementation that has no mask function, such as the last two here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows.
@@ -59,12 +59,13 @@ def choose_attention(
     if family.attention != FUSED:
         return family.attention
     config = text_config(config)
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or None  # 0 in Qwen2-MoE's configs without a window
     if not packing and (window is None or max_sequence_length <= window):
         return CAUSAL
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
-        not config.attention_dropout
+        (family.passes_row_bounds or not packing)
+        and not config.attention_dropout
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and (head_dim <= 192 or head_dim == 256)  # between them its backward does not run on every GPU

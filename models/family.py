@@ -52,6 +52,8 @@ class Family:
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
         compiles: whether a layer compiles to one graph, without a break.
+        passes_row_bounds: whether transformers' layers hand on to attention the bounds of packed rows, which
+            the variable-length kernel needs. Without them packed rows are separated by masks.
         logit_scale: returns the factor that is applied to the head's result, before any cap.
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
         text_types: of a wrapper, the known values of model_type in its text_config.
@@ -73,6 +75,7 @@ class Family:
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     compiles: bool = True
+    passes_row_bounds: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     logit_cap: Callable[[Any], float | None] = lambda config: None
     text_types: tuple[str, ...] = ()

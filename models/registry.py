@@ -31,6 +31,7 @@ from models import (
     ministral3,
     mistral,
     mistral3,
+    nemotron,
     olmo2,
     olmo3,
     phi3,
@@ -75,6 +76,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": starcoder2.FAMILY,
     "glm4": glm4.FAMILY,
     "cohere2": cohere2.FAMILY,
+    "nemotron": nemotron.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

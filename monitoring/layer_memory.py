@@ -41,6 +41,7 @@ class LayerWidths:
         drops_scores: attention has dropout, which the variable-length kernel lacks (Seed-OSS).
         window: tokens of a sliding window; 0 without.
         compiles: whether --compile auto compiles the layers.
+        passes_row_bounds: whether packed rows need no masks where the variable-length kernel runs.
     """
 
     hidden: int
@@ -59,6 +60,7 @@ class LayerWidths:
     drops_scores: bool = False
     window: int = 0
     compiles: bool = True
+    passes_row_bounds: bool = True
 
 
 def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
@@ -87,6 +89,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         drops_scores=bool(getattr(config, "attention_dropout", 0)),
         window=getattr(config, "sliding_window", None) or 0,
         compiles=family.compiles,
+        passes_row_bounds=family.passes_row_bounds,
     )
 
 
@@ -251,6 +254,7 @@ def mask_bytes(
     has_window = 0 < widths.window < tokens
     # The kernel runs on the GPUs, and in the dtypes, in which others take grouped heads.
     has_kernel = _takes_grouped_heads(precision, gpu) and not widths.drops_scores
+    has_kernel = has_kernel and (widths.passes_row_bounds or not config.packing)
     if not widths.is_eager and (has_kernel or not (config.packing or has_window)):
         return 0
     kinds = 2 if widths.window else 1

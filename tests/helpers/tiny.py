@@ -19,6 +19,7 @@ from transformers import (
     Ministral3Config,
     Mistral3Config,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
@@ -171,6 +172,8 @@ CONFIGS = {
     "cohere2": lambda: Cohere2Config(
         **_COMMON, pad_token_id=0, sliding_window=16, layer_types=_GEMMA["layer_types"], logit_scale=2.0
     ),
+    # A narrow MLP: the squares of a wide one would hide what attention adds.
+    "nemotron": lambda: NemotronConfig(**_COMMON | {"intermediate_size": 32}, head_dim=32),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.
@@ -207,7 +210,8 @@ def save_checkpoint(
         assert hasattr(part, name)
         setattr(part, name, value)
     model = auto_class(config).from_config(config)
-    norm = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + weight
+    # Gemma and Nemotron multiply by 1 + weight.
+    norm = 0.0 if model.config.model_type.startswith(("gemma", "nemotron")) else 1.0
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:  # 3 where transformers stacks experts; the files hold one tensor for each
             torch.nn.init.normal_(parameter, std=0.15)

@@ -60,6 +60,8 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("cohere2", {"layer_types": ["sliding_attention"] * 3}),  # which also rotates in all layers
         ("cohere2", {"sliding_window": 64}),
         ("cohere2", {"logit_scale": 1.0}),
+        ("nemotron", {"hidden_act": "relu"}),
+        ("nemotron", {"rope_parameters": tiny.FULL_ROPE}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
@@ -220,6 +222,7 @@ def assert_same_tables(*folders) -> None:
         ("phi3", {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}),
         ("qwen3_moe", ATTENTION),
         ("glm4", ATTENTION | {"mlp.gate_up_proj", "mlp.down_proj"}),
+        ("nemotron", ATTENTION | {"mlp.up_proj", "mlp.down_proj"}),
         ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )
