@@ -34,6 +34,7 @@ from models import (
     nemotron,
     olmo2,
     olmo3,
+    phi,
     phi3,
     qwen2,
     qwen3,
@@ -77,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": glm4.FAMILY,
     "cohere2": cohere2.FAMILY,
     "nemotron": nemotron.FAMILY,
+    "phi": phi.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

@@ -124,7 +124,7 @@ def test_the_first_update_hardly_moves_the_model(kind, checkpoints, alpaca_file,
     """At the default learning rate: the new blocks are the identity, and stay close to it."""
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)
     norm, change = first_update(folder, alpaca_file, one_rank)
-    assert 0 < change < 0.01 and 0 < norm < 10
+    assert 0 < change < 0.02 and 0 < norm < 10
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3", *slow(["olmo2"])])

@@ -87,7 +87,10 @@ def test_fp32_weights_in_a_bf16_model(kind, checkpoints, short_rows, one_rank, t
         assert rounded == pytest.approx(losses, rel=0.02)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"], ids=["untied", "tied"])
+BIASED = pytest.param("phi", marks=pytest.mark.slow)  # its head has a bias
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", BIASED], ids=["untied", "tied", "biased"])
 def trained(request, checkpoints, short_rows, two_ranks, tmp_path_factory):
     """(A RUN of two ranks over a base that is not packed, with best/ and checkpoints; its base)."""
     folder, base = tmp_path_factory.mktemp("trained") / "run", checkpoints(request.param)

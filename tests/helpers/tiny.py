@@ -23,6 +23,7 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -174,6 +175,7 @@ CONFIGS = {
     ),
     # A narrow MLP: the squares of a wide one would hide what attention adds.
     "nemotron": lambda: NemotronConfig(**_COMMON | {"intermediate_size": 32}, head_dim=32),
+    "phi": lambda: PhiConfig(**_COMMON),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

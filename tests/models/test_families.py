@@ -62,6 +62,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("cohere2", {"logit_scale": 1.0}),
         ("nemotron", {"hidden_act": "relu"}),
         ("nemotron", {"rope_parameters": tiny.FULL_ROPE}),
+        ("phi", {"rope_parameters": tiny.FULL_ROPE}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
@@ -223,6 +224,7 @@ def assert_same_tables(*folders) -> None:
         ("qwen3_moe", ATTENTION),
         ("glm4", ATTENTION | {"mlp.gate_up_proj", "mlp.down_proj"}),
         ("nemotron", ATTENTION | {"mlp.up_proj", "mlp.down_proj"}),
+        ("phi", {f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "dense")} | {"mlp.fc1", "mlp.fc2"}),
         ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )
@@ -235,7 +237,7 @@ def test_exact_set_of_trained_names(kind, linears, checkpoints, alpaca_file, one
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dropout"),
-    [("starcoder2", "residual_dropout"), ("starcoder2", "embedding_dropout")],
+    [("starcoder2", "residual_dropout"), ("starcoder2", "embedding_dropout"), ("phi", "resid_pdrop")],
 )
 def test_dropout_of_the_config_acts_in_training(kind, dropout, checkpoints, short_rows, one_rank, tmp_path):
     """A layer that backward recomputes drops the same features as in forward."""
@@ -249,6 +251,20 @@ def test_dropout_of_the_config_acts_in_training(kind, dropout, checkpoints, shor
     assert_same(recomputed, saved)
     without = one_rank(train_run, [*arguments(checkpoints(kind), short_rows, "lora"), *options, "true"])[0]
     assert recomputed[0][0] != pytest.approx(without[0][0], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["full", "qlora --train_embeddings"])
+def test_a_heads_bias_is_trained_in_two_ranks_as_in_one(
+    options, checkpoints, short_rows, one_rank, two_ranks
+):
+    # SGD: keys' biases hardly change attention. AdamW would make steps of the rounding of their gradients.
+    options += " --optimizer sgd --lr 0.1 --batch_size"
+    args = arguments(checkpoints("phi"), short_rows, *options.split())
+    one, two = one_rank(train_run, [*args, "4"])[0], two_ranks(train_run, [*args, "2"])[0]
+    assert_same(one, two)
+    before = AutoModelForCausalLM.from_pretrained(checkpoints("phi")).lm_head.bias
+    assert (one[1]["lm_head.bias"] - before).abs().max() > 1e-3
 
 
 # Routed experts

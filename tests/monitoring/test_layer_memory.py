@@ -33,6 +33,7 @@ WIDE = {"query": 128, "key": 64}  # heads of 32
         ("glm4", WIDE | {"has_four_norms": True, "has_fused_gate": True}),
         ("cohere2", {"has_one_norm": True, "window": 16}),
         ("nemotron", WIDE | {"mlp": 32, "mlp_tensors": 2, "passes_row_bounds": False}),
+        ("phi", {"has_one_norm": True}),
         # Two experts of 48 for each token.
         ("qwen3_moe", WIDE | {"has_head_norms": True, "mlp": 96, "experts_per_token": 2, "compiles": False}),
     ],

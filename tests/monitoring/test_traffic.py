@@ -61,7 +61,10 @@ SLOW_FOUR = [
     "bnb_llama_pro",
     "qlora",
 ]
-FAMILIES = ["qwen2 qlora --train_embeddings", "qwen2 qlora", "qwen3_moe full", "gemma2 bnb_dora"]
+FAMILIES = [
+    *("qwen2 qlora --train_embeddings", "qwen2 qlora", "qwen3_moe full", "gemma2 bnb_dora"),
+    *("phi full", "phi qlora --train_embeddings", "phi bnb_dora"),  # a head's bias
+]
 
 
 def slow(ranks: str, given: list[str]) -> list:
@@ -81,7 +84,7 @@ def slow(ranks: str, given: list[str]) -> list:
 )
 def test_collectives(ranks, given, checkpoints, even_rows, request):
     words = given.split()
-    kind = words.pop(0) if words[0] in ("qwen2", "qwen3_moe", "gemma2") else "llama"
+    kind = words.pop(0) if words[0] in ("qwen2", "qwen3_moe", "gemma2", "phi") else "llama"
     kind += "_pro" * words[0].endswith("llama_pro")
     argv = arguments(checkpoints(kind), even_rows, *words, "--batch_size", "2")
     for planned, received in request.getfixturevalue(ranks)(run_step, argv):

@@ -83,7 +83,10 @@ ON_TWO = [
     "hqq_lora --train_embeddings --precision bf16",
 ]
 FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3 hqq_dora", "qwen3_moe qlora",
-            "qwen3_moe full", "gemma3 qlora --train_embeddings"]  # fmt: skip
+            "qwen3_moe full", "gemma3 qlora --train_embeddings",
+            *(pytest.param(given, marks=pytest.mark.slow) for given in (
+                "phi full --precision bf16_autocast", "phi bnb_dora --train_embeddings --precision bf16",
+                ))]  # fmt: skip
 
 
 def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> list[str]:
@@ -114,7 +117,7 @@ def test_two_ranks(given, checkpoints, alpaca_file, two_ranks):
 
 @pytest.mark.parametrize("given", FAMILIES)
 def test_families(given, checkpoints, alpaca_file, two_ranks):
-    """Tied embeddings, quantization blocks that cross rows, fused linears, experts."""
+    """Tied embeddings, quantization blocks that cross rows, fused linears, experts, a head's bias."""
     kind, _, train_type = given.partition(" ")
     assert_as_expected(two_ranks(load, options(train_type, checkpoints, alpaca_file, kind)))
 

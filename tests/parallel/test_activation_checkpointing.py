@@ -39,7 +39,7 @@ SLOW_FAMILIES = [
     *(("gemma2", 2), ("gemma3", 3), ("qwen2", 2)),
     *(("exaone4", 3), ("granite", 2), ("ministral3", 2), ("olmo2", 2), ("olmo3", 3)),
     *(("seed_oss", 2), ("smollm3", 3)),
-    *(("cohere2", 3), ("glm4", 2), ("nemotron", 2), ("starcoder2", 2)),
+    *(("cohere2", 3), ("glm4", 2), ("nemotron", 2), ("phi", 2), ("starcoder2", 2)),
 ]
 
 
