@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from models.family import ATTENTION, GATED_MLP
 
 
 class Experts(nn.ModuleList):
@@ -48,6 +51,27 @@ def _is_trained(expert: nn.Module) -> bool:
     be the same on every rank.
     """
     return any(p.requires_grad for p in expert.parameters())
+
+
+def replace_experts(model: PreTrainedModel, make_expert: Callable[[], nn.Module]) -> None:
+    """Replace transformers' stacked experts by lists of MLPs, whose parameters are the files' tensors.
+
+    A layer has experts if its `mlp` has them. make_expert: see `Experts`; its linears are those of GATED_MLP.
+    """
+    config = model.config
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = Experts(make_expert, config.num_experts, config.num_experts_per_tok)
+
+
+def select_linears(layer: nn.Module) -> tuple[str, ...]:
+    """Return the linears of attention and of all experts, or of the plain MLP in a layer without experts."""
+    experts = getattr(layer.mlp, "experts", None)
+    if experts is None:
+        return ATTENTION + GATED_MLP
+    assert isinstance(experts, Experts)
+    projections = [linear.removeprefix("mlp.") for linear in GATED_MLP]
+    return ATTENTION + tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
 
 
 def is_any_in_experts(model: nn.Module, names: Iterable[str]) -> bool:

@@ -1,4 +1,6 @@
-"""Qwen3-MoE: Qwen3 with routed experts, in all layers or in those that the config lists.
+"""Qwen3-MoE: Qwen3 with routed experts, in all layers or in those that the config names.
+
+mlp_only_layers and decoder_sparse_step of the config name the layers with a plain MLP. Of all mixtures here:
 
 - All linears of all experts are quantized. transformers' own 4-bit models keep experts dense, so they are not
   the base of training here.
@@ -10,42 +12,21 @@
 - PEFT has no default targets for this family; ours are those of Qwen3.
 """
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
     Qwen3MoeMLP,
     Qwen3MoeRotaryEmbedding,
-    Qwen3MoeSparseMoeBlock,
 )
 
-from models.family import ATTENTION, GATED_MLP, Family
-from models.moe import Experts
-
-
-def select_linears(layer: nn.Module) -> tuple[str, ...]:
-    """Return the linears of attention and of all experts, or of the plain MLP in a layer without experts.
-
-    mlp_only_layers and decoder_sparse_step of the config select the layers without experts.
-    """
-    if not isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
-        return ATTENTION + GATED_MLP
-    projections = [linear.removeprefix("mlp.") for linear in GATED_MLP]
-    experts = layer.mlp.experts
-    assert isinstance(experts, Experts)
-    return ATTENTION + tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
+from models.family import ATTENTION, Family
+from models.moe import replace_experts, select_linears
 
 
 def match_checkpoint(model: PreTrainedModel) -> None:
-    """Replace transformers' stacked experts by lists of MLPs, whose parameters are the files' tensors."""
+    """Make the experts' parameters the files' tensors."""
     config = model.config
-    for layer in model.model.layers:
-        if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
-            layer.mlp.experts = Experts(  # type: ignore[assignment]
-                lambda: Qwen3MoeMLP(config, config.moe_intermediate_size),
-                config.num_experts,
-                config.num_experts_per_tok,
-            )
+    replace_experts(model, lambda: Qwen3MoeMLP(config, config.moe_intermediate_size))
 
 
 FAMILY = Family(

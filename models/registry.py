@@ -37,6 +37,7 @@ from models import (
     phi,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     seed_oss,
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2": cohere2.FAMILY,
     "nemotron": nemotron.FAMILY,
     "phi": phi.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

@@ -25,6 +25,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
@@ -176,6 +177,7 @@ CONFIGS = {
     # A narrow MLP: the squares of a wide one would hide what attention adds.
     "nemotron": lambda: NemotronConfig(**_COMMON | {"intermediate_size": 32}, head_dim=32),
     "phi": lambda: PhiConfig(**_COMMON),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**_COMMON, **_EXPERTS, shared_expert_intermediate_size=96),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

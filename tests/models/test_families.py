@@ -63,6 +63,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("nemotron", {"hidden_act": "relu"}),
         ("nemotron", {"rope_parameters": tiny.FULL_ROPE}),
         ("phi", {"rope_parameters": tiny.FULL_ROPE}),
+        ("qwen2_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
@@ -225,6 +226,7 @@ def assert_same_tables(*folders) -> None:
         ("glm4", ATTENTION | {"mlp.gate_up_proj", "mlp.down_proj"}),
         ("nemotron", ATTENTION | {"mlp.up_proj", "mlp.down_proj"}),
         ("phi", {f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "dense")} | {"mlp.fc1", "mlp.fc2"}),
+        ("qwen2_moe", ATTENTION),
         ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )
@@ -447,6 +449,13 @@ def test_targets_that_get_no_adapter(targets, words, checkpoints):
     model, family = build_meta_model(checkpoints("qwen3_moe"))
     with pytest.raises(UserError, match=words):
         target_linears(model, family, targets)
+
+
+def test_a_shared_expert_may_be_named(checkpoints):
+    model, family = build_meta_model(checkpoints("qwen2_moe"))
+    names = [f"model.layers.{i}.mlp.shared_expert.down_proj" for i in (1, 2)]
+    assert target_linears(model, family, "shared_expert.down_proj") == names
+    assert set(names) < {name for name, _ in family.layer_linears(model)}, "it is not quantized"
 
 
 def test_plain_mlps_among_routed_layers_may_be_named(checkpoints):
