@@ -183,6 +183,11 @@ def _check_model(config: Config) -> _Model:
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
+    if config.compile == "true" and not family.compiles:
+        raise UserError(
+            f"--compile true: a layer of {model_config.model_type} does not compile to one graph; choose auto"
+            " or false"
+        )
     if detect_bnb_packing(getattr(model_config, "quantization_config", None), folder):
         if config.method.expansion:
             raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")

@@ -509,3 +509,12 @@ def test_verbose_shows_the_traceback(checkpoints, tmp_path, capsys, argv, traced
     shown = capsys.readouterr().err
     assert status == 2 and shown.splitlines()[-1].startswith("error: ")
     assert shown.startswith("Traceback") == traced and (len(shown.splitlines()) == 1) != traced
+
+
+def test_layers_that_do_not_compile(refused, checkpoints):
+    folder = checkpoints("qwen3_moe")
+    refused(
+        "--compile true", "qwen3_moe does not compile", "auto or false", model_name=folder, compile="true"
+    )
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(model_name=folder, compile="auto")
