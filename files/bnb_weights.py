@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from files.finite import check_finite
-from files.names import CONFIG
+from files.quantized_releases import find_foreign_quantization, quantized_release_error
 from files.tensors import StoredTensor, read_tensor
 from options.errors import UserError
 from quantization.nf4 import NF4, SCALE_BLOCK
@@ -194,14 +194,7 @@ def detect_bnb_packing(quantization_config: dict | None, folder: Path) -> bool:
 
     Raises UserError for another kind of quantization, which cannot be read.
     """
-    if not quantization_config:
-        return False
-    method = quantization_config.get("quant_method")
-    method = method or ("bitsandbytes" if "load_in_4bit" in quantization_config else "?")
-    if method == "bitsandbytes" and quantization_config.get("load_in_4bit"):
-        return True
-    kind = "bitsandbytes 8 bit" if method == "bitsandbytes" else str(method)
-    raise UserError(
-        f"{folder}/{CONFIG}: the weights are quantized already ({kind}); only 16- and 32-bit weights and"
-        " bitsandbytes' 4 bits (nf4) can be read"
-    )
+    kind = find_foreign_quantization(quantization_config, folder)
+    if kind is not None:
+        raise quantized_release_error(folder, kind)
+    return bool(quantization_config)

@@ -24,7 +24,8 @@ from files.bnb_weights import find_bnb_weights
 from files.config_parts import text_config
 from files.hub_errors import translate_hub_errors
 from files.links import points_outside
-from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE, split_revision
+from files.names import ADAPTER_CONFIG, CARD, CONFIG, INDEX, SINGLE_FILE, split_revision
+from files.quantized_releases import gguf_error, is_gguf_release
 from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, list_tensors, read_tensor
 from files.weight_headers import WeightHeaders
 from files.weight_sets import UnmatchedTensor, compare_weight_sets
@@ -138,6 +139,8 @@ def list_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
         return files
     if (folder / SINGLE_FILE).is_file():
         return {SINGLE_FILE: None}
+    if is_gguf_release(folder):
+        raise gguf_error(folder)
     others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pth"))
     hint = f"; {others[0]} is a pickle, which is never loaded: convert it to safetensors" if others else ""
     raise UserError(f"--model_name {folder}: no weights here ({SINGLE_FILE} or {INDEX}){hint}")
@@ -155,8 +158,8 @@ def pin_model_name(name: str, folder: Path) -> str:
     return f"{split_revision(name)[0]}@{folder.name}"  # the hub's cache names a snapshot by its commit
 
 
-# What a run reads of a hub's model before its weights: settings, tokenizer, templates.
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+# What a run reads of a hub's model before its weights: settings, tokenizer, templates, what it was made from.
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", CARD)
 
 
 def find_model(name: str, patterns: Sequence[str] = SMALL_FILES) -> Path:
@@ -170,17 +173,20 @@ def find_model(name: str, patterns: Sequence[str] = SMALL_FILES) -> Path:
         patterns: files to download from the hub.
 
     Raises:
-        UserError: it is neither, is not accessible, holds no config.json, or holds an adapter too.
+        UserError: it is neither, is not accessible, or holds no config.json, GGUF files alone or an adapter.
     """
     local = os.path.expanduser(name)  # os.path accepts any text; Path raises for some
     if name == TOY_MODEL:
         folder = TOY_BASE
     elif os.path.isdir(local):
         folder = Path(local)
+    elif local.lower().endswith(".gguf") and os.path.isfile(local):
+        raise gguf_error(Path(local).parent)
     else:
         folder = download(name, "--model_name", *patterns)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
+        missing = UserError(f"--model_name {name}: no {CONFIG} in this folder")
+        raise gguf_error(folder) if is_gguf_release(folder) else missing
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"--model_name {name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, which transformers"

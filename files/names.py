@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # Those of them that are texts and define a tokenizer together.
 TOKENIZER_TEXTS = (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, ADDED_TOKENS, *VOCABULARY)
+CARD = "README.md"  # of a hub repository
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # how a wrapper reads pictures
 # Copied beside retrained weights.

@@ -54,6 +54,7 @@ from models.redundant import (
     is_tied_by_default,
     rename_tied_head,
 )
+from models.unsupported import explain_unknown_type, explain_unlisted_type
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json
 
@@ -101,7 +102,10 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES."""
     known = ", ".join(FAMILIES)
     if (folder / CONFIG).is_file():
-        _check_counts(read_json(folder / CONFIG, MAX_CONFIG_BYTES), folder)
+        raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+        _check_counts(raw, folder)
+        if unknown := explain_unknown_type(raw):
+            raise UserError(f"{folder}/{CONFIG}: {unknown}; known here: {known}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except CONFIG_ERRORS as e:
@@ -109,7 +113,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
             f"{folder}/{CONFIG}: not readable ({_reason(e)}); known architectures: {known}"
         ) from None
     if config.model_type not in FAMILIES:
-        raise UserError(f"{folder}/{CONFIG}: model_type {config.model_type!r} is unknown; known: {known}")
+        raise UserError(f"{folder}/{CONFIG}: {explain_unlisted_type(config, list(FAMILIES))}")
     family, text = FAMILIES[config.model_type], text_config(config).model_type
     if family.text_types and text not in family.text_types:
         raise UserError(

@@ -15,6 +15,7 @@ MAX_OPTIONS_BYTES = 2**20  # a --config file or a recipe
 MAX_TEMPLATE_BYTES = 2**17  # the template of --chat_template, whose text config.yaml records
 MAX_TEMPLATE_FILE_BYTES = 2**24  # that file, which may be a tokenizer_config.json with its tokens
 MAX_CONFIG_BYTES = 2**22  # config.json or generation_config.json
+MAX_CARD_BYTES = 2**20  # README.md of a model
 MAX_INDEX_BYTES = 2**26  # an index of shards, or a cache's manifest
 MAX_MANIFEST_BYTES = 2**25  # a checkpoint's manifest; 8B trained in full on 64 GPUs takes a tenth
 MAX_METRICS_LINE_BYTES = 2**14  # a line of metrics.jsonl; ours take some hundred bytes

@@ -73,22 +73,6 @@ def test_other_kinds_of_bnb_weights(quantization, words, checkpoints, alpaca_fil
         make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
-@pytest.mark.parametrize(
-    ("quantization", "kind"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes 8 bit"),
-    ],
-)
-def test_checkpoints_of_other_quantizers(quantization, kind, checkpoints, alpaca_file, tmp_path):
-    folder = shutil.copytree(checkpoints(), tmp_path / "other")
-    set_quantization_config(folder, **quantization)
-    with pytest.raises(UserError, match=rf"quantized already \({kind}\)"):
-        make_single_rank_job(folder, alpaca_file, *QLORA)
-
-
 @pytest.mark.parametrize("train_type", ["full", "qlora", "dora", "hqq_lora"])
 def test_only_the_config_says_that_weights_are_packed(train_type, checkpoints, alpaca_file, tmp_path):
     folder = shutil.copytree(checkpoints(), tmp_path / "plain")

@@ -243,7 +243,7 @@ MODELS = {
     "config is not JSON": (write("config.json", "{"), ["config.json", "not a valid JSON"]),
     "config is a list": (write("config.json", "[]"), ["config.json", "not a JSON object"]),
     "known elsewhere": (edit(model_type="gpt2"), ["config.json", "'gpt2'", KNOWN]),
-    "known nowhere": (edit(model_type="nonsense"), ["config.json", "`nonsense`", KNOWN]),
+    "known nowhere": (edit(model_type="nonsense"), ["config.json", "'nonsense'", KNOWN]),
     "size is a text": (edit(hidden_size="64"), ["config.json", "'hidden_size' expected int"]),
     "sizes disagree": (edit(num_attention_heads=3), ["config.json", "not a multiple"]),
     "no heads": (edit(num_attention_heads=0), ["config.json", "by zero"]),

@@ -1,0 +1,110 @@
+"""Models that were quantized in formats that are not read here, and the models that they were made from.
+
+A release says what it was made from in the card of its repository (README.md, `base_model`) or in the
+`_name_or_path` of config.json. If it does not, its own name is often the original's with an ending.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from files.names import CARD, CONFIG
+from options.errors import UserError, join_names
+from options.limits import MAX_CARD_BYTES, MAX_CONFIG_BYTES, read_json, read_text
+
+ONLY = "only 16- and 32-bit weights and bitsandbytes' 4 bits (nf4) can be read"
+# Files of older releases, whose config.json does not say that the weights are quantized.
+SIDE_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_ENDING = re.compile(
+    r"[-_.](gptq|awq|gguf|exl[23]|hqq|mlx|quantized|(fp|mxfp|nvfp|nf|int|q)[2468](_[01k](_[sml])?)?|w\d+a\d+\w*"
+    r"|[2-8]-?bits?|dynamic|block|bnb)$",
+    re.IGNORECASE,
+)
+
+
+def find_foreign_quantization(quantization_config: dict | None, folder: Path) -> str | None:
+    """Return the format of a folder's weights if they are quantized, and not to 4 bits by bitsandbytes.
+
+    quantization_config: of config.json.
+    """
+    if not quantization_config:
+        return next((kind for file, kind in SIDE_FILES.items() if (folder / file).is_file()), None)
+    method = quantization_config.get("quant_method")
+    if method is None and "load_in_4bit" in quantization_config:
+        method = "bitsandbytes"
+    if method == "bitsandbytes":
+        return None if quantization_config.get("load_in_4bit") else "bitsandbytes 8 bit"
+    if method == "fp8" and quantization_config.get("weight_block_size"):
+        return "fp8 with scales of blocks"
+    if method == "compressed-tensors":
+        return f"compressed-tensors, {join_names([str(quantization_config.get('format'))])}"
+    if method is None and {"group_size", "bits"} <= quantization_config.keys():
+        return "mlx"
+    return join_names([str(method or "unknown format")])
+
+
+def quantized_release_error(folder: Path, kind: str) -> UserError:
+    """Return the error for a folder of weights in a format that is not read. kind: the format."""
+    return UserError(
+        f"{folder}/{CONFIG}: the weights are quantized already ({kind}); {ONLY}: {suggest_original(folder)}"
+    )
+
+
+def is_gguf_release(folder: Path) -> bool:
+    """Return whether a folder without other weights holds GGUF files, or is a snapshot of such."""
+    is_named_so = re.search(r"[-_.]gguf$", _own_name(folder), re.IGNORECASE) is not None
+    return is_named_so or any(folder.glob("*.gguf"))
+
+
+def gguf_error(folder: Path) -> UserError:
+    """Return the error for a folder of GGUF files."""
+    return UserError(
+        f"--model_name {folder}: the weights are quantized already (GGUF); {ONLY}: {suggest_original(folder)}"
+    )
+
+
+def suggest_original(folder: Path) -> str:
+    """Return the advice to take the model that a quantized one was made from, and where its name is from."""
+    own = _own_name(folder)
+    for name, source in ((_base_of_card(folder), CARD), (_base_of_config(folder), CONFIG)):
+        if name and name != own:
+            return f"take {name}, which {source} names as the original"
+    plain = own
+    while (shorter := _ENDING.sub("", plain)) != plain:
+        plain = shorter
+    if plain != own:
+        return f"take the original, by the name {plain.rpartition('/')[2]}"
+    return "take the model that it was made from"
+
+
+def _own_name(folder: Path) -> str:
+    """Return the hub id of a snapshot in the hub's cache; the folder's name if it is none."""
+    repository = folder.absolute().parent.parent.name
+    is_snapshot = folder.absolute().parent.name == "snapshots" and repository.startswith("models--")
+    return "/".join(repository.split("--")[1:]) if is_snapshot else folder.absolute().name
+
+
+def _base_of_card(folder: Path) -> str | None:
+    """Return the first `base_model` of the YAML at the top of README.md; None without."""
+    try:
+        card = read_text(folder / CARD, MAX_CARD_BYTES)
+    except (OSError, ValueError, UserError):
+        return None
+    front = card.partition("---\n")[2].partition("\n---")[0] if card.startswith("---\n") else ""
+    found = re.search(r"^base_model:\s*(?:-\s+)?[\[\s]*['\"]?([^\s'\",\[\]]+)", front, re.MULTILINE)
+    return found[1] if found and _HUB_ID.fullmatch(found[1]) else None
+
+
+def _base_of_config(folder: Path) -> str | None:
+    """Return the hub id in _name_or_path of config.json; None if it holds none."""
+    try:
+        name = read_json(folder / CONFIG, MAX_CONFIG_BYTES).get("_name_or_path")
+    except UserError:
+        return None
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None

@@ -1,0 +1,112 @@
+"""Models in formats that are not read: the error names the format, and the original if it is known."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from files.model_folder import find_model, list_weight_files
+from files.names import CONFIG
+from files.quantized_releases import suggest_original
+from options.errors import UserError
+from tests.helpers.bnb_checkpoints import QLORA, make_single_rank_job, set_quantization_config
+from tests.helpers.expansion import edit_config
+from tests.helpers.hub_cache import FIRST, add_to_hub_cache
+
+CARD = "---\nlicense: mit\n{}\n---\n# A model\nbase_model: not/this\n"
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    return shutil.copytree(checkpoints(), tmp_path / "Tiny-1B-AWQ")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with scales of blocks"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "compressed-tensors, pack-quant",
+        ),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"group_size": 64, "bits": 4}, "mlx"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes 8 bit"),
+        ({"quant_method": "a\nb"}, r"'a\\nb'"),
+    ],
+)
+def test_formats_named_by_the_config(quantization, kind, folder, alpaca_file):
+    set_quantization_config(folder, **quantization)
+    with pytest.raises(
+        UserError, match=rf"quantized already \({kind}.*take the original, by the name Tiny-1B$"
+    ):
+        make_single_rank_job(folder, alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")]
+)
+def test_formats_named_by_another_file(file, kind, folder, alpaca_file):
+    (folder / file).write_text("{}")
+    with pytest.raises(UserError, match=rf"quantized already \({kind}\)"):
+        make_single_rank_job(folder, alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_gguf_files(has_config, folder):
+    """Given as a folder, with or without a config.json, or as a file."""
+    for path in folder.glob("model*"):
+        path.unlink()
+    file = folder / "tiny.Q4_K_M.gguf"
+    file.touch()
+    if not has_config:
+        (folder / CONFIG).unlink()
+    with pytest.raises(UserError, match=r"quantized already \(GGUF\).*by the name Tiny-1B$"):
+        list_weight_files(find_model(str(folder)))
+    with pytest.raises(UserError, match=r"quantized already \(GGUF\).*by the name Tiny-1B$"):
+        find_model(str(file))
+
+
+def test_a_folder_of_weights_beside_gguf_files_is_no_release_of_them(folder):
+    (folder / "tiny.gguf").touch()
+    assert list_weight_files(find_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("front", "named", "advice"),
+    [
+        ("base_model: own/Tiny-1B", None, "take own/Tiny-1B, which README.md names as the original"),
+        ("base_model:\n- 'own/Tiny-1B'\n- b/c", None, "take own/Tiny-1B, which README.md names"),
+        ("base_model: [own/Tiny-1B]", None, "take own/Tiny-1B, which README.md names"),
+        ("base_model: https://x.y/z/w", "own/Tiny", "take own/Tiny, which config.json names as the original"),
+        ("", "/home/me/Tiny", "take the original, by the name Tiny-1B"),
+        ("base_model: ../../x", "../..\n/x", "take the original, by the name Tiny-1B"),
+        ("base_model: me/Tiny-1B-GPTQ-Int4", None, "take the original, by the name Tiny-1B"),  # itself
+    ],
+)
+def test_the_original_of_a_hub_repository(front, named, advice, folder, tmp_path):
+    edit_config(folder, _name_or_path=named)
+    (folder / "README.md").write_text(CARD.format(front))
+    found = suggest_original(add_to_hub_cache(tmp_path / "hub", "me/Tiny-1B-GPTQ-Int4", folder, FIRST))
+    assert found.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("Llama-3.3-70B-Instruct-FP8-dynamic", "Llama-3.3-70B-Instruct"),
+        ("Qwen3-8B-quantized.w4a16", "Qwen3-8B"),
+        ("Mistral-7B-v0.1-GGUF", "Mistral-7B-v0.1"),
+        ("gemma-3-1b-it-mlx-4bit", "gemma-3-1b-it"),
+        ("phi-4-NVFP4", "phi-4"),
+    ],
+)
+def test_usual_endings_of_names(name, plain, tmp_path):
+    assert suggest_original(tmp_path / name) == f"take the original, by the name {plain}"
+
+
+def test_a_name_without_an_ending(tmp_path):
+    assert suggest_original(tmp_path / "gpt-oss-20b") == "take the model that it was made from"
