@@ -55,6 +55,7 @@ from models.redundant import (
     rename_tied_head,
 )
 from models.unsupported import explain_unknown_type, explain_unlisted_type
+from models.wide_norms import widen_norms
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json
 
@@ -155,6 +156,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
             for name in family.unused:
                 path, _, last = name.rpartition(".")
                 setattr(model.get_submodule(path), last, None)
+            widen_norms(model, family)
             replace_head(model, family.head, family.logit_scale(text), family.logit_cap(text))
     except CONFIG_ERRORS as e:
         raise UserError(
