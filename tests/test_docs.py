@@ -6,10 +6,19 @@ import re
 import textwrap
 
 import pytest
+import torch
+from transformers import ArceeConfig
 
 from models.registry import FAMILIES
+from tests.helpers import tiny
+from tests.helpers.adapters import args_for
+from tests.helpers.expansion import expand
+from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.programs import ROOT
+from tests.helpers.runs import outputs, transformers_model
 from tools import make_data_doc, make_hardware_table, make_migrate_doc
+from tools.families.derive import derive
+from tools.families.tiny_model import make_tiny_model
 from tools.make_options_doc import PAGE, make_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -63,7 +72,7 @@ def test_files_that_the_design_pages_name_exist():
         named = [name.rstrip(".") for name in re.findall(FILE_NAME, text)]
         folders = ROOT, doc.parent, ROOT / "models"  # adding.md has names of files in models/
         missing = {name for name in named if not any((folder / name).exists() for folder in folders)}
-        assert missing <= {"models/starcoder2.py"}, (doc.name, missing)
+        assert missing == set(), (doc.name, missing)
 
 
 def test_names_that_the_design_pages_quote_are_in_the_code():
@@ -99,6 +108,7 @@ def test_the_list_of_files_is_complete():
         "models/toy_base/",
         "monitoring/templates/",
         "benchmarks/peers/",
+        "tools/families/",
     }
 
 
@@ -115,13 +125,47 @@ def test_datasets_holds_no_python():
     assert not list((ROOT / "datasets").rglob("*.py"))
 
 
-def test_the_example_of_a_new_family_is_the_one_here():
-    page = (DESIGN / "adding.md").read_text(encoding="utf-8").partition("## Adding a model family")[2]
+def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monkeypatch):
+    """The file, the name and the tiny config, as in the docs: step 0 of its 4-bit model, and an expanded one.
+
+    The file is what tools.try_family prints. Layers are marked for compilation, as on GPUs.
+    """
+    page = (ROOT / "docs" / "adding_a_family.md").read_text(encoding="utf-8")
     source = textwrap.dedent(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    printed = [line.strip("`") for line in re.findall(r'`"\w+": .*?,`', page)]
-    assert source == (ROOT / "models" / "starcoder2.py").read_text(encoding="utf-8") and len(printed) == 2
-    for file, line in zip(("models/registry.py", "tests/helpers/tiny.py"), printed, strict=True):
-        assert f"    {line}\n" in (ROOT / file).read_text(encoding="utf-8")
+    name, config = re.search(r'`"(\w+)": lambda: (.*),`', page).groups()
+    assert f'`"{name}": {name}.FAMILY,`' in page
+    config = eval(config, {"ArceeConfig": ArceeConfig, "_COMMON": tiny._COMMON})
+    assert source == derive(make_tiny_model(config)).source()
+    monkeypatch.setitem(tiny.CONFIGS, name, lambda: config)
+    folder = tiny.save_checkpoint(name, tmp_path / name)
+    ours, state, adapters = one_rank(
+        step_zero_of_a_new_family,
+        name,
+        source,
+        args_for(folder, alpaca_file, "bnb_dora", "--compile", "true"),
+    )[0]
+    assert {n.split(".", 3)[3].rpartition(".")[0] for n in adapters} == {
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        "mlp.up_proj",
+        "mlp.down_proj",
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours, transformers_model(folder, state)(input_ids=IDS).logits, rtol=1e-5, atol=1e-5
+        )
+    exec(source, module := {})
+    monkeypatch.setitem(FAMILIES, name, module["FAMILY"])
+    expanded = expand(folder, tmp_path / "expanded", "--new_blocks", 2)
+    assert torch.equal(transformers_logits(expanded), transformers_logits(folder))
+
+
+def step_zero_of_a_new_family(rank_info, name, source, args):
+    exec(source, module := {})
+    FAMILIES[name] = module["FAMILY"]
+    try:
+        return outputs(rank_info, args, IDS, False)
+    finally:
+        del FAMILIES[name]
 
 
 def test_the_docs_name_every_family():
