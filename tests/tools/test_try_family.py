@@ -72,6 +72,15 @@ def test_what_cannot_be_derived_is_named():
     ]
 
 
+@pytest.mark.slow
+def test_parts_of_a_wrapper_that_text_does_not_need_are_named():
+    found = derive(make_tiny_model(tiny_config("gemma3"))).missing
+    assert (
+        "wrapper of gemma3_text, and text does not need model.multi_modal_projector, model.vision_tower"
+        in found[0]
+    )
+
+
 def test_a_tiny_model_has_what_a_family_could_leave_out():
     """Sizes, and values that have no effect by default."""
     config = tiny_config("granite")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.family import unwrapped_name
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))  # [B, T]; windows have 16
+MAX_REASON = 150  # characters of another library's message
 ROUNDING = 2e-5  # relative to the largest element: two orders of the same sums, in fp32
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,10 +215,11 @@ def check_expansion(subject: Subject) -> str | None:
     """Compare an expanded model of Llama-Pro with its base, and the logits after a small update."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--model_name", str(subject.folder), "--output_dir", f"{folder}/out", "--new_blocks", "2"]
-        with redirect_stdout(io.StringIO()):
+        errors = io.StringIO()
+        with redirect_stdout(io.StringIO()), redirect_stderr(errors):
             status = block_expansion.main(argv)
         if status != DONE:
-            return "block_expansion.py refuses the model"
+            return f"block_expansion.py: {errors.getvalue().strip()}"
         base, expanded = (
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
             for path in (subject.folder, f"{folder}/out")

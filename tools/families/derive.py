@@ -44,6 +44,7 @@ def derive(model: PreTrainedModel) -> Draft:
         draft.missing.append(
             f"import {draft.rotary_class} from {type(model.get_submodule(rotary)).__module__}"
         )
+    _find_unused(model, calls, draft)
     _find_linears(model, layers, calls, draft)
     draft.set("attention", find_attention(model, logits, draft))
     find_buffers(model, rotary, config, draft)
@@ -90,6 +91,19 @@ def _name_of(model: nn.Module, module: object, kind: type[nn.Module], part: str)
     if not isinstance(module, kind):
         raise UserError(f"{type(model).__name__}: its {part} is {type(module).__name__}, not {kind.__name__}")
     return next(name for name, other in model.named_modules() if other is module)
+
+
+def _find_unused(model: PreTrainedModel, calls: list[Call], draft: Draft) -> None:
+    """Name the parts of a wrapper that a forward pass on text does not call, such as a vision tower."""
+    prefix = model.base_model_prefix
+    called = {name.split(".")[1] for name in (call.name for call in calls) if name.startswith(f"{prefix}.")}
+    parts = {name.partition(".")[0] for name, _ in model.base_model.named_parameters()}
+    unused = sorted(f"{prefix}.{part}" for part in parts - called)
+    if unused:
+        draft.missing.append(
+            f"{draft.model_class} is a wrapper of {draft.model_type}, and text does not need"
+            f" {', '.join(unused)}: try {draft.model_type}, or write the wrapper's family by hand"
+        )
 
 
 # Layers

@@ -20,11 +20,10 @@ from transformers.masking_utils import sdpa_mask
 from models.attention import attend_fused
 from models.family import FUSED
 from options.errors import describe
-from tools.families.calls import IDS, Call, is_close, record_calls
+from tools.families.calls import IDS, MAX_REASON, Call, is_close, record_calls
 from tools.families.draft import Draft
 
 PROBE = "probed_sdpa"  # name of an attention in transformers' registry
-MAX_REASON = 150  # characters of another library's message
 FACTORS = "scal|mult|factor|logit|cap|base"  # parts of the names of a config's values that are factors
 
 

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from benchmarks.make_checkpoint import byte_tokenizer
 from models.registry import CONFIG_ERRORS
 from options.errors import UserError, describe
+from tools.families.calls import MAX_REASON
 
 # Pattern of a value's name: its tiny size. The first pattern that fits the whole name decides.
 SIZES = {
@@ -68,7 +69,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
                 make_tiny_model(config)(input_ids=torch.arange(40)[None], use_cache=False)
             return config
         except CONFIG_ERRORS as e:
-            error = describe(e)
+            error = describe(e)[:MAX_REASON]
     raise UserError(f"model_type {model_type!r}: transformers makes no tiny model of it ({error})")
 
 
