@@ -43,7 +43,7 @@ from tests.helpers.packing import (
     reference_attention,
     seven_rows,
 )
-from tests.helpers.parity import TENSORS, arguments
+from tests.helpers.parity import arguments
 from tests.helpers.runs import dense_tensors, set_up, train_run, trained_tensors, transformers_model
 from tools.families.calls import IDS, first_difference, is_close, largest_difference, record_calls
 from tools.families.draft import family_from_source
@@ -51,6 +51,8 @@ from tools.families.draft import family_from_source
 LOSS, GRADIENT = 1e-5, 1e-4  # relative tolerances; of gradients, to the largest element of a tensor
 # By the first update of new layers, relative to the logits. Zeros before a norm lead to more than 0.1.
 SMALL_CHANGE = 0.05
+# Of trained tensors after five steps of AdamW at 1e-3. Where a gradient is rounding noise, so is the update.
+AFTER_STEPS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def check_two_ranks(subject: Subject) -> str | None:
         if found := _compare_losses(f"loss of step {step}", ours, theirs):
             return found
     for name, tensor in one[1].items():
-        if (tensor - two[1][name]).abs().max() > TENSORS:
+        if (tensor - two[1][name]).abs().max() > AFTER_STEPS:
             return f"{name} after {len(one[0])} steps: {largest_difference(two[1][name], tensor)}"
     return None
 
@@ -271,9 +273,9 @@ def check_widths(subject: Subject) -> str | None:
     config, family = read_config(subject.folder)
     model = build_on_meta(config, family)
     widths, layer = layer_widths(model, family), family.decoder_layers(model)[0]
-    query, mlp = (layer.get_submodule(family.outputs[i]).in_features for i in (0, -1))
-    for name, found in (("query", query), ("mlp", mlp), ("hidden", config.hidden_size)):
-        if getattr(widths, name) != found:
+    for name, output in zip(("query", "mlp"), family.outputs, strict=False):
+        found = layer.get_submodule(output).in_features
+        if getattr(widths, name) != found and not (name == "mlp" and widths.experts_per_token):
             return f"layer_widths: {name} {getattr(widths, name)} instead of {found}"
     return None
 
