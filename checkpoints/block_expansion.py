@@ -30,6 +30,7 @@ from files.config_parts import text_config
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.names import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.output_folder import check_output, clear_output
+from files.quantized_releases import suggest_original
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
 from launch.program import print_error, quiet_libraries, shell_command
@@ -83,7 +84,10 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     config, family = read_config(folder)
     if getattr(config, "quantization_config", None):
-        raise UserError(f"--model_name {folder}: is quantized; new blocks need the original weights")
+        raise UserError(
+            f"--model_name {folder}: is quantized; new blocks need the original weights:"
+            f" {suggest_original(folder)}"
+        )
     if options.blocks:
         new_layers(config)
     elif is_expanded(config):

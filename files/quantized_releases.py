@@ -23,7 +23,7 @@ SIDE_FILES = {
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _ENDING = re.compile(
     r"[-_.](gptq|awq|gguf|exl[23]|hqq|mlx|quantized|(fp|mxfp|nvfp|nf|int|q)[2468](_[01k](_[sml])?)?|w\d+a\d+\w*"
-    r"|[2-8]-?bits?|dynamic|block|bnb)$",
+    r"|[2-8]-?bits?|dynamic|block|bnb|unsloth|qat)$",
     re.IGNORECASE,
 )
 

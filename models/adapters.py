@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from files.names import CONFIG
+from files.quantized_releases import suggest_original
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
@@ -107,7 +108,7 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
     if files.prequantized and config.method.quantizer != "bnb":
         raise UserError(
             f"{files.folder}: is packed by bitsandbytes already, which --train_type {config.train_type}"
-            " cannot train on; use qlora or bnb_dora, or the original weights"
+            f" cannot train on; use qlora or bnb_dora, or {suggest_original(files.folder)}"
         )
     if files.prequantized and config.quantized_cache:
         raise UserError(f"--quantized_cache: {files.folder} is packed already; leave the option out")

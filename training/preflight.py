@@ -29,6 +29,7 @@ from files.config_parts import eos_token_id, text_config
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
+from files.quantized_releases import suggest_original
 from files.tokenizer import read_tokenizer
 from files.weight_cache import CachePlan, open_cache, plan_cache
 from launch.precision import has_bf16_gpu
@@ -190,7 +191,10 @@ def _check_model(config: Config) -> _Model:
         )
     if detect_bnb_packing(getattr(model_config, "quantization_config", None), folder):
         if config.method.expansion:
-            raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")
+            raise UserError(
+                f"{folder}: is packed by bitsandbytes; new blocks need the original weights:"
+                f" {suggest_original(folder)}"
+            )
     elif config.method.expansion:
         new_layers(model_config)
     name = pin_model_name(config.model_name, folder)

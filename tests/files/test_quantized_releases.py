@@ -102,6 +102,8 @@ def test_the_original_of_a_hub_repository(front, named, advice, folder, tmp_path
         ("Mistral-7B-v0.1-GGUF", "Mistral-7B-v0.1"),
         ("gemma-3-1b-it-mlx-4bit", "gemma-3-1b-it"),
         ("phi-4-NVFP4", "phi-4"),
+        ("Llama-3.2-1B-Instruct-unsloth-bnb-4bit", "Llama-3.2-1B-Instruct"),
+        ("gemma-3-1b-it-qat-q4_0-gguf", "gemma-3-1b-it"),
     ],
 )
 def test_usual_endings_of_names(name, plain, tmp_path):
