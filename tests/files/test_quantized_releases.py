@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from files.model_folder import find_model, list_weight_files
 from files.names import CONFIG
@@ -68,6 +69,18 @@ def test_gguf_files(has_config, folder):
         list_weight_files(find_model(str(folder)))
     with pytest.raises(UserError, match=r"quantized already \(GGUF\).*by the name Tiny-1B$"):
         find_model(str(file))
+
+
+def test_a_hub_repository_of_gguf_files(folder, tmp_path, monkeypatch):
+    """Its files are not downloaded; its name and its card say what it is."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (folder / CONFIG).unlink()
+    (folder / "README.md").write_text(CARD.format("base_model: own/Tiny-1B"))
+    add_to_hub_cache(tmp_path / "hub", "me/Tiny-1B-GGUF", folder, FIRST, "main")
+    with pytest.raises(
+        UserError, match=r"quantized already \(GGUF\).*take own/Tiny-1B, which README.md names"
+    ):
+        find_model("me/Tiny-1B-GGUF")
 
 
 def test_a_folder_of_weights_beside_gguf_files_is_no_release_of_them(folder):

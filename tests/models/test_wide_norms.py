@@ -32,7 +32,7 @@ def save_overflowing(checkpoint: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "steps"),
-    [("gemma3", 6), *(pytest.param(kind, 200, marks=pytest.mark.slow) for kind in ("gemma2", "gemma3"))],
+    [("gemma3", 4), *(pytest.param(kind, 200, marks=pytest.mark.slow) for kind in ("gemma2", "gemma3"))],
 )
 def test_no_step_is_bad(kind, steps, checkpoints, short_rows, one_rank, tmp_path):
     """transformers' plain fp16 is NaN with these weights; under autocast the first loss is that of fp32."""

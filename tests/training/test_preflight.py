@@ -234,6 +234,11 @@ def only_pickle(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
 
 
+def only_gguf(folder):
+    remove("*.safetensors", INDEX)(folder)
+    (folder / "model.Q4_K_M.gguf").touch()
+
+
 def truncate(folder):
     (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
 
@@ -251,6 +256,7 @@ MODELS = {
     "no such padding": (edit(pad_token_id=5000), ["config.json", "Padding_idx"]),
     "no weights": (remove("*.safetensors", INDEX), ["--model_name", "no weights", "model.safetensors"]),
     "only a pickle": (only_pickle, ["pytorch_model.bin is a pickle", "convert it to safetensors"]),
+    "only GGUF files": (only_gguf, ["quantized already (GGUF)", "take the model that it was made from"]),
     "shard is missing": (remove(SHARD), [f"{SHARD} is missing", INDEX]),
     "shard is truncated": (truncate, [SHARD, "truncated"]),
     "shard is a text": (write(SHARD, "not found"), [SHARD, "not a safetensors file"]),
