@@ -43,7 +43,7 @@ class Family:
     Attributes that few families need:
         identity_init: (name, value) of the tensors or modules that make a new block of Llama-Pro the
             identity. Empty: all `outputs` are zero. Where norms follow the outputs, it must name these norms
-            (models/llama_pro.py).
+            (models/llama_pro.py), which are also those that fp16 needs in fp32 (models/wide_norms.py).
         attention: name, in transformers' registry, of the implementation for all of its attention.
         select_linears: returns the linears to quantize in the given decoder layer, relative to it. For layers
             that differ, or where more than `linears` is quantized.

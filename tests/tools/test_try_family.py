@@ -161,7 +161,7 @@ def test_a_family_is_written_if_nothing_differs(tmp_path, capsys):
     assert shown.count("equal   ") == len(checks.CHECKS) and "arcee" not in FAMILIES
     source = (tmp_path / "arcee.py").read_text()
     assert source in shown
-    (tmp_path / "wrong.py").write_text(source.replace("self_attn.", "attention."))
+    (tmp_path / "wrong.py").write_text(source.replace("mlp.up_proj", "mlp.gate_proj"))
     assert main(["arcee", "--family", str(tmp_path / "wrong.py")]) == 1
     assert "differs qlora" in capsys.readouterr().out
 
