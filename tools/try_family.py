@@ -29,7 +29,7 @@ from transformers.utils import logging
 from files.atomic_writes import write_text
 from launch.ranks import join_process_group
 from models.family import Family
-from models.registry import FAMILIES
+from models.registry import CONFIG_ERRORS, FAMILIES
 from models.unsupported import explain_unknown_type, explain_unlisted_type, find_lacking_part
 from options.errors import DONE, FAILED, REFUSED, UserError, describe
 from tests.helpers.tiny import write_alpaca
@@ -52,17 +52,39 @@ def make_model(model_type: str) -> PreTrainedModel:
     """Return a tiny model of the type. Raises UserError if it is unknown, or of another kind."""
     if unknown := explain_unknown_type({"model_type": model_type}):
         raise UserError(unknown)
-    config = CONFIG_MAPPING[model_type]()
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except CONFIG_ERRORS as e:
+        raise UserError(
+            f"model_type {model_type!r}: transformers has no default config ({describe(e)})"
+        ) from None
     if find_lacking_part(config):
         raise UserError(explain_unlisted_type(config, list(FAMILIES)))
     return make_tiny_model(tiny_config(model_type))
 
 
 def find_source(options: argparse.Namespace, model: PreTrainedModel) -> tuple[str, list[str]]:
-    """Return (the source of the family to compare, what must be written before that), and print both."""
+    """Return (the source of the family to compare, what must be written before that), and print both.
+
+    Raises UserError for a model that no family can describe, or whose modules are not understood.
+    """
     if options.family:
         return options.family.read_text(encoding="utf-8"), []
-    draft: Draft = derive(model)
+    try:
+        draft: Draft = derive(model)
+    except (
+        LookupError,
+        AttributeError,
+        AssertionError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        StopIteration,
+    ) as e:
+        raise UserError(
+            f"{type(model).__name__}: its modules are not understood ({describe(e)}); write the file by hand"
+            " and compare it with --family"
+        ) from None
     source = draft.source()
     print(source)
     for remark in draft.remarks:
