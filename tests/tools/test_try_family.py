@@ -31,7 +31,7 @@ EXPECTED = {
         "constant_buffers": 'lambda config: {"model.embed_tokens.embed_scale":'
         " torch.tensor(config.hidden_size**0.5)}"
     },
-    "stablelm": {"attention": "sdpa"},  # its layers do not pass on the rows' bounds
+    "stablelm": {"passes_row_bounds": False},
     "gpt_neox": {
         "linears": ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         "default_targets": ("query_key_value",),

@@ -46,7 +46,7 @@ def derive(model: PreTrainedModel) -> Draft:
         )
     _find_unused(model, calls, draft)
     _find_linears(model, layers, calls, draft)
-    draft.set("attention", find_attention(model, logits, draft))
+    find_attention(model, logits, draft)
     find_buffers(model, rotary, config, draft)
     find_compiles(calls, layers, draft)
     find_logits(model, logits, config, draft)

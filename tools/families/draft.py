@@ -13,6 +13,7 @@ DIFFERENCES = {
     "linears": "linears of other names",
     "identity_init": "norms after attention and MLP",
     "attention": "attention that PyTorch's kernels do not compute",
+    "passes_row_bounds": "masks between packed rows",
     "constant_buffers": "a constant of the config in a buffer",
     "logit_scale": "scaled logits",
     "logit_cap": "a cap on the logits",

@@ -27,24 +27,25 @@ PROBE = "probed_sdpa"  # name of an attention in transformers' registry
 FACTORS = "scal|mult|factor|logit|cap|base"  # parts of the names of a config's values that are factors
 
 
-def find_attention(model: PreTrainedModel, logits: Tensor, draft: Draft) -> str:
-    """Return the first attention that gives eager attention's logits, beyond the window: ours, sdpa, eager.
+def find_attention(model: PreTrainedModel, logits: Tensor, draft: Draft) -> None:
+    """Set attention, to the first that gives eager attention's logits, beyond the window: ours, sdpa, eager.
 
-    Ours stands for the kernel for packed rows too, which needs the rows' bounds.
+    Ours stands for the kernel for packed rows too, which needs the rows' bounds: sets passes_row_bounds.
     """
     for name in (FUSED, "sdpa"):
         try:
             other = _with_attention(model, name)
             result = record_calls(other)[1]
-            lacks_bounds = name == FUSED and not _passes_bounds(other)
         except (ValueError, KeyError, ImportError, AttributeError) as e:
             draft.remarks.append(f"attention: {name} cannot be used: {describe(e)[:MAX_REASON]}")
             continue
-        if is_close(result, logits) and not lacks_bounds:
-            return name
-        reason = "does not get the bounds of packed rows" if lacks_bounds else "gives other logits than eager"
-        draft.remarks.append(f"attention: {name} {reason}")
-    return "eager"
+        if is_close(result, logits):
+            draft.set("attention", name)
+            if name == FUSED:
+                draft.set("passes_row_bounds", _passes_bounds(other))
+            return
+        draft.remarks.append(f"attention: {name} gives other logits than eager")
+    draft.set("attention", "eager")
 
 
 def _passes_bounds(model: PreTrainedModel) -> bool:
