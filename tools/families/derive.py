@@ -102,7 +102,8 @@ def _find_unused(model: PreTrainedModel, calls: list[Call], draft: Draft) -> Non
     if unused:
         draft.missing.append(
             f"{draft.model_class} is a wrapper of {draft.model_type}, and text does not need"
-            f" {', '.join(unused)}: try {draft.model_type}, or write the wrapper's family by hand"
+            f" {', '.join(unused)}: try {draft.model_type}, or write wrap_family (models/gemma3.py is an"
+            " example)"
         )
 
 
