@@ -93,7 +93,7 @@ def check_forward(subject: Subject) -> str | None:
     """Compare logits and loss of the model with transformers' own, and name the first module that differs."""
     _, model = set_up(subject.rank_info, subject.arguments("full"), random_adapters=False)
     theirs = AutoModelForCausalLM.from_pretrained(
-        subject.folder, dtype=torch.float32, attn_implementation="eager"
+        subject.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
     logits, expected = record_calls(model.eval())[1], record_calls(theirs)[1]
     if not is_close(logits, expected):
@@ -225,7 +225,9 @@ def check_expansion(subject: Subject) -> str | None:
         if status != DONE:
             return f"block_expansion.py: {errors.getvalue().strip()}"
         base, expanded = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+            AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
             for path in (subject.folder, f"{folder}/out")
         )
         before, after = (record_calls(model.eval())[1] for model in (base, expanded))

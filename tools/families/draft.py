@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import tempfile
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from models.family import ATTENTION, GATED_MLP, Family
 
@@ -105,9 +108,10 @@ class Draft:
 
 def family_from_source(source: str) -> Family:
     """Return FAMILY of a file in models/. source: its text, which is run."""
-    module: dict = {}
-    exec(source, module)
-    family = module.get("FAMILY")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "family.py")
+        path.write_text(source, encoding="utf-8")
+        family = runpy.run_path(str(path)).get("FAMILY")
     assert isinstance(family, Family)
     return family
 
