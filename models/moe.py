@@ -40,8 +40,9 @@ class Experts(nn.ModuleList):
         rows = x[order // index.shape[1]].split(counts)
         y = torch.cat([e(r) for e, r in zip(self, rows, strict=True) if len(r) or _is_trained(e)])
         y = y[order.argsort()].unflatten(0, index.shape)  # [T, K, H], in the tokens' order
-        # A sum over K always adds in the same order; on a GPU, index_add_ into [T, H] would not.
-        return (y * weights[..., None]).sum(1)
+        # A sum over K always adds in the same order; on a GPU, index_add_ into [T, H] would not. Mixtral's
+        # weights are in fp32, also in a model in 16 bits.
+        return (y * weights[..., None]).sum(1).to(x.dtype)
 
 
 def _is_trained(expert: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from models import (
     ministral3,
     mistral,
     mistral3,
+    mixtral,
     nemotron,
     olmo2,
     olmo3,
@@ -83,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": nemotron.FAMILY,
     "phi": phi.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
+    "mixtral": mixtral.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

@@ -19,6 +19,7 @@ from transformers import (
     Ministral3Config,
     Mistral3Config,
     MistralConfig,
+    MixtralConfig,
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
@@ -178,6 +179,7 @@ CONFIGS = {
     "nemotron": lambda: NemotronConfig(**_COMMON | {"intermediate_size": 32}, head_dim=32),
     "phi": lambda: PhiConfig(**_COMMON),
     "qwen2_moe": lambda: Qwen2MoeConfig(**_COMMON, **_EXPERTS, shared_expert_intermediate_size=96),
+    "mixtral": lambda: MixtralConfig(**_COMMON | {"intermediate_size": 48}, num_local_experts=6),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

@@ -36,6 +36,7 @@ WIDE = {"query": 128, "key": 64}  # heads of 32
         ("phi", {"has_one_norm": True}),
         # Two experts of 48 for each token and, in Qwen2-MoE, a shared one of 96.
         ("qwen3_moe", WIDE | {"has_head_norms": True, "mlp": 96, "experts_per_token": 2, "compiles": False}),
+        ("mixtral", {"mlp": 96, "experts_per_token": 2, "compiles": False}),
         ("qwen2_moe", {"mlp": 192, "experts_per_token": 2, "compiles": False}),
     ],
 )

@@ -86,7 +86,7 @@ FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3
             "qwen3_moe full", "gemma3 qlora --train_embeddings",
             *(pytest.param(given, marks=pytest.mark.slow) for given in (
                 "phi full --precision bf16_autocast", "phi bnb_dora --train_embeddings --precision bf16",
-                "qwen2_moe qlora"))]  # fmt: skip
+                "qwen2_moe qlora", "mixtral qlora"))]  # fmt: skip
 
 
 def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> list[str]:
