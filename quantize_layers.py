@@ -20,7 +20,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from files.config_parts import text_config
 from files.finite import NONFINITE_MESSAGE, fp32_sum, is_finite, nonfinite_sums
 from files.model_folder import CheckpointFiles
 from files.tensors import PinnedBuffers, read_tensor
@@ -112,7 +111,7 @@ def allocate(
         if isinstance(m, ConvertingModule) or m is rotary
         for b in m.buffers(False)
     }
-    for name, content in family.constant_buffers(text_config(model.config)).items():
+    for name, content in family.all_constant_buffers(model.config).items():
         path, _, last = name.rpartition(".")
         buffer = model.get_buffer(name)
         assert buffer.shape == content.shape, f"{name}: {content.shape} for {buffer.shape}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from data.image_format import ImageFormat
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -15,6 +17,7 @@ class ImageBatch:
     token: the ranks gather the tower's weights together. If no rank has any, there is no ImageBatch.
 
     Attributes:
+        format: how the model takes images; its `normalise` makes the tower's pixels of `values`.
         values: uint8; ImagePixels.values.
         grids: ImagePixels.grids.
         positions: [K] int64; indices of the images' tokens in the flattened batch of B * T tokens, image by
@@ -24,6 +27,7 @@ class ImageBatch:
             row: [(row_start, first, end)]; on the host.
     """
 
+    format: ImageFormat
     values: torch.Tensor
     grids: tuple[tuple[int, int], ...]
     positions: torch.Tensor

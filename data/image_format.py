@@ -49,6 +49,11 @@ class ImageFormat(ABC):
     def blank(self) -> torch.Tensor:
         """Return the pixels of the smallest image, for a rank that has none while others do."""
 
+    def normalise(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return `ImagePixels.values` [I, 3, S, S] as the tower takes them, on their device."""
+        mean, std = (values.new_tensor(of, dtype=torch.float32).view(3, 1, 1) for of in (self.mean, self.std))
+        return ((values.float() / 255.0 - mean) / std).to(dtype)
+
 
 @dataclass(frozen=True)
 class ImagePixels:

@@ -179,7 +179,7 @@ def _open_model(folder: Path, config: Config, name: str | None, base_model: str 
     """
     with _name_base_model_in_errors(name, base_model):
         base = folder if name is None else find_model(name)
-        model_config, family = read_config(base)
+        model_config, family = read_config(base, images=config.has_images)
         detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
         if name is not None:
             fetch_weights(pin_model_name(name, base), base)

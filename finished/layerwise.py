@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from finished.finished_run import Run, select_module_tensors
 from launch.precision import Precision
@@ -142,7 +141,7 @@ def _load_submodule(
     for module in submodule.modules():
         if isinstance(module, ConvertingModule):
             module.fill_buffers(device)
-    for name, content in family.constant_buffers(text_config(model.config)).items():
+    for name, content in family.all_constant_buffers(model.config).items():
         if name.startswith(prefix):
             model.get_buffer(name).copy_(content)
     params, filled = dict(submodule.named_parameters()), set()

@@ -1,6 +1,6 @@
 """transformers' ForCausalLM classes with a forward that returns the loss (models/loss.py), not the logits.
 
-Shapes: B sequences of a batch, T tokens of a sequence.
+Shapes: B sequences of a batch, T tokens of a sequence, H hidden features, K tokens of images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data.batches import Batch
+from data.image_batches import ImageBatch
+from models.image_attention import image_attention_inputs
 from models.loss import Head
+from models.vision import Vision
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -24,6 +27,8 @@ else:
 class SummedLossMixin(Base):
     """A mixin for a ForCausalLM class. Its head must be one of `replace_head`."""
 
+    vision: Vision | None = None  # of a model that is built with its vision parts
+
     def forward(
         self,
         *args,
@@ -31,6 +36,7 @@ class SummedLossMixin(Base):
         targets: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
         row_lengths: torch.Tensor | None = None,
+        images: ImageBatch | None = None,
         **kwargs,
     ):
         """Return the model's own output, or with targets this rank's summed cross-entropy (fp32 scalar).
@@ -42,6 +48,7 @@ class SummedLossMixin(Base):
                 `target_positions`.
             target_positions: Batch.target_positions.
             row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py).
+            images: the images of the batch, if it has targets, for a model with its vision parts.
         """
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
@@ -51,18 +58,56 @@ class SummedLossMixin(Base):
             rotary.row_lengths = row_lengths
         if targets is None:
             return super().forward(*args, **kwargs)
+        if images is not None:
+            kwargs |= self.image_inputs(images, **kwargs)
+            del kwargs["input_ids"]
         hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state
         return self.get_output_embeddings()(hidden, targets, target_positions)
 
+    def image_inputs(self, images: ImageBatch, input_ids: torch.Tensor, **inputs) -> dict:
+        """Return the text model's inputs that depend on images: embeddings, attention, and positions.
+
+        Collective if the model is sharded.
+
+        Args:
+            images: the images of the batch.
+            input_ids: Batch.ids.
+            inputs: the other arguments of the text model.
+        """
+        assert self.vision is not None
+        config = self.get_decoder().config
+        inputs = self.vision.text_inputs(config, images, inputs)
+        if self.vision.sees_whole_image:
+            inputs = inputs | image_attention_inputs(config, images, inputs)
+        return inputs | {"inputs_embeds": self.embed_with_images(images, input_ids)}
+
+    def embed_with_images(self, images: ImageBatch, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [B, T, H] of ids [B, T], with the tower's features at the images' tokens.
+
+        Collective if the model is sharded: all ranks gather the tower, and reduce its gradients if it is
+        trained. So a rank without images brings a blank one, whose features are cut to none.
+        """
+        assert self.vision is not None
+        # The id of an image's token may be beyond the vocabulary.
+        embeddings = self.get_input_embeddings()(ids.masked_fill(images.owners > 0, 0))
+        pixels = images.format.normalise(images.values, embeddings.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision.is_trained(self)):
+            features = self.vision.embed(self, images, pixels).tokens
+        features = features[: len(images.positions)].to(embeddings.dtype)
+        return embeddings.flatten(0, 1).index_copy(0, images.positions, features).view_as(embeddings)
+
 
 @cache
-def summed_loss_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def summed_loss_class(
+    model_class: type[PreTrainedModel], vision: Vision | None = None
+) -> type[PreTrainedModel]:
     """Return a subclass of the same name whose forward returns the summed loss if it gets targets.
 
     It has the module's name of `model_class`, too: transformers renames tensors for its own classes only.
+    vision: the vision parts that the model is built with; None without any.
     """
-    module = {"__module__": model_class.__module__}
-    return type(model_class.__name__, (SummedLossMixin, model_class), module)
+    contents = {"__module__": model_class.__module__, "vision": vision}
+    return type(model_class.__name__, (SummedLossMixin, model_class), contents)
 
 
 def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:

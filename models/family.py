@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from files.config_parts import text_config
+from models.vision import Vision
 
 FUSED = "fused_sdpa"  # attend_fused of models/attention.py, in transformers' registry
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # end of a tensor's name in old Llama files
@@ -58,7 +59,9 @@ class Family:
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
         text_types: of a wrapper, the known values of model_type in its text_config.
         unused: the modules of a wrapper that text alone does not need, such as a vision tower. They are not
-            built; a saved model gets their tensors unchanged.
+            built, unless `has_images`; a saved model gets their tensors unchanged.
+        vision: the description of these modules, for a wrapper that can be trained on images.
+        has_images: whether the model is built with them (`with_images`).
 
     The functions get the config of the text model (`text_config`), except for `match_checkpoint`.
     """
@@ -80,6 +83,8 @@ class Family:
     logit_cap: Callable[[Any], float | None] = lambda config: None
     text_types: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    vision: Vision | None = None
+    has_images: bool = False
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -138,19 +143,49 @@ class Family:
         return tensor.endswith(ROTARY_TABLE) or (tied and tensor == f"{self.head}.weight")
 
     def is_unused(self, tensor: str) -> bool:
-        """Return whether the tensor belongs to a module of `unused`."""
+        """Return whether the tensor belongs to a module that is not built."""
+        return not self.has_images and self._is_beside_text(tensor)
+
+    def is_of_vision(self, tensor: str) -> bool:
+        """Return whether the tensor belongs to a vision part that is built."""
+        return self.has_images and self._is_beside_text(tensor)
+
+    def _is_beside_text(self, tensor: str) -> bool:
         return tensor.startswith(tuple(f"{module}." for module in self.unused))
+
+    def with_images(self) -> Family:
+        """Return the family of the same model with its vision parts."""
+        assert self.vision is not None
+        return replace(self, has_images=True)
+
+    def built_vision(self) -> Vision | None:
+        """Return `vision` if the model is built with it, else None."""
+        return self.vision if self.has_images else None
+
+    def all_constant_buffers(self, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+        """Return `constant_buffers` of the text model and of the vision parts that are built.
+
+        config: the whole model's.
+        """
+        vision = self.built_vision()
+        return self.constant_buffers(text_config(config)) | (
+            vision.constant_buffers(config) if vision else {}
+        )
 
 
 def wrap_family(
-    text: Family, model_class: type[nn.Module], text_types: tuple[str, ...], unused: tuple[str, ...]
+    text: Family,
+    model_class: type[nn.Module],
+    text_types: tuple[str, ...],
+    unused: tuple[str, ...],
+    vision: Vision | None = None,
 ) -> Family:
     """Return the family of a wrapper, whose part `model.language_model` is the text family's `model`.
 
     Args:
         text: the family of the text model alone.
         model_class: transformers' class of the wrapper.
-        text_types, unused: as in `Family`.
+        text_types, unused, vision: as in `Family`.
     """
 
     def wrapped(name: str) -> str:
@@ -161,6 +196,7 @@ def wrap_family(
         model_class=model_class,
         text_types=text_types,
         unused=unused,
+        vision=vision,
         layers=wrapped(text.layers),
         embedding=wrapped(text.embedding),
         norm=wrapped(text.norm),

@@ -47,7 +47,7 @@ from models import (
 )
 from models.causal_lm import replace_head, summed_loss_class
 from models.checkpoint_names import rename_tensors
-from models.family import Family
+from models.family import FUSED, Family
 from models.redundant import (
     check_extra_tensors,
     check_rotary_frequencies,
@@ -101,8 +101,11 @@ CONFIG_ERRORS = (
 )
 
 
-def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
-    """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES."""
+def read_config(folder: Path, images: bool = False) -> tuple[PretrainedConfig, Family]:
+    """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES.
+
+    images: whether the model is to take images. Raises UserError if the family has no vision parts.
+    """
     known = ", ".join(FAMILIES)
     if (folder / CONFIG).is_file():
         raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
@@ -123,7 +126,13 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
             f"{folder}/{CONFIG}: text_config has the model_type {text!r}; in {config.model_type} known:"
             f" {', '.join(family.text_types)}"
         )
-    return config, family
+    if images and family.vision is None:
+        with_vision = ", ".join(name for name, known in FAMILIES.items() if known.vision)
+        raise UserError(
+            f"{folder}/{CONFIG}: {config.model_type} is trained on text alone, and the rows have images;"
+            f" trained with images: {with_vision}"
+        )
+    return config, family.with_images() if images else family
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
@@ -148,14 +157,16 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
 
     Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
-    text = text_config(config)
+    text, vision = text_config(config), family.built_vision()
     config._attn_implementation = attention or family.attention  # of its parts, too
+    if vision:  # not causal, and without rows
+        getattr(config, vision.config)._attn_implementation = FUSED
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes of zero; check_weights reports them
-            model = summed_loss_class(family.model_class)(config)  # type: ignore[arg-type]
+            model = summed_loss_class(family.model_class, vision)(config)  # type: ignore[arg-type]
             family.match_checkpoint(model)
-            for name in family.unused:
+            for name in () if vision else family.unused:
                 path, _, last = name.rpartition(".")
                 setattr(model.get_submodule(path), last, None)
             widen_norms(model, family)
@@ -167,7 +178,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
         ) from None
     # Embedding models would see the tokens that they must predict, and the padding. transformers reads
     # `is_causal` of modules, and of any model's config when it makes masks.
-    if not all(getattr(part, "is_causal", True) for part in (config, text, *model.modules())):
+    if not all(getattr(part, "is_causal", True) for part in (config, text, *model.get_decoder().modules())):
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes a model with bidirectional attention"
             " (use_bidirectional_attention or is_causal); only causal models are trained"

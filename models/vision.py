@@ -1,44 +1,16 @@
-"""The description of what a family with images has beside its text model."""
+"""The description of what a family with images has beside its text model.
+
+It names the types of data/ in texts only: models/family.py, which nearly everything imports, imports it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
-
-from data.image_batches import ImageBatch
-from data.image_format import ImageFormat
-
-
-@dataclass(frozen=True)
-class Vision:
-    """The vision parts of a wrapper.
-
-    Attributes:
-        blocks: dotted name of the list of the tower's blocks.
-        linears: the linears of a block that `--vision_targets all` adapts and `--vision_bits 4` packs,
-            relative to it.
-        projector: dotted names of the linears between tower and text model that `--vision_targets projector`
-            adapts.
-        read_format: (config, model folder) -> how images become tokens and pixels. Raises UserError.
-        embed: (model, ImageBatch, pixels of the tower's dtype, normalised) -> features.
-        text_inputs: keyword arguments of the text model that depend on the images of a batch, such as
-            positions of three axes.
-        sees_whole_image: whether the tokens of an image see each other both ways.
-    """
-
-    blocks: str
-    linears: tuple[str, ...]
-    projector: tuple[str, ...]
-    read_format: Callable[[PretrainedConfig, Path], ImageFormat]
-    embed: Callable[[nn.Module, ImageBatch, torch.Tensor], ImageFeatures]
-    text_inputs: Callable[[Any, ImageBatch, dict], dict] = lambda config, images, inputs: inputs
-    sees_whole_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,10 +18,60 @@ class ImageFeatures:
     """What the tower makes of a batch's images.
 
     Attributes:
-        tokens: [K, H]; the embeddings that replace those of the image tokens.
+        tokens: [K, H]; the embeddings that replace those of the image tokens. Of a blank image, which has no
+            token, they are more than K.
         by_layer: [K, H] each; added to the hidden states of the image tokens after the first layers
             (Qwen3-VL's deepstack).
     """
 
     tokens: torch.Tensor
     by_layer: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The vision parts of a wrapper. Names are dotted and absolute, if nothing else is said.
+
+    Attributes:
+        parts: the modules beside the text model: the tower, and the projector from it to the text model.
+        blocks: the list of the tower's blocks.
+        linears: the linears of a block that `--vision_targets all` adapts and `--vision_bits 4` packs,
+            relative to it.
+        projector: the linears between tower and text model that `--vision_targets projector` adapts.
+        embed: (model, ImageBatch, its pixels as `ImageFormat.normalise` returns them) -> ImageFeatures.
+        read_format: (config, model folder) -> ImageFormat. Raises UserError.
+        config: name of the tower's config in the wrapper's.
+        constant_buffers: returns {name: full contents} of the buffers that no file holds. Gets the wrapper's
+            config.
+        text_inputs: (config, ImageBatch, inputs of the text model) -> these inputs, with those that depend on
+            the images of a batch, such as positions of three axes.
+        sees_whole_image: whether the tokens of an image see each other both ways.
+    """
+
+    parts: tuple[str, ...]
+    blocks: str
+    linears: tuple[str, ...]
+    projector: tuple[str, ...]
+    embed: Callable[..., ImageFeatures]
+    read_format: Callable[..., Any] | None = None
+    config: str = "vision_config"
+    constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    text_inputs: Callable[[Any, Any, dict], dict] = lambda config, images, inputs: inputs
+    sees_whole_image: bool = False
+
+    def tower_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Return the tower's blocks, in order."""
+        blocks = model.get_submodule(self.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def block_linears(self, model: nn.Module) -> Iterator[str]:
+        """Yield the names of the linears of all blocks."""
+        for i in range(len(self.tower_blocks(model))):
+            for linear in self.linears:
+                yield f"{self.blocks}.{i}.{linear}"
+
+    def is_trained(self, model: nn.Module) -> bool:
+        """Return whether a parameter of the parts is trained."""
+        parts = (model.get_submodule(part) for part in self.parts)
+        return any(p.requires_grad for part in parts for p in part.parameters())

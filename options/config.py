@@ -109,6 +109,9 @@ class Config:
         " Qwen3's template writes it: prompt = not learned, and asked with; learn = learned with the answer;"
         " auto = prompt if an answer has one; config.yaml records which one it was",
         choices=("auto", "prompt", "learn"))
+    images: str = option("auto", "Model and data", "load the model's vision parts, and train on the rows'"
+        " images; auto = if a row has one; config.yaml records which one it was",
+        choices=("auto", "true", "false"))
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut;"
         " auto = the longest that fits on the GPUs, at most the longest example (docs/batch_size.md)", ge=2,
         auto=True)
@@ -257,6 +260,11 @@ class Config:
     def method(self) -> Method:
         """What --train_type quantizes, trains and saves."""
         return METHODS[self.train_type]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the model is built with its vision parts. Known once the data was read."""
+        return self.images == "true"
 
     @property
     def unsettled(self) -> list[str]:

@@ -57,8 +57,9 @@ class Job:
 
     @cached_property
     def family(self) -> Family:
-        """The model's family."""
-        return FAMILIES[self.model_config.model_type]
+        """The model's family, with its vision parts if the run has images."""
+        family = FAMILIES[self.model_config.model_type]
+        return family.with_images() if self.config.has_images else family
 
     @cached_property
     def precision(self) -> Precision:

@@ -183,7 +183,7 @@ def _check_model(config: Config) -> _Model:
     folder = find_model(config.model_name)
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
-    model_config, family = read_config(folder)
+    model_config, family = read_config(folder, images=config.has_images)
     if config.compile == "true" and not family.compiles:
         raise UserError(
             f"--compile true: a layer of {model_config.model_type} does not compile to one graph; choose auto"

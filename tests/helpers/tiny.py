@@ -141,7 +141,8 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA, rope_parameters=GEMMA3_ROPE),
     "gemma3_wrapper": lambda: Gemma3Config(
         text_config=Gemma3TextConfig(**_GEMMA, rope_parameters=GEMMA3_ROPE),
-        vision_config=_VISION | {"model_type": "siglip_vision_model", "image_size": 16},
+        vision_config=_VISION
+        | {"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False},
         mm_tokens_per_image=4,
         image_token_index=299,
     ),
