@@ -10,6 +10,10 @@ training:
     trained            a unit each; as parts of the root unit they would stay gathered from forward to the end
                        of backward (2 GiB each for a 128k vocabulary and 8,192 hidden units)
     trained and tied   in the root unit: one parameter, needed at both ends of the model
+
+Of a vision tower each block is a unit, and so are the rest of the tower and the projector. They are gathered
+in a micro-batch in which any rank has an image; a rank without one brings a blank image
+(models/causal_lm.py).
 """
 
 from __future__ import annotations
@@ -128,6 +132,20 @@ def _is_fully_trained(module: nn.Module) -> bool:
     return all(p.requires_grad for p in module.parameters())
 
 
+def _checkpoint_tower(blocks: nn.ModuleList, saved: SavedActivations) -> None:
+    """Let the blocks of a vision tower save what `saved` says, if they are trained. Frozen ones save nothing.
+
+    They are not compiled: their share of the time is small, and each number of images would be a new shape.
+    """
+    for i, block in enumerate(blocks):
+        if not _is_frozen(block):
+            blocks[i] = CheckpointedModule(block, saved)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())
+
+
 def can_keep_embedding_on_host(model: PreTrainedModel, family: Family) -> bool:
     """Return whether the embedding may stay in host memory: it is neither trained nor tied to the head.
 
@@ -230,6 +248,10 @@ def wrap(
     if compiled_run:
         model.set_submodule(family.norm, CheckpointedModule(norm, SavedActivations.ALL, compiled_run))
         raise_graph_limit([m for m in model.modules() if isinstance(m, CheckpointedModule)])
+    if vision := family.built_vision():
+        _checkpoint_tower(vision.tower_blocks(model), saved_activations)
+        for module in (*vision.tower_blocks(model), *map(model.get_submodule, vision.parts)):
+            shard(module)
     head.compiled = compiled_run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
     for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
@@ -241,8 +263,10 @@ def wrap(
         for end in (embedding, head):
             if end not in frozen:
                 shard(end)
-    # With tied weights that are trained, the root unit has these, and the last norm.
-    shard(model, casts_all=tied and not frozen)
+    # With tied weights that are trained, the root unit has these, and the last norm. The vision parts, which
+    # are frozen, are not in it.
+    trains_text = all(p.requires_grad for n, p in model.named_parameters() if not family.is_of_vision(n))
+    shard(model, casts_all=(tied and not frozen) or trains_text)
     _configure_communication(model, mesh)
 
 

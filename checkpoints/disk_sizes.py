@@ -211,7 +211,7 @@ def _add_8bit_states(tensors: _Tensors, suffix: str, elements: int) -> None:
 def _cache_bytes(model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders) -> int:
     """Return the bytes of a --quantized_cache."""
     quantizer, packed = quantizer_from_config(config), _Tensors()
-    names = [f"{name}.weight" for name in packed_linears(model, family, config)]
+    names = [f"{name}.weight" for name in packed_linears(model, family, config, files)]
     for name in names:
         for kind, n in zip(
             ("codes", "scales"), quantizer.packed_sizes(files.tensors[name].shape), strict=True

@@ -19,6 +19,7 @@ from checkpoints.model_writer import (
     TensorEntry,
     WeightFiles,
     apart_entries,
+    file_entries,
     gathered_entry,
     replace_entries,
     sort_for_file,
@@ -59,15 +60,19 @@ def save_model(
 ) -> None:
     """Write the full trained model, with the base's tensor names, dtypes, config and tokenizer.
 
-    The parts of a wrapper that were not built are copied from the base's files. Collective; rank 0 writes,
-    one tensor at a time, and raises OSError.
+    The parts of a wrapper that were not built, or not trained, are copied from the base's files. Collective;
+    rank 0 writes, one tensor at a time, and raises OSError.
 
     Args:
         files: The base's files.
         small_files: {name: text} of small files that differ from the base's, or that it lacks.
     """
     params = {unwrapped_name(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    entries = {name: gathered_entry(p, files.tensors[name].torch_dtype) for name, p in params.items()}
+    copied = file_entries(files)
+    entries = {
+        name: gathered_entry(p, files.tensors[name].torch_dtype) if p.requires_grad else copied[name]
+        for name, p in params.items()
+    }
     entries = with_stored_names(files, entries) | apart_entries(files)
     _write_model_collectively(folder, split_into_files(entries, SHARD_BYTES), files, base, small_files)
 

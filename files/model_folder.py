@@ -237,7 +237,7 @@ def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
     """
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
                "quantization_config")  # fmt: skip
-    text = text_config(config)  # of a wrapper, whose other parts are not trained
+    text = text_config(config)  # of a wrapper, whose vision parts only the shapes describe
     settings = {k: v for k, v in text.to_dict().items() if k not in ignored}
     if text is not config:
         settings |= {"wrapper": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}

@@ -74,7 +74,7 @@ def packed_logits(run: Run, ids: torch.Tensor, device: torch.device) -> torch.Te
     This is a merged model that is quantized again. Returns logits as `trained_logits` does.
     """
     model = build_on_meta(run.model_config, run.family).to(torch.float32)  # type: ignore[arg-type]
-    names = packed_linears(model, run.family, run.config)
+    names = packed_linears(model, run.family, run.config, run.files)
     quantize_linears(model, choose_quantizers(names, run.config, run.files), torch.float32)
     return _compute_logits(model, run.family, run.files, {}, ids, device)
 

@@ -54,7 +54,8 @@ def find_training_quantizers(run: Run) -> dict[str, Quantizer]:
     """Return {name of a weight that training packed: its quantizer}; {} if training packed none."""
     if not run.config.method.quantizer:
         return {}
-    names = packed_linears(build_on_meta(run.model_config, run.family), run.family, run.config)
+    model = build_on_meta(run.model_config, run.family)
+    names = packed_linears(model, run.family, run.config, run.files)
     quantizers = choose_quantizers(names, run.config, run.files)
     return {f"{name}.weight": quantizer for name, quantizer in quantizers.items()}
 

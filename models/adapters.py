@@ -20,6 +20,7 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import is_any_in_experts
+from models.vision import Vision
 from models.vocabulary import vocabulary_modules
 from options.config import Config
 from options.errors import UserError
@@ -98,7 +99,7 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         config: the run's options: train type, quantizer settings and --quantized_cache.
         files: the model's weights, of which only names and dtypes are read.
     """
-    linears = dict(family.layer_linears(model))
+    linears = list(family.layer_linear_names(model))
     if getattr(model.config, "quantization_config", None) and not files.prequantized:
         # A trained model saved with such a config.json could not be computed by transformers.
         raise UserError(
@@ -112,9 +113,13 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         )
     if files.prequantized and config.quantized_cache:
         raise UserError(f"--quantized_cache: {files.folder} is packed already; leave the option out")
+    packable = {*linears, *vision_linears(model, family)}
     for name in files.packed:
-        if name.removesuffix(".weight") not in linears:
-            raise UserError(f"{files.folder}: {name} is packed; only linears of decoder layers can be")
+        if name.removesuffix(".weight") not in packable:
+            raise UserError(
+                f"{files.folder}: {name} is packed; only linears of decoder layers and of a vision tower's"
+                " blocks can be"
+            )
     if not config.method.quantizer or files.prequantized:
         return
     quantizer = quantizer_from_config(config)
@@ -122,7 +127,7 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         if not quantizer.can_pack(tuple(linear.weight.shape)):
             shape = list(linear.weight.shape)
             raise UserError(f"--group_size {quantizer.block}: does not divide {name}'s weight {shape}")
-    for name in packed_linears(model, family, config):
+    for name in packed_linears(model, family, config, files):
         stored = files.tensors[f"{name}.weight"]
         if stored.dtype not in quantizer.dtypes:
             raise UserError(
@@ -138,10 +143,20 @@ def quantizer_from_config(config: Config) -> Quantizer:
     return make_quantizer(name, config.n_bits, config.group_size)
 
 
-def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> list[str]:
-    """Return the names of the linears to pack: those of all decoder layers but Llama-Pro's new ones."""
+def packed_linears(model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders) -> list[str]:
+    """Return the names of the linears to pack: those of all decoder layers but Llama-Pro's new ones.
+
+    Those of the vision tower belong to them if its files are packed already.
+    """
     new = new_layers(model.config) if config.method.expansion else []
-    return [name for name in family.layer_linear_names(model) if family.locate_layer(name)[0] not in new]
+    names = [name for name in family.layer_linear_names(model) if family.locate_layer(name)[0] not in new]
+    return names + (vision_linears(model, family) if files.prequantized else [])
+
+
+def vision_linears(model: nn.Module, family: Family) -> list[str]:
+    """Return the names of the linears of the vision tower's blocks; [] if the model is built without it."""
+    vision = family.built_vision()
+    return list(vision.block_linears(model)) if vision else []
 
 
 def choose_quantizers(names: list[str], config: Config, files: WeightHeaders) -> dict[str, Quantizer]:
@@ -179,11 +194,24 @@ def apply_method(
     model.to(precision.frozen).requires_grad_(False)  # type: ignore[arg-type]
     for module in trained:
         module.to(precision.trained).requires_grad_(True)
+    if vision := family.built_vision():
+        _freeze_vision(model, vision, precision)
     if method.quantizer:
-        names = packed_linears(model, family, config)
+        names = packed_linears(model, family, config, files)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
+
+
+def _freeze_vision(model: PreTrainedModel, vision: Vision, precision: Precision) -> None:
+    """Freeze the vision parts, with their linears in the dtype of matmuls: 16 bits under autocast, too.
+
+    The tower's stream of hidden states has the dtype of the rest, its embeddings and norms.
+    """
+    for part in vision.parts:
+        model.get_submodule(part).to(precision.frozen).requires_grad_(False)
+    for name in vision.block_linears(model):
+        model.get_submodule(name).to(precision.matmul_dtype)
 
 
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:

@@ -76,9 +76,9 @@ class SummedLossMixin(Base):
         """
         assert self.vision is not None
         config = self.get_decoder().config
+        bounds, sees_whole = inputs.get("cu_seq_lens_q"), self.vision.sees_whole_image
         inputs = self.vision.text_inputs(config, images, inputs)
-        if self.vision.sees_whole_image:
-            inputs = inputs | image_attention_inputs(config, images, inputs)
+        inputs |= image_attention_inputs(config, images, bounds, sees_whole)
         return inputs | {"inputs_embeds": self.embed_with_images(images, input_ids)}
 
     def embed_with_images(self, images: ImageBatch, ids: torch.Tensor) -> torch.Tensor:

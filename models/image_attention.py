@@ -7,14 +7,21 @@ Shapes: B sequences of a batch, T tokens of a sequence.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PretrainedConfig
 
 from data.image_batches import ImageBatch
 
 
-def image_attention_inputs(config: PretrainedConfig, images: ImageBatch, inputs: dict) -> dict:
-    """Return the keyword arguments with which a text model sees whole images.
+def image_attention_inputs(
+    config: PretrainedConfig,
+    images: ImageBatch,
+    bounds: torch.Tensor | None = None,
+    sees_whole_image: bool = True,
+) -> dict[str, Any]:
+    """Return the keyword arguments of a text model's attention for a batch with images.
 
     They are masks, {kind of layer: [B, 1, T, T] bool}, made without a wait for the GPU. A token sees the
     tokens of its row that are not after it, and those of its own image; in a sliding layer none that is
@@ -23,11 +30,11 @@ def image_attention_inputs(config: PretrainedConfig, images: ImageBatch, inputs:
     Args:
         config: the text model's config.
         images: the images of the batch.
-        inputs: the text model's other arguments; of packed rows cu_seq_lens_q has the bounds.
+        bounds: [N + 1] int32; where rows begin and end in the flattened batch. None: each sequence is a row.
+        sees_whole_image: Vision.sees_whole_image. Otherwise attention is causal.
     """
-    owners = images.owners
+    owners = images.owners if sees_whole_image else torch.zeros_like(images.owners)
     tokens = torch.arange(owners.numel(), device=owners.device).view(owners.shape)
-    bounds = inputs.get("cu_seq_lens_q")
     rows = tokens // owners.shape[1] if bounds is None else torch.bucketize(tokens, bounds, right=True)
     age = tokens[:, :, None] - tokens[:, None, :]  # [B, T, T]: positive for earlier tokens
     same_image = (owners[:, :, None] == owners[:, None, :]) & (owners > 0)[:, :, None]

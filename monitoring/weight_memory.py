@@ -21,7 +21,7 @@ from launch import memory
 from launch.memory import format_bytes
 from launch.precision import Precision
 from launch.ranks import RankInfo
-from models.adapters import quantizer_from_config, target_linears
+from models.adapters import quantizer_from_config, target_linears, vision_linears
 from models.family import Family
 from models.llama_pro import new_layers
 from monitoring.sizes import WeightBytes
@@ -79,6 +79,8 @@ def plan_parameters(
     added = new_layers(model.config) if method.expansion else []
     trains_all = not method.adapter and not method.expansion
     linears = {f"{name}.weight" for name in family.layer_linear_names(model)}
+    tower = {*vision_linears(model, family)}
+    vocabulary = vocabulary_tensors(family) if config.train_embeddings else ()
     chosen = quantizer_from_config(config) if method.quantizer else None
     for name, stored in files.tensors.items():
         is_new = bool(added) and family.locate_layer(name)[0] in added
@@ -91,11 +93,12 @@ def plan_parameters(
             for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
                 shape = (-(-n_bytes // STORAGE.itemsize),)
                 planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
-        elif trains_all or is_new or (config.train_embeddings and name in vocabulary_tensors(family)):
+        elif is_new or name in vocabulary or (trains_all and not family.is_of_vision(name)):
             planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
             is_padded = name not in vocabulary_weights(family)
-            itemsize = precision.frozen.itemsize
+            of_tower = name.rpartition(".")[0] in tower
+            itemsize = (precision.matmul_dtype if of_tower else precision.frozen).itemsize
             planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize, is_padded))
     for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
         name, rank = f"{linear}.weight", config.lora_rank

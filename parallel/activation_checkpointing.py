@@ -223,7 +223,8 @@ class ActivationBudget:
         tokens: int,
         itemsize: int,
     ):
-        modules = [m for m in model.modules() if isinstance(m, CheckpointedModule)]
+        in_layers = family.decoder_layers(model).modules()  # a vision tower's blocks save other widths
+        modules = [m for m in in_layers if isinstance(m, CheckpointedModule)]
         self.layers = [m for m in modules if m.saved is SavedActivations.INPUT]
         self.layer_bytes = [tokens * itemsize * _saved_elements(m, family) for m in self.layers]
         self.device, self.automatic, self.steps = device, gib == -1, 0

@@ -365,7 +365,7 @@ def find_cache(
     Raises UserError if the cache cannot be used.
     """
     assert config.quantized_cache is not None and config.output_dir is not None
-    names = [f"{name}.weight" for name in packed_linears(model, family, config)]
+    names = [f"{name}.weight" for name in packed_linears(model, family, config, files)]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"  # like the ranks of launch/processes.py
     cache_key = (Path(config.quantized_cache), files, names, quantizer_from_config(config), device_type)
     cached = open_cache(*cache_key)

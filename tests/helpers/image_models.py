@@ -100,7 +100,12 @@ def _image_batch(batch: Batch, rows: list[int], blank: bool) -> ImageBatch | Non
     owners[positions] = torch.arange(len(positions), dtype=torch.int32) // TOKENS + 1
     values = torch.cat([pixels()[FIRSTS[row] : FIRSTS[row + 1]] for row in rows])
     values = values if len(values) else FORMAT.blank()[None]
-    return ImageBatch(FORMAT, values, (), positions, owners.view(batch.ids.shape), ())
+    starts = torch.arange(0, batch.ids.numel(), batch.ids.shape[1]) if batch.bounds is None else batch.bounds
+    bounds = [
+        (int(starts[torch.searchsorted(starts, first, right=True) - 1]), int(first), int(first) + TOKENS)
+        for first in positions[::TOKENS]
+    ]
+    return ImageBatch(FORMAT, values, (), positions, owners.view(batch.ids.shape), tuple(bounds))
 
 
 def row_of_transformers(row: int) -> dict:
