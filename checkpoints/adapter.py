@@ -19,9 +19,9 @@ from files.disk_room import check_free_space
 from files.names import ADAPTER, ADAPTER_CONFIG
 from files.saved_adapter import ADAPTER_DTYPES, PEFT_PREFIX, TensorHeaders, read_adapter_modules
 from files.tensors import save_tensors
-from models.adapters import peft_exclusions, peft_targets
 from models.family import Family, unwrapped_name
 from models.lora import LoRALinear
+from models.peft_names import peft_exclusions, peft_target_modules
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import Config
 from options.errors import UserError
@@ -115,8 +115,8 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
         "r": config.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": peft_targets(family, config.lora_target_modules),
-        "exclude_modules": peft_exclusions(family),
+        "target_modules": peft_target_modules(model, family, config),
+        "exclude_modules": peft_exclusions(model, family, config),
         "use_dora": config.method.adapter == "dora",
         "bias": "none",
         "fan_in_fan_out": False,

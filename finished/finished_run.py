@@ -43,9 +43,10 @@ from files.saved_adapter import (
 from files.tensors import read_header
 from launch.precision import Precision
 from launch.ranks import RankInfo
-from models.adapters import apply_method, check_quantization, peft_exclusions
+from models.adapters import apply_method, check_quantization
 from models.family import Family
 from models.llama_pro import new_layers
+from models.peft_names import peft_exclusions
 from models.registry import build_on_meta, open_weights, read_config
 from models.vocabulary import (
     peft_modules_to_save,
@@ -246,10 +247,10 @@ def _check_adapter_config(path: Path, run: Run) -> None:
 
     path: adapter_config.json.
     """
-    config = run.config
+    config, model = run.config, build_on_meta(run.model_config, run.family)
     expected = {
         "modules_to_save": peft_modules_to_save(run.family) if config.train_embeddings else None,
-        "exclude_modules": peft_exclusions(run.family),
+        "exclude_modules": peft_exclusions(model, run.family, config),
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_dora": config.method.adapter == "dora",

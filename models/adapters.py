@@ -20,7 +20,14 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import is_any_in_experts
-from models.vision import Vision
+from models.peft_names import peft_targets
+from models.vision_parts import (
+    check_vision_options,
+    freeze_vision,
+    packed_vision_linears,
+    vision_linears,
+    vision_targets,
+)
 from models.vocabulary import vocabulary_modules
 from options.config import Config
 from options.errors import UserError
@@ -56,6 +63,16 @@ def target_linears(model: nn.Module, family: Family, target_modules: str) -> lis
     return [n for n in names if n in matched]
 
 
+def adapted_linears(model: nn.Module, family: Family, config: Config) -> list[str]:
+    """Return full names of the linears that get adapters; [] if the train type has none.
+
+    They are those of --lora_target_modules and of --vision_targets. Raises UserError as `target_linears`.
+    """
+    if not config.method.adapter:
+        return []
+    return target_linears(model, family, config.lora_target_modules) + vision_targets(model, family, config)
+
+
 def check_rank(model: nn.Module, names: list[str], rank: int) -> None:
     """Raise UserError if --lora_rank exceeds both in_features and out_features of every named linear."""
     linears = dict(_dense_linears(model, names))
@@ -72,24 +89,6 @@ def _dense_linears(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str
         yield name, linear
 
 
-def peft_targets(family: Family, target_modules: str) -> list[str]:
-    """Return --lora_target_modules as PEFT's list of name endings; `all`, `default`: the family's names."""
-    if target_modules == "all":
-        return [linear.rpartition(".")[2] for linear in family.linears]
-    if target_modules == "default":
-        return list(family.default_targets)
-    return [pattern.strip() for pattern in target_modules.split(",")]
-
-
-def peft_exclusions(family: Family) -> str | None:
-    """Return PEFT's exclude_modules: a regular expression for the modules of `unused`; None without any.
-
-    Their linears may have the same last names as those of the text model.
-    """
-    names = [name.rpartition(".")[2] for name in family.unused]
-    return rf"(.*\.)?({'|'.join(names)})(\..*)?" if names else None
-
-
 def check_quantization(model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders) -> None:
     """Raise UserError if the train type cannot pack the files' weights, or use those packed already.
 
@@ -99,7 +98,7 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         config: the run's options: train type, quantizer settings and --quantized_cache.
         files: the model's weights, of which only names and dtypes are read.
     """
-    linears = list(family.layer_linear_names(model))
+    check_vision_options(family, config, files.prequantized)
     if getattr(model.config, "quantization_config", None) and not files.prequantized:
         # A trained model saved with such a config.json could not be computed by transformers.
         raise UserError(
@@ -113,7 +112,7 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         )
     if files.prequantized and config.quantized_cache:
         raise UserError(f"--quantized_cache: {files.folder} is packed already; leave the option out")
-    packable = {*linears, *vision_linears(model, family)}
+    packable = {*family.layer_linear_names(model), *vision_linears(model, family)}
     for name in files.packed:
         if name.removesuffix(".weight") not in packable:
             raise UserError(
@@ -123,11 +122,12 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
     if not config.method.quantizer or files.prequantized:
         return
     quantizer = quantizer_from_config(config)
-    for name, linear in _dense_linears(model, linears):
+    names = packed_linears(model, family, config, files)
+    for name, linear in _dense_linears(model, names):
         if not quantizer.can_pack(tuple(linear.weight.shape)):
             shape = list(linear.weight.shape)
             raise UserError(f"--group_size {quantizer.block}: does not divide {name}'s weight {shape}")
-    for name in packed_linears(model, family, config, files):
+    for name in names:
         stored = files.tensors[f"{name}.weight"]
         if stored.dtype not in quantizer.dtypes:
             raise UserError(
@@ -146,17 +146,11 @@ def quantizer_from_config(config: Config) -> Quantizer:
 def packed_linears(model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders) -> list[str]:
     """Return the names of the linears to pack: those of all decoder layers but Llama-Pro's new ones.
 
-    Those of the vision tower belong to them if its files are packed already.
+    Those of the vision tower belong to them with --vision_bits 4, and if the files are packed already.
     """
     new = new_layers(model.config) if config.method.expansion else []
     names = [name for name in family.layer_linear_names(model) if family.locate_layer(name)[0] not in new]
-    return names + (vision_linears(model, family) if files.prequantized else [])
-
-
-def vision_linears(model: nn.Module, family: Family) -> list[str]:
-    """Return the names of the linears of the vision tower's blocks; [] if the model is built without it."""
-    vision = family.built_vision()
-    return list(vision.block_linears(model)) if vision else []
+    return names + packed_vision_linears(model, family, config, files.prequantized)
 
 
 def choose_quantizers(names: list[str], config: Config, files: WeightHeaders) -> dict[str, Quantizer]:
@@ -194,8 +188,7 @@ def apply_method(
     model.to(precision.frozen).requires_grad_(False)  # type: ignore[arg-type]
     for module in trained:
         module.to(precision.trained).requires_grad_(True)
-    if vision := family.built_vision():
-        _freeze_vision(model, vision, precision)
+    freeze_vision(model, family, precision)
     if method.quantizer:
         names = packed_linears(model, family, config, files)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
@@ -203,22 +196,11 @@ def apply_method(
         _add_adapters(model, family, config, precision.trained)
 
 
-def _freeze_vision(model: PreTrainedModel, vision: Vision, precision: Precision) -> None:
-    """Freeze the vision parts, with their linears in the dtype of matmuls: 16 bits under autocast, too.
-
-    The tower's stream of hidden states has the dtype of the rest, its embeddings and norms.
-    """
-    for part in vision.parts:
-        model.get_submodule(part).to(precision.frozen).requires_grad_(False)
-    for name in vision.block_linears(model):
-        model.get_submodule(name).to(precision.matmul_dtype)
-
-
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:
-    """Wrap the linears of --lora_target_modules in the train type's adapters; `dtype`: of A, B, magnitude."""
+    """Wrap the run's `adapted_linears` in the train type's adapters; `dtype`: of A, B, magnitude."""
     name = config.method.adapter
     assert name is not None
-    for path in target_linears(model, family, config.lora_target_modules):
+    for path in adapted_linears(model, family, config):
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Linear4bit)
         size = (base.out_features, base.in_features)

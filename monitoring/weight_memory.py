@@ -21,9 +21,10 @@ from launch import memory
 from launch.memory import format_bytes
 from launch.precision import Precision
 from launch.ranks import RankInfo
-from models.adapters import quantizer_from_config, target_linears, vision_linears
+from models.adapters import adapted_linears, quantizer_from_config
 from models.family import Family
 from models.llama_pro import new_layers
+from models.vision_parts import packed_vision_linears, vision_linears
 from monitoring.sizes import WeightBytes
 from options.config import Config
 from options.strategies import STRATEGIES
@@ -78,7 +79,8 @@ def plan_parameters(
     planned: list[PlannedParameter] = []
     added = new_layers(model.config) if method.expansion else []
     trains_all = not method.adapter and not method.expansion
-    linears = {f"{name}.weight" for name in family.layer_linear_names(model)}
+    of_vision = packed_vision_linears(model, family, config, files.prequantized)
+    linears = {f"{name}.weight" for name in (*family.layer_linear_names(model), *of_vision)}
     tower = {*vision_linears(model, family)}
     vocabulary = vocabulary_tensors(family) if config.train_embeddings else ()
     chosen = quantizer_from_config(config) if method.quantizer else None
@@ -100,7 +102,7 @@ def plan_parameters(
             of_tower = name.rpartition(".")[0] in tower
             itemsize = (precision.matmul_dtype if of_tower else precision.frozen).itemsize
             planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize, is_padded))
-    for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
+    for linear in adapted_linears(model, family, config):
         name, rank = f"{linear}.weight", config.lora_rank
         rows, columns = files.tensors[name].shape
         shapes = [(rank, columns), (rows, rank), *[(rows,)] * (method.adapter == "dora")]

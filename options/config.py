@@ -74,6 +74,11 @@ class Config:
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers (of"
         " attention only, in models with routed experts); default = PEFT's choice for the model family; or"
         " comma-separated names: q_proj,v_proj", needs="adapter", commas=True)
+    vision_targets: str | None = option("none", "Method", "adapters on the vision parts of a model that is"
+        " trained on images: projector = the linears between tower and text model; all = also those of the"
+        " tower's blocks", needs="adapter", choices=("none", "projector", "all"))
+    vision_bits: int | None = option(16, "Method", "bits of the weights of the vision tower's linears: 16, or"
+        " 4 = packed as the decoder layers' are", needs="quantizer", choices=(16, 4))
     train_embeddings: bool = option(False, "Method", "train the embedding and the head in full beside the"
         " adapter, for tokens that the base has not learned (PEFT's modules_to_save); only for LoRA and DoRA")
     n_bits: int | None = option(None, "Method", "bits per weight; unset = 4", needs="hqq", choices=HQQ_BITS)

@@ -109,6 +109,11 @@ def _check_values(config: Config) -> None:
             f"--train_embeddings has no effect with --train_type {config.train_type}: it is for"
             f" {NEEDS['adapter']}; leave it out"
         )
+    if config.vision_bits == 4 and config.n_bits not in (None, 4):
+        raise UserError(
+            f"--vision_bits 4: the vision tower is packed as the decoder layers are, with --n_bits"
+            f" {config.n_bits}; leave one of them out"
+        )
     if config.adapter == "":
         raise UserError("--adapter: needs a RUN, a folder or a hub id")
     if config.quantized_cache == "":

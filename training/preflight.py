@@ -37,11 +37,11 @@ from launch.processes import check_address
 from launch.program import is_under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
 from models.adapters import (
+    adapted_linears,
     check_quantization,
     check_rank,
     packed_linears,
     quantizer_from_config,
-    target_linears,
 )
 from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
@@ -218,8 +218,7 @@ def _check_adapter(config: Config, model: _Model) -> tuple[Config, WarmStart | N
         )
     if config.method.adapter:
         meta = build_on_meta(model.config, model.family)
-        targets = target_linears(meta, model.family, config.lora_target_modules)
-        check_rank(meta, targets, config.lora_rank)
+        check_rank(meta, adapted_linears(meta, model.family, config), config.lora_rank)
     return config, adapter
 
 

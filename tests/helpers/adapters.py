@@ -9,13 +9,15 @@ import torch
 
 from files.model_folder import CheckpointFiles
 from launch.precision import Precision
-from models.adapters import apply_method, peft_exclusions
+from models.adapters import apply_method
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.methods import METHODS
 from options.train import parse
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.layers import ALPHA, R
 from tests.helpers.runs import set_up, trained_tensors, transformers_model
+
+VISION_PARTS = ("vision_tower", "multi_modal_projector")  # of wrappers
 
 
 def args_for(model, data, train_type: str, *more) -> list[str]:
@@ -29,7 +31,8 @@ def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: flo
     base = transformers_model(folder, state)
     names = sorted({name.split(".")[-2] for name in ours})
     options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
-    options["exclude_modules"] = peft_exclusions(read_config(folder)[1])
+    frozen = [part for part in VISION_PARTS if not any(part in name for name in ours)]
+    options["exclude_modules"] = rf".*\.({'|'.join(frozen)})\..*" if frozen else None
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())
     with torch.no_grad():

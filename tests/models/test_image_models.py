@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import export
+from files.names import ADAPTER, ADAPTER_CONFIG
 from finished.finished_run import load_model, open_run
+from launch.ranks import RankInfo
 from models.family import unwrapped_name
 from models.registry import read_config
 from options.errors import UserError
@@ -13,10 +20,11 @@ from options.methods import METHODS
 from parallel.shards import full_tensor
 from tests.helpers.adapters import args_for, build_peft_model, peft_name
 from tests.helpers.auto_classes import load_transformers_model
+from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
 from tests.helpers.expansion import all_tensors
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.image_models import TEXTS, loss_of_transformers, packed, padded
-from tests.helpers.runs import dense_state, dense_tensors, set_up, trained_tensors
+from tests.helpers.runs import dense_state, dense_tensors, make_job, set_up, trained_tensors
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
 
 IMAGES = ["--images", "true"]
@@ -65,14 +73,28 @@ def assert_equal_gradients(ours: dict, theirs: dict, tolerance: float = 1e-5) ->
     assert max(errors.values()) < tolerance, errors
 
 
+TOWER = ["--vision_targets", "all"]
+PACKED = ["--vision_bits", "4"]
+CASES = [
+    *[(train_type, []) for train_type in TYPES],
+    *[(train_type, TOWER) for train_type in TYPES],
+    *[(train_type, [*TOWER, *PACKED]) for train_type in ("qlora", "bnb_dora", "hqq_dora")],
+    ("bnb_dora", PACKED),
+]
+QUICK = [("bnb_dora", []), ("bnb_dora", [*TOWER, *PACKED])]
+
+
 @pytest.mark.parametrize(
-    "train_type", [pytest.param(t, marks=() if t == "bnb_dora" else pytest.mark.slow) for t in TYPES]
+    ("train_type", "vision"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
 )
-def test_loss_and_gradients_are_pefts(train_type, checkpoints, alpaca_file, one_rank):
+def test_loss_and_gradients_are_pefts(train_type, vision, checkpoints, alpaca_file, one_rank):
     """In fp32, with random adapters, on the dequantized weights: rows with two, one and no image."""
     folder = checkpoints("gemma3_wrapper")
-    ways, base, adapters = one_rank(learn, args_for(folder, alpaca_file, train_type, *IMAGES))[0]
-    assert not any("vision" in name for name in adapters)
+    args = args_for(folder, alpaca_file, train_type, *IMAGES, *vision)
+    ways, base, adapters = one_rank(learn, args)[0]
+    in_tower = {name.rpartition(".")[0] for name in adapters if is_of_a_tower(name)}
+    assert len(in_tower) == (2 * 6 if TOWER[0] in vision else 0)
     model = build_peft_model(folder, base, adapters, METHODS[train_type].adapter == "dora").eval()
     loss, gradients = learn_with_peft(model, adapters)
     for ours, our_gradients in ways.values():
@@ -93,6 +115,9 @@ def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
         pytest.param("lora", ["--sharding_strategy", "ddp"], marks=pytest.mark.slow),
         pytest.param("qlora", ["--use_cpu_offload", "true"], marks=pytest.mark.slow),
         pytest.param("full", [], marks=pytest.mark.slow),
+        ("bnb_dora", [*TOWER, *PACKED]),
+        pytest.param("dora", TOWER, marks=pytest.mark.slow),
+        pytest.param("qlora", [*TOWER, "--use_cpu_offload", "true"], marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_are_one(train_type, more, checkpoints, alpaca_file, one_rank, two_ranks):
@@ -104,12 +129,13 @@ def test_two_ranks_are_one(train_type, more, checkpoints, alpaca_file, one_rank,
     ]
     found = two_ranks(learn_on_ranks, [*args, *more], ranks)
     batches = [padded([row]) for row in (0, 1, 2, 2, 3, 4, 2, 2)]
-    options = ["--use_gradient_checkpointing", "false"]
+    options = [word for word in more if word in (*TOWER, *PACKED)]
+    options += ["--use_gradient_checkpointing", "false"]
     loss, gradients = one_rank(learn_on_ranks, [*args, *options], [batches])[0]
     assert sum(loss for loss, _ in found) == pytest.approx(loss, rel=1e-5)
     for _, ours in found:
         assert_equal_gradients(ours, gradients)
-    assert not any("vision_tower" in name or "projector" in name for name in gradients)
+    assert any(map(is_of_a_tower, gradients)) == (TOWER[0] in more)
 
 
 @pytest.mark.parametrize(
@@ -168,3 +194,94 @@ def test_a_run_is_opened_with_its_vision_parts(train_type, checkpoints, alpaca_f
 def test_images_for_a_model_of_text_alone(checkpoints):
     with pytest.raises(UserError, match=r"llama is trained on text alone.*with images: gemma3$"):
         read_config(checkpoints("llama"), images=True)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "options"),
+    [
+        ("hub", TOWER),
+        *[pytest.param(name, TOWER, marks=pytest.mark.slow) for name in SPELLINGS if name != "hub"],
+        pytest.param("hub", [], marks=pytest.mark.slow),
+        pytest.param("hub", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_saved_adapter_loads_in_peft_and_merges(
+    spelling, options, checkpoints, alpaca_file, one_rank, tmp_path
+):
+    """PEFT finds each tensor of the file, and misses none. The merged folder loads in transformers."""
+    base, folder = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling]), tmp_path
+    args = args_for(base, alpaca_file, "dora", *IMAGES, *options)
+    write_random_run(one_rank, folder / "run", args)
+    ours = load_model(open_run(folder / "run"), torch.device("cpu"), torch.float32)
+    theirs = peft.PeftModel.from_pretrained(
+        load_transformers_model(base, dtype=torch.float32), folder / "run"
+    )
+    saved = load_file(folder / "run" / ADAPTER)
+    assert peft.get_peft_model_state_dict(theirs).keys() == saved.keys()
+    assert any(".vision_tower." in name for name in saved) == (TOWER[0] in options)
+    assert isinstance(json.loads((folder / "run" / ADAPTER_CONFIG).read_text())["target_modules"], list)
+    assert (
+        export.main([str(word) for word in (folder / "run", "--to", "merged", "--out", folder / "out")]) == 0
+    )
+    merged = load_transformers_model(folder / "out", dtype=torch.float32)
+    before, after = all_tensors(base), all_tensors(folder / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert sum(map(is_of_a_tower, changed)) == (2 * 6 if TOWER[0] in options else 0)
+    with torch.no_grad():
+        loss = ours(**WAYS["padded"].inputs())
+        for model in (theirs.eval(), merged.eval()):
+            expected = sum(loss_of_transformers(model, row) for row in ROWS)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("spelling", ["memory", pytest.param("hub", marks=pytest.mark.slow)])
+def test_a_tower_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
+    """It is not packed again, and a merge into the dequantized weights has it."""
+    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling])
+    expected = pack_like_the_hub(base, tmp_path / "4bit")
+    args = args_for(tmp_path / "4bit", alpaca_file, "bnb_dora", *IMAGES, *TOWER)
+    dense = one_rank(without_quantizing, dense_state, args)[0]
+    if spelling == "memory":
+        assert expected.keys() == dense.keys() - {"lm_head.weight"}  # which is tied
+        assert all(torch.equal(dense[name], tensor) for name, tensor in expected.items())
+    write_random_run(one_rank, tmp_path / "run", args)
+    ours = load_model(open_run(tmp_path / "run"), torch.device("cpu"), torch.float32)
+    exported = ["--to", "merged", "--out", tmp_path / "out", "--dtype", "float32", "--check", "false"]
+    assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
+    merged = load_transformers_model(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected_loss = sum(loss_of_transformers(merged, row) for row in ROWS)
+        torch.testing.assert_close(ours(**WAYS["padded"].inputs()), expected_loss, rtol=1e-5, atol=0)
+
+
+def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_path):
+    options = [*IMAGES, *PACKED, "--quantized_cache", tmp_path / "cache"]
+    args = args_for(checkpoints("gemma3_wrapper"), alpaca_file, "qlora", *options)
+    first = one_rank(dense_state, args)[0]
+    later = one_rank(without_quantizing, dense_state, args)[0]
+    assert first.keys() == later.keys() and all(torch.equal(first[name], later[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TOWER, "--vision_targets all: has no effect without images; leave it out"),
+        (PACKED, "--vision_bits 4: has no effect without images; leave it out"),
+        ([*IMAGES, "--vision_targets", "projector"], "the projector of this model has no linear"),
+        ([*PACKED, "--train_type", "hqq_lora", "--n_bits", "8"], "with --n_bits 8; leave one of them out"),
+        ([*PACKED, "--train_type", "lora"], "--vision_bits has no effect with --train_type lora"),
+        ([*TOWER, "--train_type", "full"], "--vision_targets has no effect with --train_type full"),
+    ],
+)
+def test_wrong_options(options, message, checkpoints, alpaca_file):
+    args = ["--model_name", checkpoints("gemma3_wrapper"), "--dataset", alpaca_file]
+    with pytest.raises(UserError, match=message):
+        make_job(RankInfo(0, 1, 0, 1, torch.device("cpu")), [*args, *options])
+
+
+def test_a_packed_tower_is_not_packed_again(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints("gemma3_wrapper"), tmp_path / "4bit")
+    args = ["--model_name", tmp_path / "4bit", "--dataset", alpaca_file, *IMAGES, *PACKED]
+    with pytest.raises(UserError, match="--vision_bits 4: the weights are packed already"):
+        make_job(RankInfo(0, 1, 0, 1, torch.device("cpu")), args)

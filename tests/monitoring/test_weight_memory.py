@@ -172,9 +172,9 @@ def unpacked(quantize_linears: Callable) -> Callable:
     return faulty
 
 
-def without_adapters(target_linears: Callable) -> Callable:
+def without_adapters(adapted_linears: Callable) -> Callable:
     """One of three layers has no adapters."""
-    return lambda *given: [name for name in target_linears(*given) if ".layers.0." not in name]
+    return lambda *given: [name for name in adapted_linears(*given) if ".layers.0." not in name]
 
 
 def error_of_load(rank_info, args, where: str, fault: Callable) -> str:
@@ -200,7 +200,7 @@ def error_of_load(rank_info, args, where: str, fault: Callable) -> str:
         ("train.apply_method", wide, "lora --precision bf16", "two_ranks"),
         ("models.adapters.quantize_linears", unpacked, "qlora", "one_rank"),
         ("models.adapters.quantize_linears", unpacked, "hqq_dora --precision bf16", "two_ranks"),
-        ("models.adapters.target_linears", without_adapters, "dora", "two_ranks"),
+        ("models.adapters.adapted_linears", without_adapters, "dora", "two_ranks"),
     ],
 )
 def test_a_faulty_load_ends_the_run(where, fault, given, ranks, checkpoints, alpaca_file, request):

@@ -1,0 +1,60 @@
+"""The linears of a run's adapters as PEFT's adapter_config.json names them: target_modules, exclude_modules.
+
+PEFT adapts each module whose dotted name ends with a target, unless exclude_modules matches the whole name.
+target_modules is a plain list: some servers refuse a regular expression there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from models.family import Family, unwrapped_name
+from models.vision_parts import vision_targets
+from options.config import Config
+
+
+def peft_targets(family: Family, target_modules: str) -> list[str]:
+    """Return --lora_target_modules as PEFT's list of name endings; `all`, `default`: the family's names."""
+    if target_modules == "all":
+        return [linear.rpartition(".")[2] for linear in family.linears]
+    if target_modules == "default":
+        return list(family.default_targets)
+    return [pattern.strip() for pattern in target_modules.split(",")]
+
+
+def peft_target_modules(model: nn.Module, family: Family, config: Config) -> list[str]:
+    """Return PEFT's target_modules: `peft_targets`, and names for the linears of --vision_targets.
+
+    A linear of the tower that another target does not match gets its last name, if no other module has that,
+    and else its whole name.
+
+    Args:
+        model: the model, with or without its adapters.
+        family: its family.
+        config: the run's options.
+    """
+    targets, adapted = peft_targets(family, config.lora_target_modules), vision_targets(model, family, config)
+    names = [unwrapped_name(name) for name, _ in model.named_modules()]
+    missing = [name for name in adapted if not _matches(name, targets)]
+    for last in dict.fromkeys(name.rpartition(".")[2] for name in missing):
+        others = {name for name in names if _matches(name, [last])} - {*adapted}
+        targets += [name for name in missing if _matches(name, [last])] if others else [last]
+    return targets
+
+
+def peft_exclusions(model: nn.Module, family: Family, config: Config) -> str | None:
+    """Return PEFT's exclude_modules: a regular expression for the parts beside the text model, or None.
+
+    Their linears may have the same last names as those of the text model. A part with adapters is not among
+    them. Args: as for `peft_target_modules`; the model may lack the parts.
+    """
+    adapted = vision_targets(model, family, config)
+    parts = [part for part in family.unused if not any(name.startswith(f"{part}.") for name in adapted)]
+    names = [part.rpartition(".")[2] for part in parts]
+    return rf"(.*\.)?({'|'.join(names)})(\..*)?" if names else None
+
+
+def _matches(name: str, targets: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)

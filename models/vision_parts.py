@@ -1,0 +1,74 @@
+"""What a run does with the vision parts of its model: --vision_targets and --vision_bits.
+
+All functions find nothing if the model is built without these parts.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from launch.precision import Precision
+from models.family import Family
+from options.config import Config
+from options.errors import UserError
+
+
+def vision_linears(model: nn.Module, family: Family) -> list[str]:
+    """Return the names of the linears of the tower's blocks."""
+    vision = family.built_vision()
+    return list(vision.block_linears(model)) if vision else []
+
+
+def packed_vision_linears(model: nn.Module, family: Family, config: Config, prequantized: bool) -> list[str]:
+    """Return the names of the linears that --vision_bits packs, or that may be packed in the files.
+
+    Args:
+        model: the model; it may be on meta.
+        family: its family.
+        config: the run's options.
+        prequantized: whether the files are packed already.
+    """
+    return vision_linears(model, family) if prequantized or config.vision_bits == 4 else []
+
+
+def vision_targets(model: nn.Module, family: Family, config: Config) -> list[str]:
+    """Return the names of the linears that --vision_targets adapts."""
+    vision = family.built_vision()
+    if vision is None or config.vision_targets in (None, "none"):
+        return []
+    tower = list(vision.block_linears(model)) if config.vision_targets == "all" else []
+    return [*tower, *vision.projector]
+
+
+def check_vision_options(family: Family, config: Config, prequantized: bool) -> None:
+    """Raise UserError for --vision_targets or --vision_bits that have no effect on the model.
+
+    Args:
+        family: the model's family.
+        config: the run's options.
+        prequantized: whether the files are packed already.
+    """
+    vision = family.built_vision()
+    given = [("vision_targets", config.vision_targets, "none"), ("vision_bits", config.vision_bits, 16)]
+    for name, value, default in given:
+        if vision is None and value not in (None, default):
+            raise UserError(f"--{name} {value}: has no effect without images; leave it out")
+    if vision and config.vision_targets == "projector" and not vision.projector:
+        raise UserError(
+            "--vision_targets projector: the projector of this model has no linear that PEFT could adapt;"
+            " choose all, for the linears of the tower, or none"
+        )
+    if prequantized and config.vision_bits == 4:
+        raise UserError("--vision_bits 4: the weights are packed already, as they are; leave it out")
+
+
+def freeze_vision(model: nn.Module, family: Family, precision: Precision) -> None:
+    """Freeze the vision parts, with their linears in the dtype of matmuls: 16 bits under autocast, too.
+
+    The tower's stream of hidden states has the dtype of the rest, its embeddings and norms.
+    """
+    vision = family.built_vision()
+    for part in vision.parts if vision else ():
+        model.get_submodule(part).to(precision.frozen).requires_grad_(False)
+    for name in vision_linears(model, family):
+        model.get_submodule(name).to(precision.matmul_dtype)
