@@ -16,7 +16,7 @@ from data.batches import Batch
 from data.image_batches import ImageBatch
 from models.image_attention import image_attention_inputs
 from models.loss import Head
-from models.vision import Vision
+from models.vision import ImageFeatures, Vision
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -77,24 +77,25 @@ class SummedLossMixin(Base):
         assert self.vision is not None
         config = self.get_decoder().config
         bounds, sees_whole = inputs.get("cu_seq_lens_q"), self.vision.sees_whole_image
-        inputs = self.vision.text_inputs(config, images, inputs)
+        # The id of an image's token may be beyond the vocabulary.
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(images.owners > 0, 0))
+        features = self.image_features(images, embeddings.dtype)
+        flat = embeddings.flatten(0, 1).index_copy(0, images.positions, features.tokens)
+        inputs = self.vision.text_inputs(config, images, features, inputs)
         inputs |= image_attention_inputs(config, images, bounds, sees_whole)
-        return inputs | {"inputs_embeds": self.embed_with_images(images, input_ids)}
+        return inputs | {"inputs_embeds": flat.view_as(embeddings)}
 
-    def embed_with_images(self, images: ImageBatch, ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings [B, T, H] of ids [B, T], with the tower's features at the images' tokens.
+    def image_features(self, images: ImageBatch, dtype: torch.dtype) -> ImageFeatures:
+        """Return the tower's features of the images' tokens, in `dtype`; without a gradient if it is frozen.
 
         Collective if the model is sharded: all ranks gather the tower, and reduce its gradients if it is
         trained. So a rank without images brings a blank one, whose features are cut to none.
         """
         assert self.vision is not None
-        # The id of an image's token may be beyond the vocabulary.
-        embeddings = self.get_input_embeddings()(ids.masked_fill(images.owners > 0, 0))
-        pixels = images.format.normalise(images.values, embeddings.dtype)
+        pixels = images.format.normalise(images.values, dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision.is_trained(self)):
-            features = self.vision.embed(self, images, pixels).tokens
-        features = features[: len(images.positions)].to(embeddings.dtype)
-        return embeddings.flatten(0, 1).index_copy(0, images.positions, features).view_as(embeddings)
+            features = self.vision.embed(self, images, pixels)
+        return features.first(len(images.positions), dtype)
 
 
 @cache

@@ -27,6 +27,11 @@ class ImageFeatures:
     tokens: torch.Tensor
     by_layer: tuple[torch.Tensor, ...] = ()
 
+    def first(self, count: int, dtype: torch.dtype) -> ImageFeatures:
+        """Return the features of the first tokens, in a dtype."""
+        tokens, *by_layer = (each[:count].to(dtype) for each in (self.tokens, *self.by_layer))
+        return ImageFeatures(tokens, tuple(by_layer))
+
 
 @dataclass(frozen=True)
 class Vision:
@@ -43,8 +48,8 @@ class Vision:
         config: name of the tower's config in the wrapper's.
         constant_buffers: returns {name: full contents} of the buffers that no file holds. Gets the wrapper's
             config.
-        text_inputs: (config, ImageBatch, inputs of the text model) -> these inputs, with those that depend on
-            the images of a batch, such as positions of three axes.
+        text_inputs: (config, ImageBatch, ImageFeatures, inputs of the text model) -> these inputs, with those
+            that depend on the images of a batch, such as positions of three axes.
         sees_whole_image: whether the tokens of an image see each other both ways.
     """
 
@@ -56,7 +61,7 @@ class Vision:
     read_format: Callable[..., Any] | None = None
     config: str = "vision_config"
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
-    text_inputs: Callable[[Any, Any, dict], dict] = lambda config, images, inputs: inputs
+    text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]
     sees_whole_image: bool = False
 
     def tower_blocks(self, model: nn.Module) -> nn.ModuleList:
