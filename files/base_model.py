@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from files.digests import WeightsDigest, digest_weights
+from files.digests import WeightsDigest, digest_vision, digest_weights
 from files.model_folder import CheckpointFiles, digest_structure
 from files.names import TOKENIZER_FILES, split_revision
 from options.config import TOY_MODEL
@@ -19,6 +19,7 @@ from options.errors import UserError
 
 # Keys of a result's safetensors metadata.
 STRUCTURE_KEY, WEIGHTS_KEY, TOKENIZER_KEY = "base_digest", "base_contents", "base_tokenizer"
+VISION_KEY = "base_vision"  # of runs with images
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class BaseModel:
         structure_digest: digest of config.json and of the weights' names and shapes.
         weights_digest: digests of rows of the weights.
         tokenizer_digest: digest of the tokenizer's files, by `digest_tokenizer`.
+        vision_digest: digest of rows of the vision parts' weights; "" if the model is built without them. The
+            other digests are those of the text model, so that an adapter of texts can go on with images.
     """
 
     name: str
@@ -38,6 +41,7 @@ class BaseModel:
     structure_digest: str
     weights_digest: WeightsDigest
     tokenizer_digest: str
+    vision_digest: str = ""
 
     def metadata(self) -> dict[str, str]:
         """Return the digests for the header of a result's safetensors files."""
@@ -45,14 +49,17 @@ class BaseModel:
             STRUCTURE_KEY: self.structure_digest,
             WEIGHTS_KEY: self.weights_digest.text(),
             TOKENIZER_KEY: self.tokenizer_digest,
-        }
+        } | ({VISION_KEY: self.vision_digest} if self.vision_digest else {})
 
     def digest(self) -> str:
-        """Return the structure and weights digests as one text, for checkpoints.
+        """Return the digests of structure, vision parts and weights as one text, for checkpoints.
 
         Checkpoints compare tokenizers by the digest of the rows.
         """
-        return f"{self.structure_digest}-{self.weights_digest.text()}"
+        structure = self.structure_digest
+        if self.vision_digest:
+            structure = hashlib.sha256(f"{structure} {self.vision_digest}".encode()).hexdigest()
+        return f"{structure}-{self.weights_digest.text()}"
 
 
 def is_same_base(recorded: str, digest: str) -> bool:
@@ -87,7 +94,8 @@ def record_base(pinned_name: str, config: PretrainedConfig, files: CheckpointFil
     if name == TOY_MODEL:
         name = str(files.folder.resolve())
     tokenizer = digest_tokenizer(files.folder)
-    return BaseModel(name, revision, digest_structure(config, files), digest_weights(files), tokenizer)
+    digests = digest_structure(config, files), digest_weights(files), tokenizer, digest_vision(files)
+    return BaseModel(name, revision, *digests)
 
 
 def digest_tokenizer(folder: Path) -> str:
@@ -217,5 +225,10 @@ def check_base(
         raise UserError(
             f"{result}: was trained on other weights than those in {files.folder}, which have changed or"
             f" belong to another model; name the original model with {option}"
+        )
+    if files.vision and metadata.get(VISION_KEY) not in (None, digest_vision(files)):
+        raise UserError(
+            f"{result}: was trained with a vision tower that has other weights than that in {files.folder};"
+            f" name the original model with {option}"
         )
     return ""

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,9 +82,22 @@ def digest_weight_rows(files: CheckpointFiles, names: list[str], extra_rows: int
 
 
 def digest_weights(files: CheckpointFiles) -> WeightsDigest:
-    """Return digests of a few rows of each weight of a model, packed or not. Raises OSError."""
-    packed = {name: weight for name, weight in files.packed.items() if isinstance(weight, BnbWeight)}
-    plain = digest_weight_rows(files, [name for name in files.tensors if name not in packed])
+    """Return digests of a few rows of each weight of a model, packed or not, without vision parts.
+
+    Raises OSError.
+    """
+    return _digest_weights(files, files.tensors.keys() - files.vision)
+
+
+def digest_vision(files: CheckpointFiles) -> str:
+    """Return a digest of a few rows of each weight of the vision parts; "" without any. Raises OSError."""
+    return _digest_weights(files, files.vision).text() if files.vision else ""
+
+
+def _digest_weights(files: CheckpointFiles, names: Set[str]) -> WeightsDigest:
+    weights = {name: files.packed[name] for name in names & files.packed.keys()}
+    packed = {name: weight for name, weight in weights.items() if isinstance(weight, BnbWeight)}
+    plain = digest_weight_rows(files, [name for name in names if name not in packed])
     return WeightsDigest(plain, _digest_packed(files.folder, packed) if packed else None)
 
 

@@ -69,9 +69,14 @@ class CheckpointFiles(WeightHeaders):
         """Return a tensor's file and name, for messages."""
         return f"{self.folder / self.tensors[name].file}: {self.stored_name(name)}"
 
-    def rename(self, parameter_name: Callable[[str], str], is_unused: Callable[[str], bool]) -> None:
+    def rename(
+        self,
+        parameter_name: Callable[[str], str],
+        is_unused: Callable[[str], bool],
+        is_of_vision: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         """Rename the tensors, those of `unmatched` too; see `WeightHeaders.rename`."""
-        super().rename(parameter_name, is_unused)
+        super().rename(parameter_name, is_unused, is_of_vision)
         sets = {id(extra.tensors): extra.tensors for extra in self.unmatched}  # two, which they share
         renamed = {
             key: {parameter_name(name): stored for name, stored in tensors.items()}
@@ -231,15 +236,15 @@ def download(name: str, option: str, *patterns: str) -> Path:
 
 
 def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
-    """Return a digest of a model's config and of the names and shapes of its weights.
+    """Return a digest of a model's config and of the names and shapes of its weights, without vision parts.
 
     It depends neither on the version of transformers that wrote the model nor on the folder.
     """
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
                "quantization_config")  # fmt: skip
-    text = text_config(config)  # of a wrapper, whose vision parts only the shapes describe
+    text = text_config(config)  # of a wrapper: a text model may be trained with and without images
     settings = {k: v for k, v in text.to_dict().items() if k not in ignored}
     if text is not config:
         settings |= {"wrapper": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
-    shapes = {name: stored.shape for name, stored in sorted(files.tensors.items())}
+    shapes = {name: t.shape for name, t in sorted(files.tensors.items()) if name not in files.vision}
     return hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode()).hexdigest()

@@ -39,6 +39,7 @@ class WeightHeaders:
         stored_names: {parameter's name: name in the files}, of tensors that `rename` renamed.
         apart: the tensors of the parts of the model that are not built, such as a vision tower, by the names
             in the files; None without any.
+        vision: names of the tensors of vision parts that are built.
         prequantized: whether bitsandbytes packed some of them.
     """
 
@@ -48,6 +49,7 @@ class WeightHeaders:
         self.packed: dict[str, StoredPackedWeight] = {}
         self.stored_names: dict[str, str] = {}
         self.apart: WeightHeaders | None = None
+        self.vision: frozenset[str] = frozenset()
         self.prequantized = False
 
     def add_file(self, file: str, found: dict[str, StoredTensor], expected: set[str] | None) -> None:
@@ -93,12 +95,18 @@ class WeightHeaders:
                     " floating-point weights, or bitsandbytes' 4 bits"
                 )
 
-    def rename(self, parameter_name: Callable[[str], str], is_unused: Callable[[str], bool]) -> None:
+    def rename(
+        self,
+        parameter_name: Callable[[str], str],
+        is_unused: Callable[[str], bool],
+        is_of_vision: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         """Rename all tensors from their names in the files to names of parameters.
 
         Args:
             parameter_name: maps a name in the files to the parameter's.
             is_unused: whether the parameter with this name is not built; its tensor moves to `apart`.
+            is_of_vision: whether the parameter with this name belongs to a vision part that is built.
 
         Raises UserError if two tensors would get one name.
         """
@@ -119,6 +127,7 @@ class WeightHeaders:
             apart.packed = {key: self.packed[key] for key in self.packed if key in unused}
         self.tensors = {renamed[key]: t for key, t in self.tensors.items() if key not in unused}
         self.packed = {renamed[key]: weight for key, weight in self.packed.items() if key not in unused}
+        self.vision = frozenset(filter(is_of_vision, self.tensors))
 
     def stored_name(self, name: str) -> str:
         """Return a parameter's name in the files."""

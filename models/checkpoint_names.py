@@ -88,4 +88,4 @@ def rename_tensors(model: PreTrainedModel, family: Family, files: WeightHeaders)
         files: the model's weights, changed in place.
     """
     names = ParameterNames(model)
-    files.rename(names.parameter_name, family.is_unused)
+    files.rename(names.parameter_name, family.is_unused, family.is_of_vision)

@@ -19,6 +19,12 @@ def vision_linears(model: nn.Module, family: Family) -> list[str]:
     return list(vision.block_linears(model)) if vision else []
 
 
+def all_vision_linears(model: nn.Module, family: Family) -> list[str]:
+    """Return the names of all linears that may have an adapter: `vision_linears`, and the projector's."""
+    vision = family.built_vision()
+    return [*vision_linears(model, family), *(vision.projector if vision else ())]
+
+
 def packed_vision_linears(model: nn.Module, family: Family, config: Config, prequantized: bool) -> list[str]:
     """Return the names of the linears that --vision_bits packs, or that may be packed in the files.
 
@@ -33,11 +39,10 @@ def packed_vision_linears(model: nn.Module, family: Family, config: Config, preq
 
 def vision_targets(model: nn.Module, family: Family, config: Config) -> list[str]:
     """Return the names of the linears that --vision_targets adapts."""
+    if config.vision_targets == "all":
+        return all_vision_linears(model, family)
     vision = family.built_vision()
-    if vision is None or config.vision_targets in (None, "none"):
-        return []
-    tower = list(vision.block_linears(model)) if config.vision_targets == "all" else []
-    return [*tower, *vision.projector]
+    return list(vision.projector) if vision and config.vision_targets == "projector" else []
 
 
 def check_vision_options(family: Family, config: Config, prequantized: bool) -> None:

@@ -42,7 +42,7 @@ DATASET_FORMATS = (
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
-ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules", "train_embeddings")
+ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules", "vision_targets", "train_embeddings")
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
 
@@ -65,7 +65,7 @@ class Config:
         choices=tuple(METHODS))
     adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
         " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha,"
-        " --lora_target_modules and --train_embeddings are the adapter's", needs="adapter")
+        " --lora_target_modules, --vision_targets and --train_embeddings are the adapter's", needs="adapter")
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", ge=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter", gt=0)

@@ -33,6 +33,7 @@ from launch.precision import Precision
 from models.adapters import apply_method, target_linears
 from models.family import Family
 from models.registry import build_on_meta
+from models.vision_parts import all_vision_linears
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import ADAPTER_OPTIONS, FIELDS, Config
 from options.declaration import format_value
@@ -164,8 +165,29 @@ def adopt_options(
     values["train_embeddings"] = bool(_saved_vocabulary(adapter, family)) or bool(config.train_embeddings)
     if config.train_embeddings is False and values["train_embeddings"]:
         raise _contradiction("train_embeddings", config, adapter, True)
+    values["vision_targets"] = _adopt_vision(adapter, family)
+    if config.vision_targets not in (None, values["vision_targets"]):
+        raise _contradiction("vision_targets", config, adapter, values["vision_targets"])
     targets = _adopt_targets(config, adapter, model_config, family)
     return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
+
+
+def _adopt_vision(adapter: SavedAdapter, family: Family) -> str:
+    """Return the --vision_targets of an adapter, by its tensors; that all of them are there is checked later.
+
+    Raises UserError if it adapts vision parts, and the run has no images.
+    """
+    modules = {split_name(name)[0] for name in adapter.tensors if ".lora_" in name}
+    adapted = {name for name in modules if name.startswith(tuple(f"{part}." for part in family.unused))}
+    if adapted and not family.has_images:
+        raise UserError(
+            f"--adapter {adapter.name}: adapts {min(adapted)}, which a run without images does not load;"
+            " --images true loads the vision parts"
+        )
+    vision = family.built_vision()
+    if not adapted or vision is None:
+        return "none"
+    return "all" if any(name.startswith(f"{vision.blocks}.") for name in adapted) else "projector"
 
 
 def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:
@@ -230,7 +252,7 @@ def _adopt_targets(
     model = build_on_meta(model_config, family)
     linears = list(family.layer_linear_names(model))
     own = _own_targets(adapter, linears)
-    _check_other_targets(adapter, model, linears)
+    _check_other_targets(adapter, model, [*linears, *all_vision_linears(model, family)])
     try:
         selected = target_linears(model, family, own)
     except UserError as e:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import export
 from files.names import ADAPTER, ADAPTER_CONFIG
@@ -27,6 +28,7 @@ from tests.helpers.image_models import TEXTS, loss_of_transformers, packed, padd
 from tests.helpers.runs import dense_state, dense_tensors, make_job, set_up, trained_tensors
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
 
+ONE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
 IMAGES = ["--images", "true"]
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
 ROWS = list(range(len(TEXTS)))
@@ -277,11 +279,49 @@ def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_pa
 def test_wrong_options(options, message, checkpoints, alpaca_file):
     args = ["--model_name", checkpoints("gemma3_wrapper"), "--dataset", alpaca_file]
     with pytest.raises(UserError, match=message):
-        make_job(RankInfo(0, 1, 0, 1, torch.device("cpu")), [*args, *options])
+        make_job(ONE_RANK, [*args, *options])
 
 
 def test_a_packed_tower_is_not_packed_again(checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints("gemma3_wrapper"), tmp_path / "4bit")
     args = ["--model_name", tmp_path / "4bit", "--dataset", alpaca_file, *IMAGES, *PACKED]
     with pytest.raises(UserError, match="--vision_bits 4: the weights are packed already"):
-        make_job(RankInfo(0, 1, 0, 1, torch.device("cpu")), args)
+        make_job(ONE_RANK, args)
+
+
+def test_an_adapter_of_texts_goes_on_with_images(checkpoints, alpaca_file, one_rank, tmp_path):
+    """A RUN's base is compared without its vision parts; those of a RUN with images are compared as well."""
+    base = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "base")
+    write_random_run(one_rank, tmp_path / "texts", args_for(base, alpaca_file, "dora"))
+    args = ["--model_name", base, "--dataset", alpaca_file, "--train_type", "dora"]
+    again = ["--adapter", tmp_path / "texts", *IMAGES]
+    job = make_job(ONE_RANK, [*args, *again])
+    assert job.family.has_images and job.config.vision_targets == "none"
+    with pytest.raises(UserError, match=r"--vision_targets all: contradicts .* which has none"):
+        make_job(ONE_RANK, [*args, *again, *TOWER])
+
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "dora", *IMAGES, *TOWER))
+    ours = one_rank(trained_by_adapter, [*args, *IMAGES, "--adapter", tmp_path / "run"])[0]
+    saved = load_file(tmp_path / "run" / ADAPTER)
+    name = "model.vision_tower.encoder.layers.1.mlp.fc1"
+    assert torch.equal(ours[f"{name}.lora_B"], saved[f"base_model.model.{name}.lora_B.weight"])
+    with pytest.raises(UserError, match=r"adapts model.vision_tower.*; --images true loads the vision parts"):
+        make_job(ONE_RANK, [*args, "--adapter", tmp_path / "run"])
+
+    change_a_tower(base)
+    open_run(tmp_path / "texts")
+    with pytest.raises(UserError, match="trained with a vision tower that has other weights"):
+        open_run(tmp_path / "run")
+
+
+def trained_by_adapter(rank_info, args) -> dict:
+    return trained_tensors(set_up(rank_info, args)[1])
+
+
+def change_a_tower(folder) -> None:
+    """Change a tensor of the vision tower in a checkpoint."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in filter(is_of_a_tower, tensors):
+            tensors[name] = tensors[name] + 1
+        save_file(tensors, path, metadata={"format": "pt"})
