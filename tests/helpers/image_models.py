@@ -13,6 +13,8 @@ from data.image_format import ImageFormat
 from data.packing import make_packed_batch
 from data.rows import IGNORE, TokenizedRows
 
+# Options of runs.
+IMAGES, TOWER, PACKED = ["--images", "true"], ["--vision_targets", "all"], ["--vision_bits", "4"]
 SIDE, TOKENS, IMAGE = (
     16,
     4,
@@ -22,6 +24,7 @@ SIDE, TOKENS, IMAGE = (
 TEXTS = [(3, 25), (2, 4, 9), (20,), (14, 12), (0, 1, 1, 30)]
 LENGTHS = [sum(texts) + TOKENS * (len(texts) - 1) for texts in TEXTS]
 COUNTS = [len(texts) - 1 for texts in TEXTS]
+ROWS = list(range(len(TEXTS)))
 FIRSTS = [sum(COUNTS[:row]) for row in range(len(TEXTS) + 1)]  # of the images of each row among all
 
 

@@ -1,0 +1,216 @@
+"""The vision parts of Gemma 3 in files: loaded, packed, saved in PEFT's form, merged, trained further."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export
+from files.names import ADAPTER, ADAPTER_CONFIG
+from finished.finished_run import load_model, open_run
+from launch.ranks import RankInfo
+from models.registry import read_config
+from options.errors import UserError
+from tests.helpers.adapters import args_for
+from tests.helpers.auto_classes import load_transformers_model
+from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
+from tests.helpers.expansion import all_tensors
+from tests.helpers.finished_runs import write_random_run
+from tests.helpers.image_models import IMAGES, PACKED, ROWS, TOWER, loss_of_transformers, padded
+from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
+from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
+
+ONE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
+ALL_ROWS = padded(ROWS)
+
+
+@pytest.mark.parametrize(
+    "spelling", [pytest.param(s, marks=() if s == "hub" else pytest.mark.slow) for s in SPELLINGS]
+)
+def test_the_vision_parts_load_from_every_spelling(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
+    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling])
+    ours = one_rank(dense_state, args_for(base, alpaca_file, "lora", *IMAGES))[0]
+    theirs = load_transformers_model(base, dtype=torch.float32).state_dict()
+    names = {name for name in theirs if is_of_a_tower(name)}
+    assert names == {name for name in ours if is_of_a_tower(name)} and len(names) > 30
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16_autocast"])
+def test_the_tower_in_16_bits(precision, checkpoints, alpaca_file, one_rank):
+    """The memory of the weights is checked by `set_up`."""
+    args = args_for(checkpoints("gemma3_wrapper"), alpaca_file, "lora", *IMAGES)
+    loss, _ = one_rank(loss_in, args, "fp32")[0]
+    found, dtypes = one_rank(loss_in, args, precision)[0]
+    assert found == pytest.approx(loss, rel=0.03)
+    linears = {dtype for name, dtype in dtypes.items() if ".encoder." in name and "norm" not in name}
+    others = {*dtypes.values()} - linears
+    assert linears == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert others == (set() if precision == "bf16" else {torch.float32}), "the stream of hidden states"
+
+
+def loss_in(rank_info, args, precision) -> tuple[float, dict]:
+    """Return (loss sum of all rows, {parameter of the vision parts: its dtype})."""
+    job, model = set_up(rank_info, [*args, "--precision", precision])
+    with torch.no_grad(), job.precision.context(rank_info.device.type):
+        loss = model(**ALL_ROWS.inputs()).item()
+    return loss, {name: p.dtype for name, p in model.named_parameters() if is_of_a_tower(name)}
+
+
+@pytest.mark.parametrize("train_type", ["full", pytest.param("bnb_dora", marks=pytest.mark.slow)])
+def test_a_run_is_opened_with_its_vision_parts(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+    """A whole model has its base's tower, bit for bit, in the base's spelling."""
+    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS["hub"])
+    args = args_for(base, alpaca_file, train_type, *IMAGES, "--precision", "bf16")
+    write_random_run(one_rank, tmp_path / "run", args)
+    run = open_run(tmp_path / "run")
+    model = load_model(run, torch.device("cpu"), torch.float32)
+    if train_type == "full":
+        before, after = all_tensors(base), all_tensors(tmp_path / "run")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before if is_of_a_tower(name))
+        theirs = load_transformers_model(tmp_path / "run", dtype=torch.float32).eval()
+        with torch.no_grad():
+            loss = sum(loss_of_transformers(theirs, row) for row in ROWS)
+            torch.testing.assert_close(model(**ALL_ROWS.inputs()), loss, rtol=1e-5, atol=0)
+    assert run.is_base_verified and run.family.has_images
+
+
+def test_images_for_a_model_of_text_alone(checkpoints):
+    with pytest.raises(UserError, match=r"llama is trained on text alone.*with images: gemma3$"):
+        read_config(checkpoints("llama"), images=True)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "options"),
+    [
+        ("hub", TOWER),
+        *[pytest.param(name, TOWER, marks=pytest.mark.slow) for name in SPELLINGS if name != "hub"],
+        pytest.param("hub", [], marks=pytest.mark.slow),
+        pytest.param("hub", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_saved_adapter_loads_in_peft_and_merges(
+    spelling, options, checkpoints, alpaca_file, one_rank, tmp_path
+):
+    """PEFT finds each tensor of the file, and misses none. The merged folder loads in transformers."""
+    base, folder = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling]), tmp_path
+    args = args_for(base, alpaca_file, "dora", *IMAGES, *options)
+    write_random_run(one_rank, folder / "run", args)
+    ours = load_model(open_run(folder / "run"), torch.device("cpu"), torch.float32)
+    theirs = peft.PeftModel.from_pretrained(
+        load_transformers_model(base, dtype=torch.float32), folder / "run"
+    )
+    saved = load_file(folder / "run" / ADAPTER)
+    assert peft.get_peft_model_state_dict(theirs).keys() == saved.keys()
+    assert any(".vision_tower." in name for name in saved) == (TOWER[0] in options)
+    assert isinstance(json.loads((folder / "run" / ADAPTER_CONFIG).read_text())["target_modules"], list)
+    assert (
+        export.main([str(word) for word in (folder / "run", "--to", "merged", "--out", folder / "out")]) == 0
+    )
+    merged = load_transformers_model(folder / "out", dtype=torch.float32)
+    before, after = all_tensors(base), all_tensors(folder / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert sum(map(is_of_a_tower, changed)) == (2 * 6 if TOWER[0] in options else 0)
+    with torch.no_grad():
+        loss = ours(**ALL_ROWS.inputs())
+        for model in (theirs.eval(), merged.eval()):
+            expected = sum(loss_of_transformers(model, row) for row in ROWS)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("spelling", ["memory", pytest.param("hub", marks=pytest.mark.slow)])
+def test_a_tower_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
+    """It is not packed again, and a merge into the dequantized weights has it."""
+    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling])
+    expected = pack_like_the_hub(base, tmp_path / "4bit")
+    args = args_for(tmp_path / "4bit", alpaca_file, "bnb_dora", *IMAGES, *TOWER)
+    dense = one_rank(without_quantizing, dense_state, args)[0]
+    if spelling == "memory":
+        assert expected.keys() == dense.keys() - {"lm_head.weight"}  # which is tied
+        assert all(torch.equal(dense[name], tensor) for name, tensor in expected.items())
+    write_random_run(one_rank, tmp_path / "run", args)
+    ours = load_model(open_run(tmp_path / "run"), torch.device("cpu"), torch.float32)
+    exported = ["--to", "merged", "--out", tmp_path / "out", "--dtype", "float32", "--check", "false"]
+    assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
+    merged = load_transformers_model(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected_loss = sum(loss_of_transformers(merged, row) for row in ROWS)
+        torch.testing.assert_close(ours(**ALL_ROWS.inputs()), expected_loss, rtol=1e-5, atol=0)
+
+
+def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_path):
+    options = [*IMAGES, *PACKED, "--quantized_cache", tmp_path / "cache"]
+    args = args_for(checkpoints("gemma3_wrapper"), alpaca_file, "qlora", *options)
+    first = one_rank(dense_state, args)[0]
+    later = one_rank(without_quantizing, dense_state, args)[0]
+    assert first.keys() == later.keys() and all(torch.equal(first[name], later[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TOWER, "--vision_targets all: has no effect without images; leave it out"),
+        (PACKED, "--vision_bits 4: has no effect without images; leave it out"),
+        ([*IMAGES, "--vision_targets", "projector"], "the projector of this model has no linear"),
+        ([*PACKED, "--train_type", "hqq_lora", "--n_bits", "8"], "with --n_bits 8; leave one of them out"),
+        ([*PACKED, "--train_type", "lora"], "--vision_bits has no effect with --train_type lora"),
+        ([*TOWER, "--train_type", "full"], "--vision_targets has no effect with --train_type full"),
+    ],
+)
+def test_wrong_options(options, message, checkpoints, alpaca_file):
+    args = ["--model_name", checkpoints("gemma3_wrapper"), "--dataset", alpaca_file]
+    with pytest.raises(UserError, match=message):
+        make_job(ONE_RANK, [*args, *options])
+
+
+def test_a_packed_tower_is_not_packed_again(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints("gemma3_wrapper"), tmp_path / "4bit")
+    args = ["--model_name", tmp_path / "4bit", "--dataset", alpaca_file, *IMAGES, *PACKED]
+    with pytest.raises(UserError, match="--vision_bits 4: the weights are packed already"):
+        make_job(ONE_RANK, args)
+
+
+def test_an_adapter_of_texts_goes_on_with_images(checkpoints, alpaca_file, one_rank, tmp_path):
+    """A RUN's base is compared without its vision parts; those of a RUN with images are compared as well."""
+    base = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "base")
+    write_random_run(one_rank, tmp_path / "texts", args_for(base, alpaca_file, "dora"))
+    args = ["--model_name", base, "--dataset", alpaca_file, "--train_type", "dora"]
+    again = ["--adapter", tmp_path / "texts", *IMAGES]
+    job = make_job(ONE_RANK, [*args, *again])
+    assert job.family.has_images and job.config.vision_targets == "none"
+    with pytest.raises(UserError, match=r"--vision_targets all: contradicts .* which has none"):
+        make_job(ONE_RANK, [*args, *again, *TOWER])
+
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "dora", *IMAGES, *TOWER))
+    ours = one_rank(trained_by_adapter, [*args, *IMAGES, "--adapter", tmp_path / "run"])[0]
+    saved = load_file(tmp_path / "run" / ADAPTER)
+    name = "model.vision_tower.encoder.layers.1.mlp.fc1"
+    assert torch.equal(ours[f"{name}.lora_B"], saved[f"base_model.model.{name}.lora_B.weight"])
+    with pytest.raises(UserError, match=r"adapts model.vision_tower.*; --images true loads the vision parts"):
+        make_job(ONE_RANK, [*args, "--adapter", tmp_path / "run"])
+
+    change_a_tower(base)
+    open_run(tmp_path / "texts")
+    with pytest.raises(UserError, match="trained with a vision tower that has other weights"):
+        open_run(tmp_path / "run")
+
+
+def trained_by_adapter(rank_info, args) -> dict:
+    return trained_tensors(set_up(rank_info, args)[1])
+
+
+def change_a_tower(folder) -> None:
+    """Change a tensor of the vision tower in a checkpoint."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in filter(is_of_a_tower, tensors):
+            tensors[name] = tensors[name] + 1
+        save_file(tensors, path, metadata={"format": "pt"})
