@@ -1,9 +1,10 @@
-"""Choose the attention of a training run, and register three kinds with transformers.
+"""Choose the attention of a training run, and register four kinds with transformers.
 
 `attend_fused`: PyTorch's scaled_dot_product_attention with transformers' masks, by a fused kernel on any GPU.
 `attend_causally`: the same without masks, for sequences that hold one row each. `attend_within_rows`:
 PyTorch's variable-length kernel, which computes no scores between packed rows, and none beyond a sliding
-window.
+window. `attend_causally` has two names: they say how the images of a micro-batch reach it, as masks or as
+arguments for the kernel (models/image_attention.py).
 
 All other cases use the family's own attention, `attend_fused` in most, with transformers' masks: packed rows
 or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores; packed
@@ -11,7 +12,7 @@ rows of a family whose layers do not hand on the rows' bounds (Nemotron). The ma
 made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must separate
 rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices, packed
 rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this for an
-implementation that has no mask function, such as the last two here.
+implementation that has no mask function, such as the last three here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows.
@@ -19,7 +20,6 @@ head, N rows.
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import Any
 
@@ -33,13 +33,10 @@ from transformers.masking_utils import sdpa_mask
 
 from files.config_parts import text_config
 from models.family import FUSED, Family
+from models.varlen import VARLEN_OPTIONS, attend_images, has_varlen
 
-# Our names in transformers' registry, beside FUSED.
-CAUSAL, VARLEN = "causal_lines", "varlen_rows"
-_VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters)
-# Newer versions of torch need this for fewer key and value heads than query heads; versions up to 2.11 have
-# no flag.
-_VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_PARAMETERS else {}
+# Our names in transformers' registry, beside FUSED. CAUSAL_VARLEN is CAUSAL with VARLEN for images.
+CAUSAL, VARLEN, CAUSAL_VARLEN = "causal_lines", "varlen_rows", "causal_lines_varlen_images"
 # What transformers' attention reads of a module whose keys and values have as many heads as its queries.
 _UNGROUPED = nn.Module()
 
@@ -47,7 +44,7 @@ _UNGROUPED = nn.Module()
 def choose_attention(
     config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, max_sequence_length: int
 ) -> str:
-    """Return the attention for this hardware, by its name in transformers: CAUSAL, VARLEN or the family's.
+    """Return the attention for this hardware, by its name in transformers: one of ours or the family's.
 
     Args:
         config: the model's configuration.
@@ -58,30 +55,23 @@ def choose_attention(
     """
     if family.attention != FUSED:
         return family.attention
+    takes_images = getattr(config, "vision_config", None) is not None
     config = text_config(config)
     window = getattr(config, "sliding_window", None) or None  # 0 in Qwen2-MoE's configs without a window
-    if not packing and (window is None or max_sequence_length <= window):
+    is_causal = not packing and (window is None or max_sequence_length <= window)
+    if is_causal and not takes_images:
         return CAUSAL
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
-        (family.passes_row_bounds or not packing)
+        (family.passes_row_bounds or not (packing or takes_images))
         and not config.attention_dropout
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and (head_dim <= 192 or head_dim == 256)  # between them its backward does not run on every GPU
     )
-    return VARLEN if suits and has_varlen() else family.attention
-
-
-def has_varlen() -> bool:
-    """Return whether PyTorch's variable-length attention can be used: from Ampere and torch 2.11 on."""
-    built = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
-    return built and varlen_takes_window() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def varlen_takes_window() -> bool:
-    """Return whether PyTorch's variable-length attention takes a scale and a window: from torch 2.11 on."""
-    return {"scale", "window_size"} <= set(_VARLEN_PARAMETERS)
+    if suits and has_varlen():
+        return CAUSAL_VARLEN if is_causal else VARLEN
+    return CAUSAL if is_causal else family.attention
 
 
 @cache
@@ -169,15 +159,19 @@ def attend_causally(
     Args:
         query: [B, H, T, D].
         key, value: [B, K, T, D].
-        attention_mask: must be None.
+        attention_mask: None, or in micro-batches with images one of `attention_masks`.
         sliding_window: number of last tokens that a token sees, itself included.
+        others: arguments of `attend_within_rows` in micro-batches with images, or for other implementations.
 
     Returns:
         (result [B, T, H, D], None).
     """
-    assert attention_mask is None
+    if others.get("image_queries") is not None:
+        options = {"sliding_window": sliding_window, **others}
+        return attend_within_rows(module, query, key, value, attention_mask, **options)
     length = query.shape[2]
-    if sliding_window is not None and length > sliding_window:  # rare: longer than those of training
+    if attention_mask is None and sliding_window is not None and length > sliding_window:
+        # Rare: such sequences are longer than those of training.
         positions = torch.arange(length, device=query.device)
         age = positions[:, None] - positions
         attention_mask = ((age >= 0) & (age < sliding_window))[None, None]
@@ -196,9 +190,14 @@ def attend_within_rows(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    image_queries: torch.Tensor | None = None,
+    image_bounds: torch.Tensor | None = None,
+    longest_image: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
     """Return (causal attention, None), in which a token of a packed sequence sees only its own row.
+
+    With `image_queries` it also sees the later tokens of its image.
 
     The arguments are transformers' (AttentionInterface).
 
@@ -211,6 +210,7 @@ def attend_within_rows(
         cu_seq_lens_q: [N + 1] int32, bounds of the rows in the flattened batch of B * T tokens; the last is
             B * T. Rows without tokens are allowed. None: each sequence is a row.
         max_length_q: tokens of the longest row.
+        image_queries, image_bounds, longest_image: as for `attend_images`.
         others: arguments for other implementations; not used.
 
     Returns:
@@ -225,14 +225,19 @@ def attend_within_rows(
         max_length_q = length
     # Under autocast, fp32 rotary tables make queries and keys fp32; values have the linears' dtype.
     q, k, v = (x.to(value.dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before and after the token
-    assert max_length_q is not None
-    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    result = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window, **_VARLEN_OPTIONS)
-    return result.view(batch, length, heads, features), None  # type: ignore[union-attr] # a tensor: no aux
+    before = -1 if sliding_window is None else sliding_window - 1  # tokens that a token sees before it
+    if image_queries is not None:
+        rows, images = (cu_seq_lens_q, max_length_q), (image_queries, image_bounds, longest_image)
+        result, _ = attend_images(q, k, v, *rows, *images, scaling, before)
+    else:
+        assert max_length_q is not None
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        result = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(before, 0), **VARLEN_OPTIONS)
+    return result.view(batch, length, heads, features), None
 
 
 AttentionInterface.register(FUSED, attend_fused)
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 AttentionInterface.register(CAUSAL, attend_causally)
+AttentionInterface.register(CAUSAL_VARLEN, attend_causally)
 AttentionInterface.register(VARLEN, attend_within_rows)

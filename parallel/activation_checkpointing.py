@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import models.varlen  # noqa: F401 # registers its operators, and imports torch.nn.attention.varlen
 from launch.devices import triton_runs_on
 from launch.signals import signals_blocked_for_children
 from models.dora import without_norm_reuse
@@ -36,6 +36,7 @@ ATTENTION = {
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
     ops.torch_attn._varlen_attn.default,  # for packed rows, and for windows shorter than a row
+    ops.fsdp_finetune.attend_images.default,
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
 MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}

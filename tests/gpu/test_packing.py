@@ -13,7 +13,8 @@ from data.prefetch import prefetch_steps
 from launch.memory import try_page_locking
 from launch.precision import detect_precision
 from models import attention
-from models.attention import VARLEN, attend_within_rows, has_varlen
+from models.attention import VARLEN, attend_within_rows
+from models.varlen import has_varlen
 from tests.helpers.compiled import compiled_on_gpu
 from tests.helpers.packing import (
     loss_and_gradients,

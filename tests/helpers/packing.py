@@ -13,7 +13,7 @@ import train
 from data.batches import Batch, make_batch
 from data.packing import make_packed_batch
 from data.rows import TokenizedRows
-from models import attention
+from models import attention, varlen
 from models.family import unwrapped_name
 from parallel.shards import full_tensor
 from tests.helpers.parity import arguments
@@ -45,13 +45,16 @@ def padded_batch() -> Batch:
 
 
 def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-    """Compute torch's varlen attention [tokens, heads, features] by row. Tokens outside of rows are NaN."""
-    if attention.varlen_takes_window():
+    """Compute torch's varlen attention [tokens, heads, features] by row. Tokens outside of rows are NaN.
+
+    Asked for it, also returns the logarithms of the sums of exp(score), [heads, tokens].
+    """
+    if varlen.varlen_takes_window():
         inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
     assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
     before, after = options["window_size"]
     assert after == 0
-    parts, bounds = [], cu_q.tolist()
+    parts, sums, bounds = [], [], cu_q.tolist()
     for start, end in pairwise(bounds):
         assert end - start <= max_q
         groups = q.shape[1] // k.shape[1]
@@ -60,9 +63,12 @@ def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options):
         position = torch.arange(end - start, device=q.device)
         distance = position[:, None] - position
         hidden = (distance < 0) | ((distance > before) & (before >= 0))
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
+        scores = scores.masked_fill(hidden, -math.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        sums.append(scores.logsumexp(-1))
     uncovered = torch.full_like(q[bounds[-1] :], math.nan)
-    return torch.cat([*parts, uncovered])
+    result = torch.cat([*parts, uncovered])
+    return (result, torch.cat([*sums, uncovered[..., 0].T], 1)) if options.get("return_aux") else result
 
 
 def loss_and_gradients(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008

@@ -6,23 +6,20 @@ Its results are tested in tests/data/test_packing.py and tests/gpu/test_packing.
 from __future__ import annotations
 
 import math
-import traceback
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import attention
-from models.attention import CAUSAL, VARLEN, attend_fused, choose_attention
+from models import attention, varlen
+from models.attention import CAUSAL, CAUSAL_VARLEN, VARLEN, attend_fused, choose_attention
 from models.causal_lm import loss_sum
 from models.family import FUSED
 from models.registry import FAMILIES, read_config
 from tests.helpers.packing import padded_batch
 from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
+from tests.helpers.syncs import SyncRecorder
 from tests.helpers.tiny import CONFIGS, KINDS
-
-ops = torch.ops.aten
 
 
 def chosen_attention(
@@ -58,10 +55,15 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
         ("mistral", "gemma3", "gemma3_wrapper", "olmo3", "exaone4", "starcoder2", "cohere2"), beyond
     )
     windows["gemma2"] = "eager"
-    assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows
+    within = CAUSAL_VARLEN if has_varlen else CAUSAL
+    assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows | {"mistral3": within}
     mistral = checkpoints("mistral")
     short = {n: chosen_attention(mistral, packing=False, max_tokens=n) for n in (16, 17)}
     assert short == {16: CAUSAL, 17: beyond}
+    wrapper = checkpoints("gemma3_wrapper")  # which takes images
+    images = {n: chosen_attention(wrapper, packing=False, max_tokens=n) for n in (16, 17)}
+    assert images == {16: within, 17: beyond}
+    assert chosen_attention(wrapper, torch.float32, packing=False, max_tokens=16) == CAUSAL
     assert (
         chosen_attention(checkpoints("llama"), torch.float32, packing=False, attention_dropout=0.1) == CAUSAL
     )
@@ -76,11 +78,11 @@ def test_gpus_that_run_varlen(capability, built, parameters, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", parameters)
-    assert attention.has_varlen() == has
+    monkeypatch.setattr(varlen, "_PARAMETERS", parameters)
+    assert varlen.has_varlen() == has
 
 
-@pytest.mark.skipif(not attention.varlen_takes_window(), reason="needs torch 2.11")
+@pytest.mark.skipif(not varlen.varlen_takes_window(), reason="needs torch 2.11")
 @pytest.mark.parametrize("packed", [True, False])
 def test_varlen_attention_compiles_without_a_graph_break(packed):
     """Other bounds never cause a recompilation; the first other line length, with a row per line, causes one.
@@ -133,20 +135,6 @@ def test_grouped_heads_without_a_kernel_for_them(compiled, length, monkeypatch):
     upstream = torch.randn_like(got)
     mine, theirs = (torch.autograd.grad(x, inputs, upstream) for x in (got, expected))
     torch.testing.assert_close(mine, theirs)
-
-
-class SyncRecorder(TorchDispatchMode):
-    """Record where the host reads a tensor's contents: on a GPU it would wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.syncs = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (ops._local_scalar_dense.default, ops.nonzero.default, ops.equal.default):
-            frames = traceback.extract_stack()[-8:]
-            self.syncs.append([f"{f.filename}:{f.lineno} {f.name}" for f in frames])
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("qwen3_moe", "gemma2")])
