@@ -114,6 +114,8 @@ class Config:
         auto=True)
     packing: bool = option(False, "Model and data", "concatenate several examples, up to context_length"
         " tokens, instead of padding them; each attends only to itself")
+    images_per_pack: int = option(16, "Model and data", "with --packing, most images of a sequence, which"
+        " bounds the memory of the vision tower; -1 = no limit (docs/design/images.md)", ge=1, sentinel=-1)
     show_rows: int = option(0, "Model and data", "print the tokens of this many examples as text, with what"
         " is learned between [[ and ]], and end; nothing is written", ge=0)
 
