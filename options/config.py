@@ -195,7 +195,7 @@ class Config:
     no_sync: bool = option(False, "Memory and speed", "reduce gradients once per optimizer step, not per"
         " micro-batch: less traffic, but unsharded gradients in memory")
     loading_workers: int = option(-1, "Memory and speed", "threads of each rank that read and quantize"
-        " weights; -1 = its share of the CPUs, at most 4", ge=1, le=256, sentinel=-1)
+        " weights, and later decode images; -1 = its share of the CPUs, at most 4", ge=1, le=256, sentinel=-1)
     quantized_cache: str | None = option(None, "Memory and speed", "folder for the packed weights: the first"
         " run writes them, later runs load them; all nodes must see it", needs="quantizer")
 

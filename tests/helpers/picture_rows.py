@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from PIL import Image
 from data.image_format import ImageFormat
 from data.images import ImageRef, RowImages
 from data.rows import TokenizedRows
+from training import preflight
 
 FIRST_TEXT = 1000  # tokens of text are above it, and each comes once
 
@@ -57,3 +61,16 @@ def make_picture_rows(refs: list[ImageRef], counts: list[int], image_format: Ima
         images=RowImages(used, starts) if used else RowImages(),
         image_format=image_format if used else None,
     )
+
+
+@contextlib.contextmanager
+def rows_replaced(change: Callable[[TokenizedRows], TokenizedRows]) -> Iterator[None]:
+    """Let the checks before a run replace the rows of its data by change(rows)."""
+    original = preflight.prepare_sets
+
+    def prepare(*args, **options):
+        config, rows, evaluation = original(*args, **options)
+        return config, change(rows), evaluation
+
+    with mock.patch.object(preflight, "prepare_sets", prepare):
+        yield
