@@ -19,7 +19,7 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.picture_rows import rows_replaced, write_pictures
-from tests.helpers.resuming import adapter, repeatable_metrics
+from tests.helpers.resuming import adapter, lines, repeatable_metrics
 
 BOS = 256  # each row has one, which stands for the token of an image here
 
@@ -69,6 +69,7 @@ def test_a_run_ends_with_a_checkpoint_and_resumes(two_ranks, checkpoints, short_
     args = [*map(str, args), "--output_dir"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert [error for _, error in two_ranks(run_with_images, [*args, str(whole)], refs)] == ["", ""]
+    assert [line["images"] for line in lines(whole)] == [4] * 4, "of two ranks and two micro-batches"
 
     (output, error), (_, same) = two_ranks(run_with_images, [*args, str(stopped)], refs, 3)
     assert error == same and error.startswith("--dataset rows.jsonl, row ")
