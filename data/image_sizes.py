@@ -113,8 +113,11 @@ class PatchImages(ImageFormat):
     def choose_size(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) to resize to: the multiples of the unit that are next to the sides.
 
-        Where their area is out of bounds, the image is scaled first.
+        Where their area is out of bounds, the image is scaled first. Raises UserError for an image that
+        `refuse` refuses.
         """
+        if reason := self.refuse(width, height):
+            raise UserError(f"an image of {reason}")
         unit = self._unit
         sides = round(width / unit) * unit, round(height / unit) * unit  # Python's round: 0.5 -> 0
         area = sides[0] * sides[1]

@@ -66,7 +66,11 @@ def test_patches_equal_the_processors(kind, qwen, tmp_path):
     if kind == "long":
         with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
             processor([picture])
-        assert "10000 x 30 pixels; this model takes images up to 200 times" in image_format.refuse(10_000, 30)
+        refusal = "10000 x 30 pixels; this model takes images up to 200 times as long as wide"
+        assert image_format.refuse(10_000, 30) == refusal
+        for use in (image_format.expand, image_format.count_tokens):
+            with pytest.raises(UserError, match=f"an image of {refusal}"):
+                use(10_000, 30)
         return
     assert not image_format.refuse(ref.width, ref.height)
     other = replace(ref, path=str(shutil.copy(ref.path, tmp_path / "copy")))
