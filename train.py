@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from checkpoints import adapter
 from data.batches import StepSampler
 from data.packing import make_sampler, max_sequence_length
-from data.prefetch import prefetch_steps
+from data.prefetch import PrefetchedSteps
 from files.config_parts import text_config
 from files.lock import FolderLock
 from files.weight_cache import open_cache_writer
@@ -178,7 +178,10 @@ def train(
         () if evaluator.should_stop or guard.should_stop else range(steps_done + 1, total_steps + 1)
     )
     pin = rank_info.device.type == "cuda"
-    steps = prefetch_steps(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin)
+    decoders = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
+    steps = PrefetchedSteps(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin, decoders)
+    if job.rows.images.refs:
+        stopping.watch_data(steps.next_error)
     for index, step in zip(step_numbers, steps, strict=False):
         loss = torch.zeros((), device=rank_info.device)
         for i, batch in enumerate(step.batches, 1):
@@ -201,7 +204,7 @@ def train(
         )
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained_params, config.grad_norm, grad_norm)
-        reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, grad_norm)
+        reading = meter.read(index, step.without_batches(), float(schedule.get_last_lr()[0]), loss, grad_norm)
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.start_phase(BETWEEN_STEPS)
@@ -217,6 +220,7 @@ def train(
         interrupted = checkpoints.save_if_due(index, last=index == total_steps or finished)
         if finished or interrupted:
             break
+    steps.close()
     deferred.run_all()
     checkpoints.finish()
     profiler.finish()
@@ -268,7 +272,9 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     began = time.perf_counter()
     history = train(job, model, rank_info, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - began
-    no_result = "" if stopping.reason else describe_no_result(job, model, history[steps_done:])
+    no_result = (
+        stopping.data_error if stopping.reason else describe_no_result(job, model, history[steps_done:])
+    )
     if config.save_model and not stopping.reason and not no_result:
         try:
             save(job, model, Path(job.output_dir))

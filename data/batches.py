@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from data.image_batches import ImageBatch, PlannedImages, plan_images
 from data.rows import IGNORE, TokenizedRows
 from data.shares import draw_epoch
 from launch.memory import page_locked_copy
@@ -37,6 +38,8 @@ class Batch:
         positions: [B, T] int64; of each token in its row. None if rows are not packed, like the next two.
         bounds: [N + 1] int32; where rows begin and end in the flattened batch.
         longest: number of tokens of the longest row.
+        planned_images: the images, until `load_images` of data/prefetch.py decodes them.
+        images: the images with their pixels. None, as planned_images is, if no rank has any.
     """
 
     ids: torch.Tensor
@@ -46,14 +49,19 @@ class Batch:
     positions: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
     longest: int | None = None
+    planned_images: PlannedImages | None = None
+    images: ImageBatch | None = None
 
     def model_inputs(self) -> dict:
-        """Return the keyword arguments of a model's forward: tokens, row lengths and bounds of packed rows.
+        """Return the keyword arguments of a model's forward: tokens, row lengths, images, bounds.
 
         transformers finds packed rows by positions that begin again, and confines its masks to them;
         models/attention.py finds them by the bounds.
         """
-        inputs = {"input_ids": self.ids, "row_lengths": self.lengths}
+        assert self.planned_images is None, "the images of this batch are not decoded"
+        inputs: dict[str, Any] = {"input_ids": self.ids, "row_lengths": self.lengths}
+        if self.images:
+            inputs["images"] = self.images
         if self.positions is None:
             return inputs
         bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"}
@@ -76,6 +84,8 @@ class Batch:
         changed: dict[str, Any] = {
             name: change(v) for name, v in vars(self).items() if isinstance(v, torch.Tensor)
         }
+        if self.images:
+            changed["images"] = self.images.map_tensors(change)
         return dataclasses.replace(self, **changed)
 
 
@@ -89,6 +99,7 @@ class Step:
         n_tokens: tokens of all ranks and micro-batches, without padding.
         n_targets: learned tokens of all ranks and micro-batches.
         rows: indices into the TokenizedRows, of all ranks and micro-batches.
+        n_images: images of all ranks and micro-batches.
     """
 
     epoch: float
@@ -96,6 +107,11 @@ class Step:
     n_tokens: int
     n_targets: int
     rows: torch.Tensor
+    n_images: int = 0
+
+    def without_batches(self) -> Step:
+        """Return the step without its batches, whose memory is needed for those of the next steps."""
+        return dataclasses.replace(self, batches=[])
 
 
 class StepSampler:
@@ -120,7 +136,7 @@ class StepSampler:
     ):
         self.rows, self.batch_size, self.accumulation = rows, batch_size, accumulation
         self.rank, self.world, self.seed = rank, world, seed
-        self._lengths, self._targets = rows.lengths(), rows.targets()
+        self._lengths, self._targets, self._images = rows.lengths(), rows.targets(), rows.image_counts()
         self._longest = int(self._lengths.max())
 
     def items_per_epoch(self) -> int:
@@ -178,7 +194,7 @@ class StepSampler:
                 batches = [self._batch(one) for one in micro_batches]
                 epochs, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
                 counts = int(self._lengths[rows].sum()), int(self._targets[rows].sum())
-                yield Step(epochs, batches, *counts, rows)
+                yield Step(epochs, batches, *counts, rows, int(self._images[rows].sum()))
 
     def _batch(self, micro_batch: RowIndices) -> Batch:
         """Return this rank's part of a micro-batch of all ranks, padded to the shape of the largest part.
@@ -190,14 +206,18 @@ class StepSampler:
         n_positions = max(
             int(self._targets[self._rows(one)].sum()) for one in _split(micro_batch, self.batch_size)
         )
-        return self._collate(
-            part, (min(self.batch_size, len(micro_batch)), self._sequence_length(micro_batch)), n_positions
-        )
+        shape = min(self.batch_size, len(micro_batch)), self._sequence_length(micro_batch)
+        images = plan_images(self.rows, self._sequences(part), shape, self._rows(micro_batch))
+        return dataclasses.replace(self._collate(part, shape, n_positions), planned_images=images)
 
     def _rows(self, step: RowIndices) -> torch.Tensor:
         """Return the indices of all rows of a step, or of a part of one, as one tensor."""
         assert isinstance(step, torch.Tensor)
         return step
+
+    def _sequences(self, part: RowIndices) -> list[list[int]]:
+        """Return the indices of the rows of each sequence of a part."""
+        return [each.reshape(-1).tolist() for each in part]
 
     def _sequence_length(self, micro_batch: RowIndices) -> int:
         """Return T of a micro-batch of all ranks: its longest row, rounded up, at most the longest of all."""

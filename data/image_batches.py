@@ -1,12 +1,19 @@
-"""The images of a micro-batch."""
+"""The images of a micro-batch: planned with its tokens, and decoded by data/prefetch.py.
+
+Shapes: B sequences of a micro-batch on one rank, T tokens of a sequence, I images, K tokens of all images.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from data.image_format import ImageFormat
+from data.images import ImageRef
+from data.rows import TokenizedRows
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class ImageBatch:
     token: the ranks gather the tower's weights together. If no rank has any, there is no ImageBatch.
 
     Attributes:
-        format: how the model takes images; its `normalise` makes the tower's pixels of `values`.
+        format: how the model takes images; `format.normalise(values, dtype)` returns the tower's pixels.
         values: uint8; ImagePixels.values.
         grids: ImagePixels.grids.
         positions: [K] int64; indices of the images' tokens in the flattened batch of B * T tokens, image by
@@ -33,3 +40,68 @@ class ImageBatch:
     positions: torch.Tensor
     owners: torch.Tensor
     bounds: tuple[tuple[int, int, int], ...]
+
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ImageBatch:
+        """Return a copy with each tensor replaced by change(tensor)."""
+        return dataclasses.replace(
+            self,
+            values=change(self.values),
+            positions=change(self.positions),
+            owners=change(self.owners),
+        )
+
+
+@dataclass(frozen=True)
+class PlannedImages:
+    """The images of a micro-batch on one rank, before they are decoded.
+
+    Attributes:
+        format: how the model takes images.
+        refs: I references; () for a rank that gets a blank image, because another rank has some.
+        positions, owners, bounds: as in ImageBatch.
+    """
+
+    format: ImageFormat
+    refs: tuple[ImageRef, ...]
+    positions: torch.Tensor
+    owners: torch.Tensor
+    bounds: tuple[tuple[int, int, int], ...]
+
+    def with_pixels(self, images: Sequence[torch.Tensor]) -> ImageBatch:
+        """Return the images with their pixels. images: `read_pixels` of each of `refs`."""
+        pixels = self.format.arrange(images or [self.format.blank()])
+        where = (self.positions, self.owners, self.bounds)
+        return ImageBatch(self.format, pixels.values, pixels.grids, *where)
+
+
+def plan_images(
+    rows: TokenizedRows, sequences: Sequence[Sequence[int]], shape: tuple[int, int], all_rows: torch.Tensor
+) -> PlannedImages | None:
+    """Return the images of a rank's micro-batch; None if no rank has any in this micro-batch.
+
+    Args:
+        rows: all examples.
+        sequences: the indices of the rows of each sequence, one after another in it.
+        shape: [B, T].
+        all_rows: the indices of the rows that all ranks have in this micro-batch.
+    """
+    image_format = rows.image_format
+    if image_format is None or not rows.image_counts()[all_rows].any():
+        return None
+    refs: list[ImageRef] = []
+    positions, bounds = [torch.zeros(0, dtype=torch.int64)], []
+    owners = torch.zeros(shape, dtype=torch.int32)
+    for sequence, indices in enumerate(sequences):
+        row_start = sequence * shape[1]
+        for row in indices:
+            of_row = rows.images.of_row(row)
+            tokens = rows.tokens[rows.starts[row] : rows.starts[row + 1]]
+            found = (tokens == image_format.token_id).nonzero()[:, 0] + row_start
+            counts = [image_format.count_tokens(ref.width, ref.height) for ref in of_row]
+            for at in found.split(counts):  # raises an error unless a row has the tokens of its images
+                bounds.append((row_start, int(at[0]), int(at[-1]) + 1))
+                owners.view(-1)[at] = len(bounds)
+            refs += of_row
+            positions.append(found)
+            row_start += len(tokens)
+    return PlannedImages(image_format, tuple(refs), torch.cat(positions), owners, tuple(bounds))

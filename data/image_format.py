@@ -1,6 +1,9 @@
 """How a model takes images: their tokens in a text, and their pixels.
 
 models/ makes an ImageFormat from a model's folder. data/ is given it, and knows nothing else of the model.
+data/image_sizes.py has its two kinds.
+
+Shapes: I images, P patches of all images, S pixels of a side, p pixels of a patch's side.
 """
 
 from __future__ import annotations
@@ -8,8 +11,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ImagePixels:
+    """The pixels of I images.
+
+    Attributes:
+        values: uint8, [I, 3, S, S]; or [P, 3, p, p], the patches of all images, if sizes vary.
+        grids: [(rows, columns) of patches] of each image; () if all have one size.
+    """
+
+    values: torch.Tensor
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,31 +58,37 @@ class ImageFormat(ABC):
         """Return the number of tokens `token_id` in that text."""
 
     @abstractmethod
-    def resize(self, image) -> torch.Tensor:
-        """Return the pixels of a PIL image in mode RGB: uint8, for `arrange`."""
+    def limit_side(self, side: int) -> ImageFormat:
+        """Return the format with images of at most side x side pixels, for --image_size.
+
+        Raises UserError if the model does not allow that.
+        """
+
+    @abstractmethod
+    def resize(self, image: Image) -> torch.Tensor:
+        """Return the pixels of a PIL image in mode RGB, resized: [3, height, width] uint8."""
 
     @abstractmethod
     def arrange(self, images: Sequence[torch.Tensor]) -> ImagePixels:
-        """Return the pixels of the images of a batch, in the form that the tower takes."""
+        """Return the pixels of a batch's images, of `resize` or `blank`, in the form that the tower takes."""
 
     @abstractmethod
     def blank(self) -> torch.Tensor:
         """Return the pixels of the smallest image, for a rank that has none while others do."""
 
+    def refuse(self, width: int, height: int) -> str:
+        """Return why the model cannot take an image of these pixels; "" if it can."""
+        return ""
+
     def normalise(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return `ImagePixels.values` [I, 3, S, S] as the tower takes them, on their device."""
-        mean, std = (values.new_tensor(of, dtype=torch.float32).view(3, 1, 1) for of in (self.mean, self.std))
-        return ((values.float() / 255.0 - mean) / std).to(dtype)
+        """Return `ImagePixels.values` as the tower takes them, on their device. Waits for nothing.
 
+        In fp32 they equal the processor's bit for bit. Each constant is a tensor, filled on the device: torch
+        replaces a division by a Python number by a product on a GPU, which rounds otherwise.
+        """
 
-@dataclass(frozen=True)
-class ImagePixels:
-    """The pixels of I images.
+        def constant(value: float) -> torch.Tensor:
+            return torch.full((1,), value, device=values.device)
 
-    Attributes:
-        values: uint8, [I, 3, S, S]; or [P, F], the patches of all images, if sizes vary.
-        grids: [(rows, columns) of patches] of each image; () if all have one size.
-    """
-
-    values: torch.Tensor
-    grids: tuple[tuple[int, int], ...] = ()
+        mean, std = (torch.cat([constant(x) for x in of]).view(3, 1, 1) for of in (self.mean, self.std))
+        return ((values.float() / constant(255.0) - mean) / std).to(dtype)

@@ -33,7 +33,7 @@ class RowImages:
 
     Attributes:
         refs: of all examples, one after the other.
-        starts: [R + 1] int64; example i has refs[starts[i]:starts[i+1]].
+        starts: [R + 1] int64; example i has refs[starts[i]:starts[i+1]]. [1] if no example has an image.
     """
 
     refs: Sequence[ImageRef] = ()

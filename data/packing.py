@@ -11,6 +11,7 @@ Shapes: B packs of a micro-batch, T tokens of the longest pack, N rows.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,38 +29,72 @@ from options.config import Config
 SORT_WINDOW = 64
 
 
-def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+class _OpenPacks:
+    """Packs with the same number of images, by the room that is left in them."""
+
+    def __init__(self) -> None:
+        self._by_room: dict[int, list[int]] = defaultdict(list)
+        self._rooms: list[int] = []  # the keys that have packs, ascending
+
+    def least_room(self, length: int) -> float:
+        """Return the least room of a pack that takes so many tokens; infinity if none does."""
+        position = bisect_left(self._rooms, length)
+        return self._rooms[position] if position < len(self._rooms) else math.inf
+
+    def pop(self, room: int) -> int:
+        """Remove and return the pack with this room that came last."""
+        pack = self._by_room[room].pop()
+        if not self._by_room[room]:
+            del self._rooms[bisect_left(self._rooms, room)]
+        return pack
+
+    def push(self, pack: int, room: int) -> None:
+        """Add a pack, unless it is full."""
+        if not room:
+            return
+        if not self._by_room[room]:
+            insort(self._rooms, room)
+        self._by_room[room].append(pack)
+
+
+def pack_best_fit(
+    lengths: Sequence[int], capacity: int, images: Sequence[int] = (), max_images: int = 0
+) -> list[list[int]]:
     """Return packs as lists of indices: each row in turn goes where it leaves the least room.
 
-    This is best fit (Johnson 1973). lengths: number of tokens of each row, at most `capacity`.
+    This is best fit (Johnson 1973). A row with more than `max_images` images is in a pack without other
+    images.
+
+    Args:
+        lengths: number of tokens of each row, at most `capacity`.
+        capacity: most tokens of a pack.
+        images: number of images of each row; () = none has any.
+        max_images: most images of a pack.
     """
     packs: list[list[int]] = []
-    packs_by_room: dict[int, list[int]] = defaultdict(list)  # by the room that is left in them
-    rooms: list[int] = []  # the keys that have packs, ascending
-    for i, length in enumerate(lengths):
-        position = bisect_left(rooms, length)
-        if position < len(rooms):
-            room = rooms[position]
-            pack = packs_by_room[room].pop()
-            if not packs_by_room[room]:
-                del rooms[position]
+    open_packs = [_OpenPacks() for _ in range(max_images + 1)]  # by their number of images
+    for i, (length, count) in enumerate(zip(lengths, images or [0] * len(lengths), strict=True)):
+        allowed = open_packs[: max_images - count + 1] if count <= max_images else []
+        room, n_images = min(
+            ((each.least_room(length), n) for n, each in enumerate(allowed)), default=(math.inf, 0)
+        )
+        if room < math.inf:
+            pack = open_packs[n_images].pop(int(room))
         else:
-            room, pack = capacity, len(packs)
+            room, n_images, pack = capacity, 0, len(packs)
             packs.append([])
         packs[pack].append(i)
-        left = room - length
-        if left and not packs_by_room[left]:
-            insort(rooms, left)
-        packs_by_room[left].append(pack)
+        open_packs[min(n_images + count, max_images)].push(pack, int(room) - length)
     return packs
 
 
 class PackSampler(StepSampler):
     """Deals packs of rows where StepSampler deals rows.
 
-    The lengths in each pack depend on the rows' lengths, context_length and the seed, so every epoch has the
-    same number of packs. The rows of these lengths, and the order of the packs, are drawn from (seed, epoch).
-    For the same reason every epoch of a mixture has the rows that the first one draws.
+    The lengths in each pack, and the numbers of images, depend on those of the rows, context_length and the
+    seed, so every epoch has the same number of packs. The rows of these sizes, and the order of the packs,
+    are drawn from (seed, epoch). For the same reason every epoch of a mixture has the rows that the first
+    one draws.
 
     Args:
         rows: the examples to pack, none longer than context_length.
@@ -67,10 +102,12 @@ class PackSampler(StepSampler):
         accumulation, rank, world: as in StepSampler.
         seed: of the lengths in each pack, and of the rows and the order of each epoch.
         context_length: maximum number of tokens of a pack.
+        max_images: maximum number of images of a pack with several rows that have some; -1 = no limit.
 
     Attributes:
         width: T, number of tokens of the longest pack.
         longest: number of tokens of the longest row.
+        most_images: images of the pack that has most of them.
         n_bounds: N + 1, number of bounds in every batch.
     """
 
@@ -83,17 +120,24 @@ class PackSampler(StepSampler):
         world: int,
         seed: int,
         context_length: int,
+        max_images: int = -1,
     ):
         super().__init__(rows, batch_size, accumulation, rank, world, seed)
         items = self._draw(0)
-        drawn = self._lengths[items[torch.randperm(len(items), generator=self._generator(-2))]]
-        lengths = torch.cat([part.sort(descending=True).values for part in drawn.split(SORT_WINDOW)])
-        self._by_length = lengths.argsort(stable=True)
-        packs = pack_best_fit(lengths.tolist(), context_length)
+        # Rows of one size, which is one number for the tokens and the images, stand in for each other.
+        base = int(self._images.max()) + 1
+        self._sizes = self._lengths * base + self._images
+        drawn = self._sizes[items[torch.randperm(len(items), generator=self._generator(-2))]]
+        drawn = torch.cat([part.sort(descending=True).values for part in drawn.split(SORT_WINDOW)])
+        self._by_size = drawn.argsort(stable=True)
+        lengths, images = drawn // base, drawn % base
+        limit = (images.tolist(), max_images) if max_images > 0 and images.any() else ()
+        packs = pack_best_fit(lengths.tolist(), context_length, *limit)
         sizes = [len(pack) for pack in packs]
         self._packs = torch.tensor(list(chain.from_iterable(packs))).split(sizes)
         filled = torch.stack([lengths[pack].sum() for pack in self._packs])
         self.width, self.longest = int(filled.max()), int(lengths.max())
+        self.most_images = max(int(images[pack].sum()) for pack in self._packs)
         # Padding is also cut into rows, none longer than the longest row. A sequence may be all padding.
         filled = torch.cat([filled, torch.zeros(batch_size, dtype=torch.int64)])
         padding = (self.width - filled + self.longest - 1) // self.longest
@@ -112,7 +156,7 @@ class PackSampler(StepSampler):
         generator, items = self._generator(epoch), self._draw(epoch)
         drawn = items[torch.randperm(len(items), generator=generator)]
         rows = torch.empty_like(drawn)
-        rows[self._by_length] = drawn[self._lengths[drawn].argsort(stable=True)]
+        rows[self._by_size] = drawn[self._sizes[drawn].argsort(stable=True)]
         return [rows[self._packs[i]] for i in torch.randperm(self.items_per_epoch(), generator=generator)]
 
     def _rows(self, step: RowIndices) -> torch.Tensor:
@@ -136,13 +180,15 @@ def make_sampler(config: Config, rows: TokenizedRows, rank: int, world: int) -> 
     """Return the sampler that deals a run's rows to one of its ranks.
 
     Args:
-        config: the run's options: batch size, accumulation, seed, packing and context length.
+        config: the run's options: batch size, accumulation, seed, packing, context length, images of a pack.
         rows: the training rows.
         rank: the rank whose batches the sampler yields.
         world: number of ranks.
     """
     arguments = (rows, config.batch_size, config.gradient_accumulation_steps, rank, world, config.seed)
-    return PackSampler(*arguments, config.context_length) if config.packing else StepSampler(*arguments)
+    if not config.packing:
+        return StepSampler(*arguments)
+    return PackSampler(*arguments, config.context_length, config.images_per_pack)
 
 
 def make_packed_batch(

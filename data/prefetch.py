@@ -1,37 +1,78 @@
-"""Make the next step's batches while the current step computes."""
+"""Make the next step's batches, and decode its images, while the current step computes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import torch
 
-from data.batches import Step
+from data.batches import Batch, Step
+from data.pixels import read_pixels
 from launch.devices import set_current_device
+from options.errors import UserError
 
 
-def prefetch_steps(steps: Iterator[Step], thread_device: torch.device, pin: bool) -> Iterator[Step]:
-    """Yield the steps, on the CPU. A thread makes each, and pins it, while the one before it is in use.
+def load_images(batches: Sequence[Batch], threads: ThreadPoolExecutor) -> list[Batch]:
+    """Return the batches with the pixels of their images. Raises UserError of the first one that is wrong."""
+    planned = [batch.planned_images for batch in batches]
+    wanted = [(ref, each.format) for each in planned if each for ref in each.refs]
+    pixels = threads.map(read_pixels, *zip(*wanted, strict=True)) if wanted else iter(())
+    return [
+        dataclasses.replace(
+            batch, planned_images=None, images=each.with_pixels(list(islice(pixels, len(each.refs))))
+        )
+        if each
+        else batch
+        for batch, each in zip(batches, planned, strict=True)
+    ]
+
+
+class PrefetchedSteps(Iterator[Step]):
+    """Yields steps, on the CPU. A thread makes each while the one before it is in use.
+
+    So the pixels of two steps are in memory, and of a third one while its predecessor is given away.
 
     Args:
+        steps: the steps, with images that are only planned.
         thread_device: the thread's current device; nothing is copied there.
         pin: put batches into page-locked memory, from which copies to a GPU are asynchronous, if the host
             allows it.
+        decoders: threads that decode images.
     """
 
-    def make_next() -> Step | None:
-        nonlocal pin
-        step = next(steps, None)
-        if step is None or not pin:
-            return step
-        batches = [batch.pin_memory() for batch in step.batches]
-        pin = all(batch.ids.is_pinned() for batch in batches)  # where it is refused, asking takes time
+    def __init__(self, steps: Iterator[Step], thread_device: torch.device, pin: bool, decoders: int = 1):
+        self._steps, self._pin = steps, pin
+        self._worker = ThreadPoolExecutor(1, initializer=set_current_device, initargs=(thread_device,))
+        self._decoders = ThreadPoolExecutor(decoders)
+        self._next: Future[Step | None] = self._worker.submit(self._make_next)
+
+    def _make_next(self) -> Step | None:
+        step = next(self._steps, None)
+        if step is None:
+            return None
+        batches = load_images(step.batches, self._decoders)
+        if self._pin:
+            batches = [batch.pin_memory() for batch in batches]
+            self._pin = all(batch.ids.is_pinned() for batch in batches)  # where refused, asking takes time
         return dataclasses.replace(step, batches=batches)
 
-    with ThreadPoolExecutor(1, initializer=set_current_device, initargs=(thread_device,)) as worker:
-        next_step = worker.submit(make_next)
-        while (step := next_step.result()) is not None:
-            next_step = worker.submit(make_next)
-            yield step
+    def __next__(self) -> Step:
+        step = self._next.result()
+        if step is None:
+            self.close()
+            raise StopIteration
+        self._next = self._worker.submit(self._make_next)
+        return step
+
+    def next_error(self) -> UserError | None:
+        """Wait for the next step. Return why it cannot be made, if the user can correct that."""
+        error = self._next.exception()
+        return error if isinstance(error, UserError) else None
+
+    def close(self) -> None:
+        """End the threads."""
+        self._worker.shutdown(cancel_futures=True)
+        self._decoders.shutdown(cancel_futures=True)

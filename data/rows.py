@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 
+from data.image_format import ImageFormat
+from data.images import RowImages
 from data.row_reasons import RowReason
 
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
@@ -44,6 +46,8 @@ class TokenizedRows:
         cut_reasons: what kept rows lost to context_length.
         row_numbers: [R] int64; the number, from 1, of each example's row in its data set.
         sets: the sets of a mixture; () = there is one set, all of whose examples come once per epoch.
+        images: the images of the examples.
+        image_format: how the model takes them; None if no example has one.
     """
 
     tokens: torch.Tensor
@@ -53,6 +57,8 @@ class TokenizedRows:
     cut_reasons: tuple[RowReason, ...]
     row_numbers: torch.Tensor
     sets: tuple[MixedSet, ...] = ()
+    images: RowImages = field(default_factory=RowImages)
+    image_format: ImageFormat | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -83,6 +89,10 @@ class TokenizedRows:
         """Return the number of targets of each example: [R]. Its first token is never one."""
         sums = self.learned.cumsum(0, dtype=torch.int64)  # 8 bytes per token of the data set, for a moment
         return sums[self.starts[1:] - 1] - sums[self.starts[:-1]]
+
+    def image_counts(self) -> torch.Tensor:
+        """Return the number of images of each example: [R] int64."""
+        return self.images.starts.diff() if self.images.refs else torch.zeros(len(self), dtype=torch.int64)
 
     def row_name(self, index: int) -> int | str:
         """Return the number of an example's row in its data set; of a mixture a text with the set's name."""

@@ -1,4 +1,4 @@
-"""Requests from outside the training to stop or to save: signals and time limits.
+"""Requests to stop or to save: signals, time limits, and data that cannot be read.
 
 SIGTERM, SIGINT   first: finish the step, write a checkpoint, end the run with status 0;
                   second, a second or more later: end the run at once
@@ -22,6 +22,9 @@ from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
+
+from launch.ranks import gather_from_ranks
+from options.errors import UserError, describe
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 SAVE = signal.SIGUSR1
@@ -58,9 +61,20 @@ class ReceivedSignals:
 
 
 class NoStopRequests:
-    """Null object of `StopRequests`: nothing is ever requested. reason: why the run has to stop, or ""."""
+    """Null object of `StopRequests`: nothing is ever requested.
 
-    reason = ""
+    Attributes:
+        reason: why the run has to stop, or "".
+        data_error: the line about the next step's data, if that is why; the same on all ranks.
+    """
+
+    reason = data_error = ""
+
+    def watch_data(self, next_error: Callable[[], UserError | None]) -> None:
+        """Stop when the next step's data cannot be read.
+
+        next_error: waits for that data, and returns the error or None.
+        """
 
     def poll_all_ranks(self, last: bool) -> tuple[bool, bool]:
         """Return (whether to stop after this step, whether to save a checkpoint): (False, False) here.
@@ -97,19 +111,25 @@ class StopRequests(NoStopRequests):
         self.last_save = self.last_step = time.time()
         self.longest_step = self.longest_save = self.expected_save = 0.0
         self.received = ReceivedSignals(on_second_stop=_exit_now)
+        self.next_error: Callable[[], UserError | None] = lambda: None
         for number in (*STOPS, SAVE):
             signal.signal(number, self.received.handle)
+
+    def watch_data(self, next_error: Callable[[], UserError | None]) -> None:
+        self.next_error = next_error
 
     def poll_all_ranks(self, last: bool) -> tuple[bool, bool]:
         """Return (whether to stop, whether to save), from all ranks' signals and rank 0's clock. Collective.
 
-        On the last step it never asks to stop: the run ends by itself.
+        Data for the next step that some rank cannot read asks to stop, too. On the last step nothing does:
+        the run ends by itself.
         """
-        received = self.received
-        requests = torch.tensor([received.stop or 0, received.save, *self._check_clock()], dtype=torch.int64)
+        received, error = self.received, None if last else self.next_error()
+        flags = (received.save, *self._check_clock(), error is not None)
+        requests = torch.tensor([received.stop or 0, *flags], dtype=torch.int64)
         if dist.get_world_size() > 1:
             dist.all_reduce(requests, dist.ReduceOp.MAX)
-        stop, save, out_of_time, save_due = requests.tolist()
+        stop, save, out_of_time, save_due, failed = requests.tolist()
         if save:
             received.acknowledge_save()
         if save_due:
@@ -117,6 +137,9 @@ class StopRequests(NoStopRequests):
         if last:
             return False, bool(save or save_due)
         self.reason = signal.Signals(stop).name if stop else "--max_minutes" if out_of_time else ""
+        if failed:
+            lines = gather_from_ranks(describe(error) if error else "", dist.get_world_size())
+            self.reason, self.data_error = "data that cannot be read", next(filter(None, lines))
         return bool(self.reason), bool(save or save_due)
 
     def expect_save(self, seconds: float) -> None:

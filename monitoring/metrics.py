@@ -39,6 +39,7 @@ class Metrics:
         memory_after_forward_gib, memory_after_backward_gib: in use when the last one of the step ended.
         eval_loss: mean over the targets of the evaluation set after this step, if it was evaluated.
         eval_perplexity: its exponential.
+        images: of the step, if any; images / step_seconds is the tower's speed.
         bad_steps: steps skipped so far, if any.
         applied_steps: steps so far that changed the weights; not in metrics.jsonl.
     """
@@ -58,6 +59,7 @@ class Metrics:
     memory_after_backward_gib: float | None = None
     eval_loss: float | None = None
     eval_perplexity: float | None = None
+    images: int | None = None
     bad_steps: int | None = None
     applied_steps: int | None = None
 
@@ -195,6 +197,7 @@ class Meter:
             tokens_per_second=step.n_tokens / seconds,
             memory_allocated_gib=table[:, 2].max().item() / GIB,
             memory_reserved_gib=table[:, 3].max().item() / GIB,
+            images=step.n_images or None,
             **phases,
         )
 

@@ -122,6 +122,8 @@ class Config:
         auto=True)
     packing: bool = option(False, "Model and data", "concatenate several examples, up to context_length"
         " tokens, instead of padding them; each attends only to itself")
+    images_per_pack: int = option(16, "Model and data", "with --packing, most images of a sequence, which"
+        " bounds the memory of the vision tower; -1 = no limit (docs/design/images.md)", ge=1, sentinel=-1)
     show_rows: int = option(0, "Model and data", "print the tokens of this many examples as text, with what"
         " is learned between [[ and ]], and end; nothing is written", ge=0)
 
@@ -201,7 +203,7 @@ class Config:
     no_sync: bool = option(False, "Memory and speed", "reduce gradients once per optimizer step, not per"
         " micro-batch: less traffic, but unsharded gradients in memory")
     loading_workers: int = option(-1, "Memory and speed", "threads of each rank that read and quantize"
-        " weights; -1 = its share of the CPUs, at most 4", ge=1, le=256, sentinel=-1)
+        " weights, and later decode images; -1 = its share of the CPUs, at most 4", ge=1, le=256, sentinel=-1)
     quantized_cache: str | None = option(None, "Memory and speed", "folder for the packed weights: the first"
         " run writes them, later runs load them; all nodes must see it", needs="quantizer")
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from data.batches import Batch, make_batch
+from data.image_batches import plan_images
+from data.prefetch import load_images
 from data.rows import TokenizedRows
-from launch.ranks import RankInfo
+from launch.ranks import RankInfo, resolve_workers
 from models.family import longrope_threshold
 
 PROMPT_BATCH_SIZE = 8
@@ -61,7 +65,8 @@ def mean_loss(
     The batches are the same for any number of ranks, which take turns. Each batch's sum has its own element
     of the reduced tensor, so the result depends on the number of ranks only as far as the kernels do. The
     longest rows come first, so that a lack of memory shows at once. A rank without a batch in a round
-    computes a batch of padding.
+    computes a batch of padding, with a blank image if another rank has images. Raises UserError if an image
+    cannot be read.
 
     Args:
         model: the model, sharded or not.
@@ -78,21 +83,42 @@ def mean_loss(
     rounds = [group[i : i + world] for group in groups for i in range(0, len(group), world)]
     targets = rows.targets()
     sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=rank_info.device), 0
-    with eval_mode(model):
+    threads = ThreadPoolExecutor(resolve_workers(-1, rank_info.cpus))  # it starts those that are needed
+    with eval_mode(model), threads:
         for batches in rounds:
             has_batch = rank_info.rank < len(batches)
             indices = batches[rank_info.rank] if has_batch else batches[0][:0]
-            longest = int(lengths[batches[0][0]])
+            shape = len(batches[0]), int(lengths[batches[0][0]])
             max_targets = max(int(targets[each].sum()) for each in batches)
-            batch = make_batch(rows, indices, (len(batches[0]), longest), max_targets).to(rank_info.device)
+            batch = _load_batch(rows, indices, shape, max_targets, torch.cat(batches), threads)
             with context():
-                total = loss_sum(model, batch)
+                total = loss_sum(model, batch.to(rank_info.device))
             if has_batch:
                 sums[done + rank_info.rank] = total
             done += len(batches)
     if world > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / int(targets.sum())
+
+
+def _load_batch(
+    rows: TokenizedRows,
+    indices: torch.Tensor,
+    shape: tuple[int, int],
+    n_positions: int,
+    all_rows: torch.Tensor,
+    threads: ThreadPoolExecutor,
+) -> Batch:
+    """Return a rank's batch of a round, with its images.
+
+    Args:
+        rows, indices, shape, n_positions: as for `make_batch`.
+        all_rows: the rows of all ranks in the round.
+        threads: decode the images.
+    """
+    images = plan_images(rows, indices[:, None].tolist(), shape, all_rows)
+    batch = replace(make_batch(rows, indices, shape, n_positions), planned_images=images)
+    return load_images([batch], threads)[0]
 
 
 def group_rows(

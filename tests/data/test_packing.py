@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from data.batches import Batch, StepSampler, make_batch
+from data.image_sizes import FixedImages
+from data.images import ImageRef
 from data.packing import PackSampler, make_sampler, pack_best_fit
 from data.rows import IGNORE, TokenizedRows
 from models import attention
@@ -32,6 +34,7 @@ from tests.helpers.packing import (
     seven_rows,
 )
 from tests.helpers.parity import arguments, assert_same
+from tests.helpers.picture_rows import make_picture_rows
 from tests.helpers.report_pages import make_run, metrics, page_of
 from tests.helpers.runs import make_job, set_up, train_run
 from tests.helpers.tiny import CONFIGS, LONG_ROPE
@@ -326,3 +329,48 @@ def sampler_of(rank_info, args) -> tuple[str, int]:
     job = make_job(rank_info, args)
     sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
     return type(sampler).__name__, sampler.items_per_epoch()
+
+
+def test_packs_with_few_enough_images():
+    """A pack has more images than the limit only if they are those of one row."""
+    assert pack_best_fit([3, 3, 3, 1], 10, [1, 1, 1, 0], 2) == [[0, 1, 3], [2]]
+    generator = torch.Generator().manual_seed(0)
+    for limit in (1, 2, 5):
+        for _ in range(20):
+            lengths, images = (
+                torch.randint(low, high, (200,), generator=generator).tolist()
+                for low, high in ((1, 41), (0, 4))
+            )
+            packs = pack_best_fit(lengths, 100, images, limit)
+            assert sorted(i for pack in packs for i in pack) == list(range(200))
+            assert max(sum(lengths[i] for i in pack) for pack in packs) <= 100
+            for pack in packs:
+                counts = [images[i] for i in pack if images[i]]
+                assert sum(counts) <= limit or len(counts) == 1
+            # No two packs fit into one.
+            totals = sorted((sum(lengths[i] for i in pack), sum(images[i] for i in pack)) for pack in packs)
+            assert totals[0][0] + totals[1][0] > 100 or totals[0][1] + totals[1][1] > limit
+    assert pack_best_fit(lengths, 100, images, 10**4) == pack_best_fit(lengths, 100, images, 10**5)
+
+
+@pytest.mark.parametrize("limit", [1, 3, -1])
+def test_each_epoch_keeps_to_the_limit_of_images(limit, tmp_path):
+    """Rows of equal length with different numbers of images do not stand in for each other."""
+    refs = [ImageRef(str(tmp_path), 0, None, 9, 9, "")] * 120
+    counts = [i % 3 for i in range(120)]
+    rows = make_picture_rows(refs, counts, FixedImages("<i>", 7, (), (0,) * 3, (1,) * 3, "", 4, 8, 2))
+    sampler = PackSampler(rows, 2, 1, 0, 1, 42, 64, limit)
+    images, epochs = torch.tensor(counts), []
+    for epoch in range(3):
+        packs = [pack for step, _ in sampler.deal(epoch) for pack in step]
+        assert sorted(torch.cat(packs).tolist()) == list(range(120))
+        assert max(int(rows.lengths()[pack].sum()) for pack in packs) <= 64
+        most = [int(images[pack].sum()) for pack in packs]
+        assert max(most) == sampler.most_images
+        if limit > 0:
+            assert all(
+                m <= limit or (images[pack] > 0).sum() == 1 for m, pack in zip(most, packs, strict=True)
+            )
+        epochs.append({tuple(pack.tolist()) for pack in packs})
+    assert sampler.most_images > 3 or limit > 0, "the limit is tested"
+    assert epochs[0] != epochs[1] != epochs[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.packing import PackSampler
-from data.prefetch import prefetch_steps
+from data.prefetch import PrefetchedSteps
 from launch.memory import try_page_locking
 from launch.precision import detect_precision
 from models import attention
@@ -212,7 +212,7 @@ def test_batches_come_in_pinned_memory():
         pytest.skip("this system grants no page-locked memory")
     device = torch.device("cuda", 0)
     steps = list(
-        prefetch_steps(PackSampler(make_token_rows(40), 2, 1, 0, 1, 42, 29).steps(1), device, pin=True)
+        PrefetchedSteps(PackSampler(make_token_rows(40), 2, 1, 0, 1, 42, 29).steps(1), device, pin=True)
     )
     plain = list(PackSampler(make_token_rows(40), 2, 1, 0, 1, 42, 29).steps(1))
     for ours, theirs in zip(steps, plain, strict=True):

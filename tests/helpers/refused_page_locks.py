@@ -13,7 +13,7 @@ from unittest import mock
 import quantize_layers
 import train
 from checkpoints import host_copy
-from data.prefetch import prefetch_steps
+from data.prefetch import PrefetchedSteps
 from files import tensors
 from launch import memory
 from launch.ranks import RankInfo
@@ -27,8 +27,8 @@ def ask_on_host(weight, device_type):
     return _empty_on_host(weight, "cuda")
 
 
-def ask_for_batches(steps, thread_device, pin):
-    return prefetch_steps(steps, thread_device, True)
+def ask_for_batches(steps, thread_device, pin, decoders):
+    return PrefetchedSteps(steps, thread_device, True, decoders)
 
 
 def ask_for_offload(enabled, model, mesh, *others):
@@ -44,7 +44,7 @@ def ask_for_checkpoints(self, device):
 def run_refused(rank_info: RankInfo, job: Job) -> None:
     """Run a rank of train.py, and print how often each of its parts asked."""
     asking = {
-        (train, "prefetch_steps"): ask_for_batches,
+        (train, "PrefetchedSteps"): ask_for_batches,
         (train, "make_offload_policy"): ask_for_offload,
         (memory, "empty_on_host"): ask_on_host,  # for metrics
         (tensors, "empty_on_host"): ask_on_host,

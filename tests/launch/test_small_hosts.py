@@ -70,7 +70,7 @@ def test_alpaca_trains_with_little_shared_memory(checkpoints, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"data: {ROWS:,} rows kept" in done.stdout
     assert done.stdout.count("the host refuses page-locked memory") == 1
-    parts = ("train.prefetch_steps", "train.make_offload_policy", "checkpoints.host_copy", "launch.memory")
+    parts = ("train.PrefetchedSteps", "train.make_offload_policy", "checkpoints.host_copy", "launch.memory")
     (asked,) = (line for line in done.stdout.splitlines() if line.startswith("asked: "))
     assert all(part in asked for part in parts), asked
     data = next(line for line in done.stdout.splitlines() if line.startswith("data: "))

@@ -1,0 +1,81 @@
+"""Decode images as transformers' processors do: turned as EXIF says, in RGB, resized to uint8.
+
+A file that is opened here is untrusted, and may have changed since its header was checked.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from data.image_format import ImageFormat
+from data.images import ImageRef
+from options.errors import UserError, describe
+from options.limits import MAX_IMAGE_BYTES, check_size
+
+# Formats of single pictures. Others of Pillow's start programs (EPS), or are no pictures (FLI, MPEG).
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def read_pixels(ref: ImageRef, image_format: ImageFormat) -> torch.Tensor:
+    """Return the pixels of an image, resized for the model: [3, height, width] uint8.
+
+    Raises UserError, which names the row, if the image cannot be read or is no longer what it was.
+    """
+    try:
+        image = _decode(_read_bytes(ref), (ref.width, ref.height))
+    except UserError as e:
+        raise _error(ref, str(e)) from None
+    except OSError as e:  # Pillow raises it, too, for a file that is truncated or no image
+        raise _error(ref, e.strerror or describe(e)) from None
+    except Exception as e:  # a damaged file raises SyntaxError, ValueError, struct.error and many others
+        raise _error(ref, describe(e)) from None
+    return image_format.resize(image)
+
+
+def _read_bytes(ref: ImageRef) -> bytes:
+    """Return the bytes of an encoded image. Raises OSError, and UserError for what is too large."""
+    if ref.size is None:
+        check_size(Path(ref.path), MAX_IMAGE_BYTES)
+    with open(ref.path, "rb") as file:
+        file.seek(ref.start)
+        return file.read(MAX_IMAGE_BYTES if ref.size is None else ref.size)
+
+
+def _decode(encoded: bytes, size: tuple[int, int]) -> Image.Image:
+    """Return the image in mode RGB, turned as EXIF says, as transformers 5.23 makes it.
+
+    Transparent pixels are put on white. Greys of more than 8 bits are cut at 255, as by `convert`: a model
+    that is served with transformers or vLLM gets these pixels, so it is trained with them.
+
+    size: (width, height) when the data was read. It was checked, and the tokens were counted by it. Raises
+    UserError if the size is another one now: before anything is decoded, unless only EXIF differs.
+    """
+    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as opened:
+        if opened.size not in (size, size[::-1]):
+            raise _size_error(opened.size, size)
+        image = ImageOps.exif_transpose(opened)
+    if image.size != size:
+        raise _size_error(image.size, size)
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _size_error(now: tuple[int, int], before: tuple[int, int]) -> UserError:
+    """Return the error about an image that has another (width, height) than before."""
+    width, height = before
+    return UserError(f"has {now[0]} x {now[1]} pixels, and had {width} x {height} when the run started")
+
+
+def _error(ref: ImageRef, reason: str) -> UserError:
+    """Return the error about an image. A range of bytes is of a data file, which `origin` names."""
+    name = f"image {ref.path}" if ref.size is None else "its image"
+    return UserError(
+        f"--dataset {ref.origin}: {name}: cannot be read ({reason}); mend it, or leave out the row"
+    )

@@ -1,0 +1,88 @@
+"""Folders of tiny models that take images: config, tokenizer and image processor, without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import Gemma3Config, Gemma3Processor, Qwen3VLConfig
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from benchmarks.make_checkpoint import byte_tokenizer
+
+SIDE, TOKENS = 28, 4  # of a Gemma 3 image
+GEMMA_TOKENS = {
+    "boi_token": "<start_of_image>",
+    "image_token": "<image_soft_token>",
+    "eoi_token": "<end_of_image>",
+}
+QWEN_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+FIRST_ID = 258  # of the special tokens of images; those of bytes, BOS and EOS are below it
+OLD_SETTINGS = {  # as files of the hub are, with other numbers
+    "do_convert_rgb": None,
+    "do_normalize": True,
+    "do_pan_and_scan": None,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.4, 0.45],
+    "image_processor_type": "Gemma3ImageProcessor",
+    "image_seq_length": TOKENS,
+    "image_std": [0.5, 0.3, 0.25],
+    "processor_class": "Gemma3Processor",
+    "resample": 2,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"height": SIDE, "width": SIDE},
+}
+QWEN_SETTINGS = {
+    "size": {"longest_edge": 40_000, "shortest_edge": 2_000},
+    "patch_size": 8,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "processor_class": "Qwen3VLProcessor",
+}
+
+
+def _tokenizer(tokens: list[str]):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+    return tokenizer
+
+
+def write_gemma_folder(folder: Path, layout: int = 4) -> tuple[Gemma3Config, Gemma3Processor]:
+    """Write a folder, with its settings as transformers 4 or 5 lays them out; return (config, processor)."""
+    tokenizer = _tokenizer(list(GEMMA_TOKENS.values()))
+    tokenizer._set_model_specific_special_tokens(GEMMA_TOKENS)
+    own = {k: v for k, v in OLD_SETTINGS.items() if k not in ("image_seq_length", "processor_class")}
+    processor = Gemma3Processor(Gemma3ImageProcessorPil(**own), tokenizer, image_seq_length=TOKENS)
+    if layout == 5:
+        processor.save_pretrained(folder)
+    else:
+        tokenizer.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(OLD_SETTINGS))
+        (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": TOKENS}))
+    config = Gemma3Config(
+        vision_config={"image_size": SIDE, "patch_size": 7},
+        mm_tokens_per_image=TOKENS,
+        boi_token_index=FIRST_ID,
+        image_token_index=FIRST_ID + 1,
+        eoi_token_index=FIRST_ID + 2,
+    )
+    return config, processor
+
+
+def write_qwen_folder(folder: Path, **settings) -> tuple[Qwen3VLConfig, Qwen2VLImageProcessorPil]:
+    """Write a folder of Qwen3-VL; return (config, its image processor)."""
+    _tokenizer(list(QWEN_TOKENS)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_SETTINGS | settings))
+    config = Qwen3VLConfig(
+        vision_config={"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        vision_start_token_id=FIRST_ID,
+        image_token_id=FIRST_ID + 1,
+        vision_end_token_id=FIRST_ID + 2,
+        video_token_id=FIRST_ID + 3,
+    )
+    return config, Qwen2VLImageProcessorPil.from_pretrained(folder)

@@ -1,0 +1,93 @@
+"""An image that cannot be read any more ends a run on all ranks with its line, after a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import train
+from checkpoints.storage import checkpoint_steps
+from data.image_sizes import FixedImages
+from data.images import ImageRef, RowImages
+from data.packing import make_sampler
+from options.errors import UserError
+from options.train import parse
+from tests.helpers.adapters import args_for
+from tests.helpers.picture_rows import rows_replaced, write_pictures
+from tests.helpers.resuming import adapter, lines, repeatable_metrics
+
+BOS = 256  # each row has one, which stands for the token of an image here
+
+
+def run_with_images(
+    rank_info, argv: list[str], refs: list[ImageRef], unreadable_step: int = 0
+) -> tuple[str, str]:
+    """Run a model of text whose rows have an image each; return (output, error line).
+
+    unreadable_step: the step in which an image of rank 1 is gone; 0 = none.
+    """
+    image_format = FixedImages("", BOS, (), (0.5,) * 3, (0.5,) * 3, text="", n_tokens=1, side=8, resample=2)
+
+    def add_images(rows):
+        images = RowImages([refs[i % len(refs)] for i in range(len(rows))], torch.arange(len(rows) + 1))
+        return replace(rows, images=images, image_format=image_format)
+
+    with rows_replaced(add_images):
+        job = train.check_run(parse([*argv, "--world_size", str(rank_info.world)])[0])
+    if unreadable_step:
+        steps = list(make_sampler(job.config, job.rows, 1, 2).steps(1))
+        ref = steps[unreadable_step - 1].batches[-1].planned_images.refs[0]
+        gone = replace(ref, path=f"{ref.path}.gone")
+        images = job.rows.images
+        images = replace(images, refs=[gone if each == ref else each for each in images.refs])
+        job = replace(job, rows=replace(job.rows, images=images))
+    loss_sum, output, error = train.loss_sum, io.StringIO(), ""
+
+    def loss_of_text(model, batch):
+        assert len(batch.images.values) == len(batch.ids)
+        return loss_sum(model, replace(batch, images=None))
+
+    with mock.patch.object(train, "loss_sum", loss_of_text), contextlib.redirect_stdout(output):
+        try:
+            train.run_rank(rank_info, job)
+        except UserError as e:
+            error = str(e)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return output.getvalue(), error
+
+
+def test_a_run_ends_with_a_checkpoint_and_resumes(two_ranks, checkpoints, short_rows, tmp_path):
+    refs = write_pictures(tmp_path, 64)
+    options = "--max_steps 4 --batch_size 1 --gradient_accumulation_steps 2 --log_to stdout --deterministic"
+    args = [*args_for(checkpoints(), short_rows, "lora"), *options.split()]
+    args = [*map(str, args), "--output_dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert [error for _, error in two_ranks(run_with_images, [*args, str(whole)], refs)] == ["", ""]
+    assert [line["images"] for line in lines(whole)] == [4] * 4, "of two ranks and two micro-batches"
+
+    (output, error), (_, same) = two_ranks(run_with_images, [*args, str(stopped)], refs, 3)
+    assert error == same and error.startswith("--dataset rows.jsonl, row ")
+    assert ".png.gone: cannot be read (No such file or directory); mend it, or leave out the row" in error
+    assert "stopped at step 2 of 4 (data that cannot be read); resume with: " in output
+    assert checkpoint_steps(stopped) == [2]
+    assert not (stopped / "adapter_model.safetensors").exists()
+
+    resumed = two_ranks(run_with_images, [*args, str(stopped), "--resume", "auto"], refs)
+    assert [error for _, error in resumed] == ["", ""]
+    assert repeatable_metrics(stopped) == repeatable_metrics(whole)
+    torch.testing.assert_close(adapter(stopped), adapter(whole), rtol=0, atol=0)
+
+
+def test_an_image_that_no_step_needs_is_no_error(two_ranks, checkpoints, short_rows, tmp_path):
+    """The step after --max_steps is made ahead, in vain."""
+    args = [*args_for(checkpoints(), short_rows, "lora"), "--max_steps", "2", "--batch_size", "1"]
+    args = [*map(str, args), "--output_dir", str(tmp_path / "out"), "--log_to", "stdout"]
+    results = two_ranks(run_with_images, args, write_pictures(tmp_path, 64), 3)
+    assert [error for _, error in results] == ["", ""]
+    assert Path(tmp_path, "out", "adapter_model.safetensors").exists()
