@@ -90,30 +90,36 @@ def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
 
 
 @pytest.mark.parametrize(
-    ("train_type", "more"),
+    ("train_type", "options", "sharding"),
     [
-        ("bnb_dora", ["--use_gradient_checkpointing", "true"]),
-        pytest.param("lora", ["--sharding_strategy", "ddp"], marks=pytest.mark.slow),
-        pytest.param("qlora", ["--use_cpu_offload", "true"], marks=pytest.mark.slow),
-        pytest.param("full", [], marks=pytest.mark.slow),
-        ("bnb_dora", [*TOWER, *PACKED]),
-        pytest.param("dora", TOWER, marks=pytest.mark.slow),
-        pytest.param("qlora", [*TOWER, "--use_cpu_offload", "true"], marks=pytest.mark.slow),
+        ("bnb_dora", [], ""),
+        pytest.param("lora", [], "--sharding_strategy ddp", marks=pytest.mark.slow),
+        pytest.param("qlora", [], "--use_cpu_offload true", marks=pytest.mark.slow),
+        pytest.param("full", [], "", marks=pytest.mark.slow),
+        pytest.param("bnb_llama_pro", PACKED, "", marks=pytest.mark.slow),
+        pytest.param("qlora", ["--train_embeddings", "true"], "", marks=pytest.mark.slow),
+        ("bnb_dora", [*TOWER, *PACKED], ""),
+        pytest.param("dora", TOWER, "--sharding_strategy shard_grad_op", marks=pytest.mark.slow),
+        pytest.param("lora", TOWER, "--wrap_policy sublayer", marks=pytest.mark.slow),
+        pytest.param("qlora", TOWER, "--use_cpu_offload true", marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_are_one(train_type, more, checkpoints, alpaca_file, one_rank, two_ranks):
-    """Three micro-batches: in the first one rank has no image, and in the last neither has."""
-    args = args_for(checkpoints("gemma3_wrapper"), alpaca_file, train_type, *IMAGES)
+def test_two_ranks_are_one(train_type, options, sharding, checkpoints, alpaca_file, one_rank, two_ranks):
+    """Three micro-batches: in the first one rank has no image, and in the last neither has.
+
+    Two ranks recompute activations, and one saves them.
+    """
+    kind = "gemma3_wrapper_pro" if METHODS[train_type].expansion else "gemma3_wrapper"
+    args = args_for(checkpoints(kind), alpaca_file, train_type, *IMAGES, *options)
     ranks = [
         [padded([0, 1]), padded([3]), padded([2])],
         [padded([2, 2], blank=True), padded([4]), padded([2])],
     ]
-    found = two_ranks(learn_on_ranks, [*args, *more], ranks)
+    found = two_ranks(learn_on_ranks, [*args, *sharding.split()], ranks)
     batches = [padded([row]) for row in (0, 1, 2, 2, 3, 4, 2, 2)]
-    options = [word for word in more if word in (*TOWER, *PACKED)]
-    options += ["--use_gradient_checkpointing", "false"]
-    loss, gradients = one_rank(learn_on_ranks, [*args, *options], [batches])[0]
+    saving = ["--use_gradient_checkpointing", "false"]
+    loss, gradients = one_rank(learn_on_ranks, [*args, *saving], [batches])[0]
     assert sum(loss for loss, _ in found) == pytest.approx(loss, rel=1e-5)
     for _, ours in found:
         assert_equal_gradients(ours, gradients)
-    assert any(map(is_of_a_tower, gradients)) == (TOWER[0] in more)
+    assert any(map(is_of_a_tower, gradients)) == (TOWER[0] in options)
