@@ -22,6 +22,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 from data.image_batches import ImageBatch
 from models.family import Family, wrap_family
 from models.gemma2 import IDENTITY_INIT, constant_buffers, logit_cap
+from models.image_settings import read_fixed_images
 from models.vision import ImageFeatures, Vision
 
 FAMILY = Family(
@@ -60,6 +61,7 @@ VISION = Vision(
     ),
     projector=(),  # its projection is a parameter of its own, not a linear
     embed=embed_images,
+    read_format=read_fixed_images,
     constant_buffers=tower_buffers,
     sees_whole_image=True,
 )

@@ -58,7 +58,7 @@ class Vision:
     linears: tuple[str, ...]
     projector: tuple[str, ...]
     embed: Callable[..., ImageFeatures]
-    read_format: Callable[..., Any] | None = None
+    read_format: Callable[..., Any]
     config: str = "vision_config"
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from data.batches import Batch, make_batch
 from data.image_batches import ImageBatch
-from data.image_format import ImageFormat
+from data.image_sizes import FixedImages
+from data.images import ImageRef, RowImages
 from data.packing import make_packed_batch
 from data.rows import IGNORE, TokenizedRows
+from tests.helpers.picture_rows import rows_replaced
+from tests.helpers.runs import train_run
 
 # Options of runs.
 IMAGES, TOWER, PACKED = ["--images", "true"], ["--vision_targets", "all"], ["--vision_bits", "4"]
@@ -28,26 +31,13 @@ ROWS = list(range(len(TEXTS)))
 FIRSTS = [sum(COUNTS[:row]) for row in range(len(TEXTS) + 1)]  # of the images of each row among all
 
 
-class TinyFormat(ImageFormat):
-    """Images of SIDE x SIDE pixels. Only what a model needs of a format."""
-
-    def expand(self, width, height):
-        raise NotImplementedError
-
-    def count_tokens(self, width, height):
-        return TOKENS
-
-    def resize(self, image):
-        raise NotImplementedError
-
-    def arrange(self, images):
-        raise NotImplementedError
-
-    def blank(self):
-        return torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
-
-
-FORMAT = TinyFormat("<image>", IMAGE, (), (0.5, 0.4, 0.6), (0.5, 0.25, 0.4))
+FORMAT = FixedImages(
+    *("<image>", IMAGE, (), (0.5, 0.4, 0.6), (0.5, 0.25, 0.4)),
+    text="",
+    n_tokens=TOKENS,
+    side=SIDE,
+    resample=2,
+)
 
 
 def pixels() -> torch.Tensor:
@@ -129,3 +119,10 @@ def loss_of_transformers(model, row: int) -> torch.Tensor:
     return F.cross_entropy(
         logits, targets.masked_fill(targets == IMAGE, IGNORE), ignore_index=IGNORE, reduction="sum"
     )
+
+
+def train_on_images(rank_info, argv: list[str], refs: list[ImageRef]):
+    """Train on the rows of `image_rows`, with these images; return what `train_run` returns."""
+    images = RowImages(refs, torch.tensor(FIRSTS))
+    with rows_replaced(lambda _: replace(image_rows(), images=images, image_format=FORMAT)):
+        return train_run(rank_info, [*argv, *IMAGES])

@@ -8,7 +8,19 @@ from models.family import unwrapped_name
 from options.methods import METHODS
 from parallel.shards import full_tensor
 from tests.helpers.adapters import args_for, build_peft_model, peft_name
-from tests.helpers.image_models import IMAGES, PACKED, ROWS, TOWER, loss_of_transformers, packed, padded
+from tests.helpers.image_models import (
+    FIRSTS,
+    IMAGES,
+    PACKED,
+    ROWS,
+    TOWER,
+    loss_of_transformers,
+    packed,
+    padded,
+    train_on_images,
+)
+from tests.helpers.parity import arguments, assert_same
+from tests.helpers.picture_rows import write_pictures
 from tests.helpers.runs import dense_tensors, set_up, trained_tensors
 from tests.helpers.spellings import is_of_a_tower
 
@@ -123,3 +135,16 @@ def test_two_ranks_are_one(train_type, options, sharding, checkpoints, alpaca_fi
     for _, ours in found:
         assert_equal_gradients(ours, gradients)
     assert any(map(is_of_a_tower, gradients)) == (TOWER[0] in options)
+
+
+@pytest.mark.parametrize("packing", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_training_on_two_ranks_is_that_on_one(
+    packing, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
+):
+    """From image files on: the sampler deals rows with and without images, also to one rank alone."""
+    refs = write_pictures(tmp_path, FIRSTS[-1])
+    args = arguments(checkpoints("gemma3_wrapper"), alpaca_file, "bnb_dora", *TOWER, "--packing", packing)
+    args += ["--num_epochs", "9", "--gradient_accumulation_steps", "2"]
+    alone = one_rank(train_on_images, [*args, "--batch_size", "2"], refs)[0]
+    found = two_ranks(train_on_images, [*args, "--batch_size", "1"], refs)
+    assert_same(alone, found[0])
