@@ -31,6 +31,7 @@ from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, COMPATIBILITY, DAY, FIELDS, Config
 from options.declaration import format_value
 from options.errors import UserError
+from options.methods import METHODS
 
 # A resumed run may have other values of the options in these groups, which change no result beyond rounding
 # ...
@@ -46,7 +47,7 @@ FREE_GROUPS = (
 # ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data, also what is learned of
 # them, are compared by contents instead of names, and --precision by what it means on this GPU.
 FIXED_OPTIONS = ("eval_share",)
-FREE_OPTIONS = ("model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking",
+FREE_OPTIONS = ("model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking", "images",
                 "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
                 "effective_batch_size", "num_epochs", "max_steps", "max_bad_steps",
                 "deterministic")  # fmt: skip
@@ -217,8 +218,15 @@ def rows_per_step(config: Config) -> int:
 
 
 def recorded_option(run: dict, option: str):
-    """Return an option's value in `Checkpoint.run`; its default, if an older version lacked the option."""
-    return run["options"].get(option, FIELDS[option].default)
+    """Return an option's value in `Checkpoint.run`.
+
+    If an older version lacked the option, it is the default, or None if the train type does not use it.
+    """
+    options, needs = run["options"], FIELDS[option].metadata["needs"]
+    if option in options:
+        return options[option]
+    method = METHODS.get(options.get("train_type"))
+    return FIELDS[option].default if not needs or method is None or getattr(method, needs) else None
 
 
 def recorded_chat_date(checkpoint: Checkpoint) -> str | None:

@@ -20,7 +20,7 @@ import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints import manager
 from checkpoints import storage as checkpoint_files
-from checkpoints.resume import check_same_run, describe_changes
+from checkpoints.resume import check_same_run, describe_changes, recorded_option
 from checkpoints.storage import checkpoint_folder, find_newest_checkpoint
 from launch.precision import choose_precision
 from options.errors import UserError
@@ -52,6 +52,14 @@ def test_another_run_is_refused(option, source, copied):
     with pytest.raises(UserError) as refused:
         check_resumed_job(source, copied, *option.split())
     assert OTHERS[option] in str(refused.value)
+
+
+@pytest.mark.parametrize(("train_type", "value"), [("lora", "none"), ("full", None)])
+def test_an_option_that_older_runs_lack(train_type, value):
+    """It has the value that a run of this train type has by default."""
+    run = {"options": {"train_type": train_type}}
+    assert recorded_option(run, "vision_targets") == parse(["--train_type", train_type])[0].vision_targets
+    assert recorded_option(run, "vision_targets") == value
 
 
 def test_another_machines_precision_is_refused(source, copied, monkeypatch):
