@@ -12,8 +12,6 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import torch
-
 from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
@@ -21,6 +19,7 @@ from data.encoding import drop_empty_answers, encode_prompt
 from data.evaluation_data import EvaluationData, Prompt
 from data.examples import Examples
 from data.formats import FORMATS, Rendered
+from data.held_rows import split_sets
 from data.image_format import ImageFormat
 from data.image_texts import expand_images
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
@@ -146,7 +145,7 @@ def _select_rows(
     rendered = [examples.rendered for examples in sets]
     if config.eval_share:
         names = [examples.name for examples in sets]
-        training, evaluation_rows = _split_sets(rendered, names, config.eval_share, config.seed)
+        training, evaluation_rows = split_sets(rendered, names, config.eval_share, config.seed)
         samples = config.eval_samples if config.eval_samples > 0 else None
         held = dataclasses.replace(
             sets[0], rendered=join_evenly(evaluation_rows, names)[:samples], remarks=()
@@ -175,38 +174,6 @@ def rename_option_in_errors(new: str, old: str = "--dataset") -> Iterator[None]:
         yield
     except UserError as e:
         raise UserError(re.sub(rf"^{old}(?=[ :])", new, str(e))) from None
-
-
-def _split_sets(
-    sets: list[list[Rendered]], names: list[str], share: float, seed: int
-) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
-    """Return (rows to train on, rows to evaluate on) of each set, all in their order.
-
-    Each set is split by itself, so that no row that a mixture repeats is on both sides. Raises UserError if
-    there would be nothing to evaluate on, or a set would have nothing to train on.
-    """
-    counts = [round(share * len(rendered)) for rendered in sets]
-    of_names = [f" of {name}" if len(sets) > 1 else "" for name in names]
-    for of_name, count, rendered in zip(of_names, counts, sets, strict=True):
-        if count == len(rendered):
-            raise UserError(
-                f"--eval_share {share}: of {len(rendered)} rows{of_name} it leaves none to train on"
-            )
-    if not any(counts):
-        raise UserError(f"--eval_share {share}: of {sum(map(len, sets))} rows it leaves none to evaluate on")
-    halves = [_split_rows(rendered, count, seed) for rendered, count in zip(sets, counts, strict=True)]
-    return [training for training, _ in halves], [held for _, held in halves]
-
-
-def _split_rows(rendered: list[Rendered], count: int, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    """Return (rows to train on, `count` rows to evaluate on), both in their order.
-
-    The choice depends only on the seed, the number of rows and the count.
-    """
-    # This random stream differs from those of the data order, which are seeded from (seed, epoch).
-    generator = torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
-    chosen = set(torch.randperm(len(rendered), generator=generator)[:count].tolist())
-    return [r for i, r in enumerate(rendered) if i not in chosen], [rendered[i] for i in sorted(chosen)]
 
 
 def make_row_prompt(

@@ -289,6 +289,28 @@ def test_evaluation_rows_and_prompts_have_images(folder):
     assert evaluation.largest_id(rows.image_id) == rows.largest_id() != rows.image_id
 
 
+def test_no_image_is_on_both_sides_of_a_split(folder):
+    """Also where rows share images with others that share them; rows of texts are split one by one."""
+    names = [f"{i}.png" for i in range(100, 140)]
+    for i, name in enumerate(names):
+        write_image(folder / name, 16, 16, color=i)
+    pairs = [{"images": [names[i], names[i + 1]], "text": f"t{i}"} for i in range(0, 30, 3) for _ in range(2)]
+    pairs += [{"images": [names[i + 1], names[i + 2]], "text": f"u{i}"} for i in range(0, 30, 3)]
+    alone = [{"images": [name], "text": name} for name in names[30:]]
+    tokenizer = image_tokenizer()
+    path = write_file(folder / "rows.jsonl", to_jsonl([*pairs, *alone]))
+    config = Config(dataset=str(path), eval_share=0.25, eval_every=1, context_length=200)
+    _, rows, evaluation = prepare_sets(config, tokenizer, stand_in(tokenizer))
+    sides = [{ref.digest for ref in each.images.refs} for each in (rows, evaluation.rows)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
+    assert 10 <= len(evaluation.rows) <= 12 and len(rows) + len(evaluation.rows) == 40
+    same = write_file(
+        folder / "rows.jsonl", to_jsonl([{"image": "1.png", "text": f"t{i}"} for i in range(8)])
+    )
+    with pytest.raises(UserError, match=r"^--eval_share 0.25: all rows show the same images"):
+        prepare_sets(dataclasses.replace(config, dataset=str(same)), tokenizer, stand_in(tokenizer))
+
+
 def test_texts_of_a_model_of_images(folder):
     """Text alone gives the tokens that it gives a model of texts."""
     path = str(write_file(folder / "rows.jsonl", to_jsonl([{"question": "Is it?", "answer": "Yes."}])))
