@@ -57,6 +57,7 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
+from training.run_images import check_image_options, read_image_format
 from training.step_sizes import (
     adopt_recorded_sizes,
     check_step_fits_epoch,
@@ -240,8 +241,9 @@ def _check_data(
     length = config.context_length
     if length == AUTO:  # the rows are cut again once it is known
         config = dataclasses.replace(config, context_length=text_config(model.config).max_position_embeddings)
-    config, rows, evaluation = prepare_sets(config, tokenizer)
-    _check_image_options(config, rows, evaluation)
+    image_format = read_image_format(model.family, model.config, folder, config.image_size)
+    config, rows, evaluation = prepare_sets(config, tokenizer, image_format)
+    check_image_options(config, rows, evaluation)
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
         raise UserError(_describe_unused_template(config.dataset_format))
@@ -255,15 +257,6 @@ def _check_data(
     remarks = (*template_remarks, *evaluation.remarks)
     evaluation = dataclasses.replace(evaluation, stop_ids=tuple(stop_ids), remarks=remarks)
     return dataclasses.replace(config, context_length=length), rows, evaluation, tokenizer
-
-
-def _check_image_options(config: Config, rows: TokenizedRows, evaluation: EvaluationData) -> None:
-    """Raise UserError for an option about images if no row, also of the evaluation set, has one."""
-    if rows.images.refs or (evaluation.rows and evaluation.rows.images.refs):
-        return
-    for name in ("image_folder", "image_size"):
-        if (value := getattr(config, name)) is not None:
-            raise UserError(f"--{name} {value}: has no effect, since no row has an image; leave it out")
 
 
 def _describe_unused_template(format_name: str) -> str:
