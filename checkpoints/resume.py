@@ -48,9 +48,9 @@ FREE_GROUPS = (
 # them, are compared by contents instead of names, and --precision by what it means on this GPU.
 FIXED_OPTIONS = ("eval_share",)
 FREE_OPTIONS = ("model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking", "images",
-                "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
-                "effective_batch_size", "num_epochs", "max_steps", "max_bad_steps",
-                "deterministic")  # fmt: skip
+                "image_folder", "llama_pro_path", "llama_pro_save", "batch_size",
+                "gradient_accumulation_steps", "effective_batch_size", "num_epochs", "max_steps",
+                "max_bad_steps", "deterministic")  # fmt: skip
 
 
 # The form of a manifest's `run`. Values of int are not negative; no float is NaN. A name that ends with ? may

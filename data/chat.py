@@ -31,6 +31,7 @@ from data.chat_turns import (
     try_apply,
 )
 from data.messages import convert_arguments, drop_train_flags
+from data.parted_text import ContentForm, find_content_form, fit_contents
 from data.template_date import set_template_date
 from options.errors import UserError
 
@@ -77,16 +78,26 @@ class ChatTemplate:
         day: YYYY-MM-DD, the date for templates that write today's; None = today.
         empty_thinking: --empty_thinking. With "learn", the template's empty thought before an answer is
             learned; with "prompt", prompts end with it.
+        placeholder: the text that stands for an image; "" = there are no images.
     """
 
-    def __init__(self, tokenizer: Any, day: str | None = None, empty_thinking: str = "auto"):
+    def __init__(
+        self, tokenizer: Any, day: str | None = None, empty_thinking: str = "auto", placeholder: str = ""
+    ):
         self.tokenizer, self.day, self.empty_thinking = tokenizer, day, empty_thinking
+        self.placeholder = placeholder
         self._templates: dict[bool, str] = {}  # by whether there are tools, which may have their own
 
     def apply(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
     ) -> str:
         """Return the text of a conversation, as transformers renders it. Raises one of TEMPLATE_ERRORS."""
+        return self._apply_unchanged(self._fit_contents(messages), tools, add_generation_prompt)
+
+    def _apply_unchanged(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """Return what `apply` does for messages whose contents are in a form that the template takes."""
         return self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
@@ -129,7 +140,7 @@ class ChatTemplate:
         Spans of turns that are not among `learned_turns` are left out. Raises one of TEMPLATE_ERRORS.
         """
         rendered: Any = render_jinja_template(  # transformers annotates it as a text
-            conversations=[turns.messages],
+            conversations=[self._fit_contents(turns.messages)],
             tools=[*tools] if tools else None,
             chat_template=self._get_template(tools),
             return_assistant_tokens_mask=True,
@@ -215,6 +226,10 @@ class ChatTemplate:
         fitted = convert_arguments(drop_train_flags(messages), form.takes_objects, form.takes_text)
         return [{"content": ""} | m for m in fitted] if form.needs_content else fitted
 
+    def _fit_contents(self, messages: list[dict]) -> list[dict]:
+        """Return the messages with their contents as texts or lists of parts, as the template takes them."""
+        return fit_contents(messages, self._content_form, self.placeholder)
+
     def find_stop_ids(self) -> list[int]:
         """Return the ids of the tokens that end an answer or a tool call.
 
@@ -256,6 +271,11 @@ class ChatTemplate:
         """The text that ends an answer; None if the tokenizer has a token for it, or no text ends answers."""
         text = self.endings.after_answer.strip() or self.endings.between_turns.strip()
         return text if text and not text.startswith(self.endings.added_tokens) else None
+
+    @cached_property
+    def _content_form(self) -> ContentForm:
+        """The form of contents that the template takes."""
+        return find_content_form(self._apply_unchanged, self.placeholder)
 
     @cached_property
     def _tool_call_form(self) -> ToolCallForm:

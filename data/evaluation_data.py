@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.images import ImageRef
 from data.rows import TokenizedRows
 
 MAX_QUESTION_CHARS = 120  # of a prompt that is printed beside its answer
@@ -19,6 +20,7 @@ class Prompt:
         answer: the row's own answer, from `normalize_answer`; "" if it has none.
         marker: a text that ends the model's answer, as in Rendered.
         question_header: the text that begins a question, as in Format.
+        images: for which a placeholder stands in the text, and tokens in the ids.
     """
 
     text: str
@@ -26,6 +28,7 @@ class Prompt:
     answer: str = ""
     marker: str | None = None
     question_header: str = ""
+    images: tuple[ImageRef, ...] = ()
 
     def describe(self) -> str:
         """Return the prompt from its last question on, in one line, shortened in the middle if it is long."""
@@ -53,10 +56,13 @@ class EvaluationData:
     stop_ids: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
 
-    def largest_id(self) -> int:
-        """Return the largest token id of all rows and prompts; 0 if there are none."""
-        ids = [i for prompt in self.prompts for i in prompt.ids]
-        return max([*ids, int(self.rows.tokens.max()) if self.rows else 0], default=0)
+    def largest_id(self, image_id: int = -1) -> int:
+        """Return the largest token id of all rows and prompts; 0 if there are none.
+
+        image_id: the id that stands for a part of an image, which does not count.
+        """
+        ids = [i for prompt in self.prompts for i in prompt.ids if i != image_id]
+        return max([*ids, self.rows.largest_id() if self.rows else 0], default=0)
 
     def describe(self) -> str:
         """Return lines on the evaluation set, each after a line break; "" if there is none."""

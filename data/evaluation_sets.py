@@ -12,8 +12,6 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import torch
-
 from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
@@ -21,6 +19,9 @@ from data.encoding import drop_empty_answers, encode_prompt
 from data.evaluation_data import EvaluationData, Prompt
 from data.examples import Examples
 from data.formats import FORMATS, Rendered
+from data.held_rows import split_sets
+from data.image_format import ImageFormat
+from data.image_texts import expand_images
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
 from data.reading import ReadingOptions
 from data.rows import TokenizedRows
@@ -41,31 +42,34 @@ MAX_PROMPTS = 16  # number of rows used of a dataset that is given as --sample_p
 OPENING_WORDS = 8  # number of words of a plain text, which has no question, that are its prompt
 
 
-def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
+def prepare_sets(
+    config: Config, tokenizer, image_format: ImageFormat | None = None
+) -> tuple[Config, TokenizedRows, EvaluationData]:
     """Read and tokenize a run's data. Return (changed options, training rows, evaluation data).
 
     In the options what was found replaces auto: the data's format, and --empty_thinking. Sets of the hub have
     their commits. The evaluation data is still without stop_ids. Raises UserError for anything wrong with the
-    data, and if a set would be empty.
+    data, and if a set would be empty. image_format: how the model takes images; None = it takes none.
     """
-    mixture = read_mixture(config.dataset, ReadingOptions.from_config(config, tokenizer))
+    mixture = read_mixture(config.dataset, ReadingOptions.from_config(config, tokenizer, image_format))
     config = dataclasses.replace(
         config, dataset=mixture.name, dataset_format=mixture.format, empty_thinking=mixture.empty_thinking
     )
-    sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer)
-    rows, training = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length), join_evenly(sets)
+    sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer, image_format)
+    rows = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length, image_format)
+    training = join_evenly(sets)
     evaluation, prompts = None, list[Prompt]()
     eval_remarks: tuple[str, ...] = ()
     remarks = [*mixture.remarks, *_describe_tokens(rows, training, tokenizer)]
     if evaluation_set is not None:
         option, rendered = _name_evaluation_option(config), evaluation_set.rendered
-        evaluation = tokenize(rendered, tokenizer, config.context_length, option)
+        evaluation = tokenize(rendered, tokenizer, config.context_length, option, image_format)
         eval_remarks = (*evaluation_set.remarks, *_describe_tokens(evaluation, rendered, tokenizer))
         if config.eval_dataset is not None:
             config = dataclasses.replace(config, eval_dataset=evaluation_set.name)
     if config.sample_every:
         shown = evaluation_set.rendered if evaluation_set else training
-        config, prompts = _make_sample_prompts(config, mixture.sets[0], shown, tokenizer)
+        config, prompts = _make_sample_prompts(config, mixture.sets[0], shown, tokenizer, image_format)
     remarks += [f"evaluation {remark}" for remark in eval_remarks if remark not in remarks]
     return config, rows, EvaluationData(evaluation, prompts, remarks=tuple(remarks))
 
@@ -87,6 +91,7 @@ def read_in_trained_format(
     tokenizer,
     columns: ColumnNames | None = None,
     needs_answer: bool = True,
+    image_format: ImageFormat | None = None,
 ) -> Examples:
     """Read and render rows of `dataset`, to evaluate a model trained with the options `config`.
 
@@ -98,12 +103,12 @@ def read_in_trained_format(
         samples: number of rows to use; -1 = as the recipe says.
         tokenizer: provides the chat template.
         columns: the data's names for columns; None = those of the training, where the data has them.
-        needs_answer: as in ReadingOptions.
+        needs_answer, image_format: as in ReadingOptions.
 
     Raises UserError for unusable data.
     """
     options = dataclasses.replace(
-        ReadingOptions.from_config(config, tokenizer),
+        ReadingOptions.from_config(config, tokenizer, image_format),
         format="auto",
         preferred=config.dataset_format,
         samples=samples,
@@ -113,31 +118,34 @@ def read_in_trained_format(
     return read_each_row_once(dataset, options)
 
 
-def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
+def read_evaluation_rows(
+    config: Config, tokenizer, image_format: ImageFormat | None = None
+) -> tuple[list[Rendered] | None, tuple[str, ...]]:
     """Return (the evaluation set of a run's options as texts, or None if there is none; remarks on its rows).
 
-    Raises UserError as `prepare_sets` does.
+    Raises UserError as `prepare_sets` does. image_format: as there.
     """
     sets: list[Examples] = []
     remarks: tuple[str, ...] = ()
     if config.eval_share:
-        mixture = read_mixture(config.dataset, ReadingOptions.from_config(config, tokenizer))
+        options = ReadingOptions.from_config(config, tokenizer, image_format)
+        mixture = read_mixture(config.dataset, options)
         sets, remarks = mixture.sets, mixture.remarks
-    evaluation = _select_rows(config, sets, tokenizer)[1]
+    evaluation = _select_rows(config, sets, tokenizer, image_format)[1]
     return (evaluation.rendered, remarks + evaluation.remarks) if evaluation else (None, ())
 
 
 def _select_rows(
-    config: Config, sets: list[Examples], tokenizer
+    config: Config, sets: list[Examples], tokenizer, image_format: ImageFormat | None
 ) -> tuple[list[list[Rendered]], Examples | None]:
     """Return (training rows of each set, evaluation set or None). Raises UserError.
 
-    sets: the sets of --dataset.
+    sets: the sets of --dataset. image_format: as for `prepare_sets`.
     """
     rendered = [examples.rendered for examples in sets]
     if config.eval_share:
         names = [examples.name for examples in sets]
-        training, evaluation_rows = _split_sets(rendered, names, config.eval_share, config.seed)
+        training, evaluation_rows = split_sets(rendered, names, config.eval_share, config.seed)
         samples = config.eval_samples if config.eval_samples > 0 else None
         held = dataclasses.replace(
             sets[0], rendered=join_evenly(evaluation_rows, names)[:samples], remarks=()
@@ -146,7 +154,10 @@ def _select_rows(
     if config.eval_dataset is None:
         return rendered, None
     with rename_option_in_errors("--eval_dataset"):
-        examples = read_in_trained_format(config, config.eval_dataset, config.eval_samples, tokenizer)
+        samples = config.eval_samples
+        examples = read_in_trained_format(
+            config, config.eval_dataset, samples, tokenizer, image_format=image_format
+        )
     return rendered, examples
 
 
@@ -165,40 +176,12 @@ def rename_option_in_errors(new: str, old: str = "--dataset") -> Iterator[None]:
         raise UserError(re.sub(rf"^{old}(?=[ :])", new, str(e))) from None
 
 
-def _split_sets(
-    sets: list[list[Rendered]], names: list[str], share: float, seed: int
-) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
-    """Return (rows to train on, rows to evaluate on) of each set, all in their order.
-
-    Each set is split by itself, so that no row that a mixture repeats is on both sides. Raises UserError if
-    there would be nothing to evaluate on, or a set would have nothing to train on.
-    """
-    counts = [round(share * len(rendered)) for rendered in sets]
-    of_names = [f" of {name}" if len(sets) > 1 else "" for name in names]
-    for of_name, count, rendered in zip(of_names, counts, sets, strict=True):
-        if count == len(rendered):
-            raise UserError(
-                f"--eval_share {share}: of {len(rendered)} rows{of_name} it leaves none to train on"
-            )
-    if not any(counts):
-        raise UserError(f"--eval_share {share}: of {sum(map(len, sets))} rows it leaves none to evaluate on")
-    halves = [_split_rows(rendered, count, seed) for rendered, count in zip(sets, counts, strict=True)]
-    return [training for training, _ in halves], [held for _, held in halves]
-
-
-def _split_rows(rendered: list[Rendered], count: int, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    """Return (rows to train on, `count` rows to evaluate on), both in their order.
-
-    The choice depends only on the seed, the number of rows and the count.
-    """
-    # This random stream differs from those of the data order, which are seeded from (seed, epoch).
-    generator = torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
-    chosen = set(torch.randperm(len(rendered), generator=generator)[:count].tolist())
-    return [r for i, r in enumerate(rendered) if i not in chosen], [rendered[i] for i in sorted(chosen)]
-
-
 def make_row_prompt(
-    rendered: Rendered, tokenizer, context_length: int, stop_ids: Collection[int] = ()
+    rendered: Rendered,
+    tokenizer,
+    context_length: int,
+    stop_ids: Collection[int] = (),
+    image_format: ImageFormat | None = None,
 ) -> Prompt | None:
     """Return the prompt of an example, the text before its last answer; None if it has no answer or no token.
 
@@ -210,6 +193,8 @@ def make_row_prompt(
         tokenizer: encodes the prompt and decodes the answer; one that returns offsets (is_fast).
         context_length: maximum number of tokens of the prompt; the last ones are kept.
         stop_ids: token ids that end the answer; it is cut before the first of them.
+        image_format: how the model takes images. One that is too long for context_length, and has images, is
+            None.
     """
     rendered = drop_empty_answers(rendered, tokenizer)
     if not rendered.learned:
@@ -217,19 +202,36 @@ def make_row_prompt(
     text, marker = rendered.text[: rendered.last_answer_range[0]], rendered.marker
     answer = _decode_reference(rendered, tokenizer, stop_ids) if text else ""
     text = text or " ".join(rendered.text.split()[:OPENING_WORDS])
-    ids = encode_prompt(text, tokenizer, rendered.add_special_tokens)
-    return Prompt(text, ids[-context_length:], answer, marker) if ids else None
+    prompt = _encode_row_prompt(rendered, text, tokenizer, context_length, image_format)
+    return dataclasses.replace(prompt, answer=answer, marker=marker) if prompt else None
 
 
-def _make_bare_prompt(rendered: Rendered, tokenizer, context_length: int) -> Prompt | None:
+def _encode_row_prompt(
+    rendered: Rendered, text: str, tokenizer, context_length: int, image_format: ImageFormat | None
+) -> Prompt | None:
+    """Return a text of an example as a prompt with its images; None if it has no token.
+
+    text: the beginning of the example's text. The other arguments are those of `make_row_prompt`.
+    """
+    count = text.count(image_format.placeholder) if image_format else 0
+    asked = dataclasses.replace(rendered, text=text, learned=[], images=rendered.images[:count])
+    ids = encode_prompt(expand_images(asked, image_format).text, tokenizer, rendered.add_special_tokens)
+    if not ids or (count and len(ids) > context_length):
+        return None
+    return Prompt(text, ids[-context_length:], images=tuple(asked.images))
+
+
+def _make_bare_prompt(
+    rendered: Rendered, tokenizer, context_length: int, image_format: ImageFormat | None
+) -> Prompt | None:
     """Return an example of which nothing is learned as a prompt; None if it has an answer or no text.
 
     Arguments as for `make_row_prompt`.
     """
     if rendered.learned or not rendered.text.strip():
         return None
-    ids = encode_prompt(rendered.text, tokenizer, rendered.add_special_tokens)
-    return Prompt(rendered.text, ids[-context_length:], marker=rendered.marker)
+    prompt = _encode_row_prompt(rendered, rendered.text, tokenizer, context_length, image_format)
+    return dataclasses.replace(prompt, marker=rendered.marker) if prompt else None
 
 
 def _decode_reference(rendered: Rendered, tokenizer, stop_ids: Collection[int]) -> str:
@@ -242,12 +244,23 @@ def _decode_reference(rendered: Rendered, tokenizer, stop_ids: Collection[int]) 
 
 
 def _make_sample_prompts(
-    config: Config, examples: Examples, rows: list[Rendered], tokenizer
+    config: Config,
+    examples: Examples,
+    rows: list[Rendered],
+    tokenizer,
+    image_format: ImageFormat | None,
 ) -> tuple[Config, list[Prompt]]:
     """Return (options with the commit of --sample_prompts, the prompts of a run's samples).
 
-    They are those of --sample_prompts, else of the first of `rows`. examples: the training data, for the form
-    of questions in a text file. Raises UserError if there is no prompt, or --sample_prompts cannot be used.
+    They are those of --sample_prompts, else of the first of `rows`.
+
+    Args:
+        config: the run's options.
+        examples: the training data, for the form of questions in a text file.
+        rows: examples of the evaluation set or the training data.
+        tokenizer, image_format: as for `make_row_prompt`.
+
+    Raises UserError if there is no prompt, or --sample_prompts cannot be used.
     """
     source = config.sample_prompts
     if source is not None and file_suffix(source) == ".txt":
@@ -255,12 +268,15 @@ def _make_sample_prompts(
         return config, _make_question_prompts(questions, examples, tokenizer, config.context_length)
     if source is not None:
         with rename_option_in_errors("--sample_prompts"):
-            examples = read_in_trained_format(config, source, MAX_PROMPTS, tokenizer, needs_answer=False)
+            examples = read_in_trained_format(
+                config, source, MAX_PROMPTS, tokenizer, needs_answer=False, image_format=image_format
+            )
         config, rows = dataclasses.replace(config, sample_prompts=examples.name), examples.rendered
     header = FORMATS[examples.format].question_header(examples.context)
-    candidates = [make_row_prompt(r, tokenizer, config.context_length) for r in rows]
+    length = config.context_length
+    candidates = [make_row_prompt(r, tokenizer, length, image_format=image_format) for r in rows]
     if source is not None:
-        bare = [_make_bare_prompt(r, tokenizer, config.context_length) for r in rows]
+        bare = [_make_bare_prompt(r, tokenizer, length, image_format) for r in rows]
         candidates = [prompt or other for prompt, other in zip(candidates, bare, strict=True)]
     prompts = [dataclasses.replace(prompt, question_header=header) for prompt in candidates if prompt]
     if not prompts:

@@ -21,7 +21,7 @@ from data.chat import convert_template_errors
 from data.chat_remarks import describe_hidden_parts, describe_missing_endings
 from data.dataset_names import pin_commit
 from data.formats import FORMATS, RenderContext, Rendered
-from data.reading import ReadingOptions, read_format_rows
+from data.reading import FormatRows, ReadingOptions, read_format_rows
 from launch.ranks import count_cpus
 from options.errors import UserError, join_names
 from options.limits import MAX_ROW_CHARS
@@ -61,13 +61,12 @@ def read_examples(dataset: str, options: ReadingOptions) -> Examples:
     rows, name = data.rows, data.format
     if name == "chat" and options.needs_answer:
         _check_roles(rows, f"--dataset {dataset}")
-    context = RenderContext(options.tokenizer, data.markers, options.day, options.empty_thinking)
+    placeholder = options.image_format.placeholder if options.image_format else ""
+    context = RenderContext(options.tokenizer, data.markers, options.day, options.empty_thinking, placeholder)
     if FORMATS[name].has_markers:
         _check_markers(rows, data.origins, data.markers)
-    rendered, remarks = (
-        _render_all(_RowRenderer(rows, data.origins, name, context, options.needs_answer)),
-        [*data.remarks],
-    )
+    rendered = _render_all(_RowRenderer(rows, data.origins, name, context, options.needs_answer))
+    rendered, remarks = _attach_images(rendered, data, placeholder), [*data.remarks]
     if name == "chat":
         last_answers = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
         remarks += describe_hidden_parts(context.chat, rows)
@@ -81,6 +80,23 @@ def read_examples(dataset: str, options: ReadingOptions) -> Examples:
             " part of the prompt, and not learned (--empty_thinking)"
         )
     return Examples(rendered, name, context, tuple(remarks), pin_commit(dataset, data.commit))
+
+
+def _attach_images(rendered: list[Rendered], data: FormatRows, placeholder: str) -> list[Rendered]:
+    """Return the texts with their images. Raises UserError unless a text has a placeholder for each of them.
+
+    data: the rows that were rendered.
+    """
+    if not data.images:
+        return rendered
+    for one, images, origin in zip(rendered, data.images, data.origins, strict=True):
+        if (count := one.text.count(placeholder)) != len(images):
+            raise UserError(
+                f"--dataset {origin}: the chat template shows {count} of its {len(images)} images as"
+                f" {placeholder}; --chat_template takes another one"
+            )
+    pairs = zip(rendered, data.images, strict=True)
+    return [dataclasses.replace(one, images=images) if images else one for one, images in pairs]
 
 
 def _check_roles(rows: list[dict], error_prefix: str) -> None:

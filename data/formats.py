@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from data.chat import ChatTemplate
+from data.images import ImageRef
 from data.messages import check_messages, check_tools
 from data.schemas import (
     ALPACA_COLUMNS,
@@ -60,6 +61,8 @@ class Rendered:
         last_answer_index: index of the learned range that the last answer begins with.
         has_empty_thought: whether an empty thought is before a learned range, and not learned.
         set_name: the name of its dataset, where rows of several ones are joined; else "".
+        images: for which a placeholder stands in the text, in their order.
+        image_spans: the ranges of characters that have replaced the placeholders (`expand_images`).
     """
 
     text: str
@@ -71,6 +74,8 @@ class Rendered:
     last_answer_index: int = -1
     has_empty_thought: bool = False
     set_name: str = ""
+    images: Sequence[ImageRef] = ()
+    image_spans: Sequence[tuple[int, int]] = ()
 
     @property
     def last_answer_range(self) -> tuple[int, int]:
@@ -89,17 +94,18 @@ class RenderContext:
         tokenizer: provides the chat template of the `chat` format; other formats need none.
         markers: texts that begin the turns of the two speakers in a guanaco text.
         day: YYYY-MM-DD, the date for chat templates that write today's; None = today.
-        empty_thinking: as for ChatTemplate.
+        empty_thinking, placeholder: as for ChatTemplate.
     """
 
     tokenizer: Any = None
     markers: Sequence[str] = GUANACO_MARKERS
     day: str | None = None
     empty_thinking: str = "auto"
+    placeholder: str = ""
 
     @cached_property
     def chat(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.day, self.empty_thinking)
+        return ChatTemplate(self.tokenizer, self.day, self.empty_thinking, self.placeholder)
 
 
 @dataclass(frozen=True)

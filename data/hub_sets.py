@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -34,7 +34,9 @@ from data.folder_files import (
     read_configs,
 )
 from data.hub_revisions import open_config, open_hub_set
-from data.row_files import Rows, drop_schema_nulls, read_file, restore_digits
+from data.image_store import IMAGE_COLUMNS, ImageStore
+from data.parquet_rows import drop_schema_nulls, restore_digits
+from data.row_files import Rows, read_file
 from data.schemas import join_columns
 from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, kind_in_folder
@@ -55,6 +57,7 @@ def read_hub(
     root: str | None = None,
     config: str = "",
     revision: str = "",
+    image_columns: Collection[str] = IMAGE_COLUMNS,
 ) -> Rows:
     """Read the rows of a hub id, or of a local folder, as `datasets` does.
 
@@ -66,6 +69,7 @@ def read_hub(
         root: for a local folder: the folder of the recipe that names it. All files must be inside it.
         config: the configuration; "" = the default one.
         revision: of a hub id: its branch, tag or commit; "" = the main branch.
+        image_columns: the columns that hold images.
 
     Raises UserError for whatever `datasets` cannot load, and for files outside of root.
     """
@@ -83,7 +87,7 @@ def read_hub(
         loaded = builder.as_dataset(split=split)
         if 0 < samples < len(loaded):
             loaded = loaded.select(range(samples))
-        rows = [drop_schema_nulls(row) for row in loaded.to_list()]
+        rows = _store_images(loaded, source, image_columns)
     restore_digits(rows, loaded.features.arrow_schema)
     skip_repository = local or data_files or datasets.config.HF_HUB_OFFLINE
     remarks = (
@@ -92,7 +96,22 @@ def read_hub(
         _numbers_remark(source, loaded),
     )
     origins = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
-    return Rows(rows, origins, tuple(filter(None, remarks)), commit)
+    folders = [source if local else ""] * len(rows)
+    return Rows(rows, origins, tuple(filter(None, remarks)), commit, folders)
+
+
+def _store_images(loaded: Any, source: str, image_columns: Collection[str]) -> list[dict]:
+    """Return the rows of a set that `datasets` loaded; the bytes of their images go to the cache.
+
+    `to_list` decodes no image. A few rows at a time keep the images out of the memory.
+    """
+    with ImageStore(source) as store:
+        blocks = (loaded.select(range(i, min(i + 64, len(loaded)))) for i in range(0, len(loaded), 64))
+        return [
+            store.take_row(drop_schema_nulls(row), image_columns)
+            for block in blocks
+            for row in block.to_list()
+        ]
 
 
 def _check_split(source: str, split: str, splits: Iterable[str]) -> None:
@@ -183,7 +202,13 @@ def _repository_remark(hub_id: str, config: str, chosen: str, commit: str) -> st
 
 
 def read_folder(
-    folder: str, data_files: str, split: str, samples: int, root: str | None = None, config: str = ""
+    folder: str,
+    data_files: str,
+    split: str,
+    samples: int,
+    root: str | None = None,
+    config: str = "",
+    image_columns: Collection[str] = IMAGE_COLUMNS,
 ) -> Rows:
     """Read the files of a local folder that belong to the split, or match data_files, sorted by name.
 
@@ -195,6 +220,7 @@ def read_folder(
         split, samples: as for `read_hub`.
         root: the folder of the recipe that names `folder`; all files must be inside it. None = not checked.
         config: a configuration in the folder's README.md; "" = the default one.
+        image_columns: the columns that hold images.
 
     Raises UserError for a folder of which only a part would be read, with files of several kinds or of no
     split, and for links that lead out of `root`.
@@ -207,18 +233,18 @@ def read_folder(
     if data_files and not data_paths:
         raise UserError(f"--dataset {os.path.join(folder, data_files)}: matches no data file")
     if not data_files and (configs := read_configs(folder)):
-        return _read_configured_folder(folder, configs, split, samples, root, config)
+        return _read_configured_folder(folder, configs, split, samples, root, config, image_columns)
     if config:
         raise UserError(f"--dataset {folder}: has no configuration {config}: its README.md names none")
     _check_kinds(folder, kinds, data_paths)
     check_packed_twins(folder, data_paths)
     if not data_paths or not set(kinds) <= set(KINDS.values()):
-        return read_hub(folder, data_files, split, samples, root)
+        return read_hub(folder, data_files, split, samples, root, image_columns=image_columns)
     splits = {"train": data_paths} if data_files else _find_splits(folder, data_paths)
     _check_all_have_a_split(folder, data_paths, splits)
     if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
         check_shards(folder, data_paths, data_files or "**")
-        return read_hub(folder, data_files, split, samples, root)
+        return read_hub(folder, data_files, split, samples, root, image_columns=image_columns)
     if split not in splits:
         choices = describe_choices(folder, data_paths)
         raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {choices}")
@@ -227,7 +253,7 @@ def read_folder(
         _unread_splits_remark(folder, split, splits),
         "" if data_files else describe_unread_names(folder, paths),
     )
-    return replace(_read_files(splits[split], samples), remarks=tuple(filter(None, remarks)))
+    return replace(_read_files(splits[split], samples, image_columns), remarks=tuple(filter(None, remarks)))
 
 
 def _check_kinds(folder: str, kinds: Counter, data_paths: list[str]) -> None:
@@ -251,7 +277,13 @@ def _check_all_have_a_split(folder: str, data_paths: list[str], splits: dict[str
 
 
 def _read_configured_folder(
-    folder: str, configs: list, split: str, samples: int, root: str | None, config: str
+    folder: str,
+    configs: list,
+    split: str,
+    samples: int,
+    root: str | None,
+    config: str,
+    image_columns: Collection[str],
 ) -> Rows:
     """Read the rows of a local folder whose README.md says which files are its data set.
 
@@ -269,26 +301,27 @@ def _read_configured_folder(
     paths = [str(path) for path in files.get(split, ())]
     kinds = {kind_in_folder(path) for path in paths}
     if not paths or not set(chosen) <= NAMING_KEYS or len(kinds) > 1 or not kinds <= set(KINDS.values()):
-        return read_hub(folder, "", split, samples, root, config)
+        return read_hub(folder, "", split, samples, root, config, image_columns=image_columns)
     for pattern in list_patterns(chosen.get("data_files"), split):
         check_shards(folder, paths, pattern)
     remarks = (
         _unread_splits_remark(folder, split, map(str, files)),
         "" if config else _unread_configs_remark(folder, opened.name, configs),
     )
-    return replace(_read_files(paths, samples), remarks=tuple(filter(None, remarks)))
+    return replace(_read_files(paths, samples, image_columns), remarks=tuple(filter(None, remarks)))
 
 
-def _read_files(paths: list[str], samples: int) -> Rows:
+def _read_files(paths: list[str], samples: int, image_columns: Collection[str]) -> Rows:
     """Read files in order until they hold `samples` rows; return all rows of these files. -1 = all files."""
-    rows, origins = [], []
+    rows, origins, folders = [], [], list[str]()
     for path in paths:
-        file_rows = read_file(Path(path))
+        file_rows = read_file(Path(path), image_columns)
         rows += file_rows.rows
         origins += file_rows.origins
+        folders += file_rows.folders
         if 0 < samples <= len(rows):
             break
-    return Rows(rows, origins)
+    return Rows(rows, origins, folders=folders)
 
 
 def _find_splits(folder: str, data_paths: list[str]) -> dict[str, list[str]]:

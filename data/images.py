@@ -1,7 +1,11 @@
-"""Where the images of a data set's rows are. They are never held decoded."""
+"""Where the images of a data set's rows are. They are never held decoded.
+
+Shapes: R examples.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +21,8 @@ class ImageRef:
         start, size: the range in bytes; size None = to the file's end.
         width, height: in pixels, as its header says, turned as EXIF says.
         origin: the data file and row that name it, for errors.
+        name: what the data calls it; "" = the file's name.
+        digest: of its size in bytes and its first bytes; images of equal digests count as equal.
     """
 
     path: str
@@ -25,6 +31,13 @@ class ImageRef:
     width: int
     height: int
     origin: str
+    name: str = ""
+    digest: bytes = b""
+
+    @property
+    def label(self) -> str:
+        """What lines about the data call it, such as "scan.jpg 512x768"."""
+        return f"{self.name or os.path.basename(self.path)} {self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,25 @@ class RowImages:
     refs: Sequence[ImageRef] = ()
     starts: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[ImageRef]]) -> RowImages:
+        """Return the images of examples, each given with its own."""
+        counts = torch.tensor([len(refs) for refs in rows], dtype=torch.int64)
+        if not int(counts.sum()):
+            return cls()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return cls([ref for refs in rows for ref in refs], starts)
+
     def of_row(self, index: int) -> Sequence[ImageRef]:
         """Return the images of an example."""
+        if not self.refs:
+            return ()
         return self.refs[int(self.starts[index]) : int(self.starts[index + 1])]
+
+
+def join_row_images(parts: Sequence[tuple[RowImages, int]]) -> RowImages:
+    """Return the images of the examples of several sets, one set after the other.
+
+    parts: (the images of a set, its number of examples).
+    """
+    return RowImages.from_rows([images.of_row(i) for images, count in parts for i in range(count)])

@@ -11,6 +11,10 @@ from typing import Any
 from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import first_set
 from data.formats import FORMATS
+from data.image_files import ImageFiles, ImageSource
+from data.image_format import ImageFormat
+from data.image_store import IMAGE_COLUMNS
+from data.images import ImageRef
 from data.recognition import (
     check_columns_are_read,
     describe_unread_columns,
@@ -20,6 +24,13 @@ from data.recognition import (
     select_schemas,
 )
 from data.row_files import Rows
+from data.row_images import (
+    check_takes_images,
+    explode_questions,
+    has_parts,
+    show_all_images,
+    take_image_columns,
+)
 from data.schemas import Auto, Schema, find_schema, has_content, match_schemas
 from data.sources import Recipe, find_recipe, load_rows
 from options.config import Config
@@ -40,6 +51,7 @@ class FormatRows:
         markers: texts that begin the turns of the two speakers in a guanaco text.
         remarks: lines to print at start.
         commit: of the hub set that they are from; "" = from elsewhere, or not known.
+        images: of each row, in the order in which it shows them; [] = no row has one.
     """
 
     rows: list[dict]
@@ -48,6 +60,7 @@ class FormatRows:
     markers: Sequence[str]
     remarks: tuple[str, ...]
     commit: str = ""
+    images: Sequence[Sequence[ImageRef]] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class ReadingOptions:
         day, empty_thinking: as in RenderContext.
         needs_answer: whether every row must have an answer. If not, rows without one are prompts in the
             format `preferred`.
+        image_format: how the model takes images; None = it takes none.
+        image_folder: the folder that paths of images are relative to; None = that of the data file.
     """
 
     tokenizer: Any
@@ -75,9 +90,13 @@ class ReadingOptions:
     day: str | None = None
     empty_thinking: str = "auto"
     needs_answer: bool = True
+    image_format: ImageFormat | None = None
+    image_folder: str | None = None
 
     @classmethod
-    def from_config(cls, config: Config, tokenizer) -> ReadingOptions:
+    def from_config(
+        cls, config: Config, tokenizer, image_format: ImageFormat | None = None
+    ) -> ReadingOptions:
         """Return how a run reads --dataset."""
         return cls(
             tokenizer,
@@ -87,6 +106,8 @@ class ReadingOptions:
             columns=ColumnNames.from_options(config.columns, config.text_column),
             day=config.chat_date,
             empty_thinking=config.empty_thinking,
+            image_format=image_format,
+            image_folder=config.image_folder,
         )
 
     @property
@@ -108,15 +129,17 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
             raise UserError(
                 f"--dataset {dataset}: fills at most {MAX_FILLED_ROWS:,} rows of {MAX_ROW_CHARS:,} characters"
             )
-    data, renamed = _load_renamed(recipe, file, samples, options.columns, f"--dataset {dataset}")
+    data, given, renamed = _load_split(recipe, file, samples, options, f"--dataset {dataset}")
     if recipe.fill:
         filled = recipe.fill | {"output": recipe.fill["output"] * options.context_length}
-        data = Rows([filled] * len(data.rows), data.origins)
-    matched = _match_prompts(data.rows, renamed.named_by, options)
+        data = dataclasses.replace(data, rows=[filled] * len(data.rows))
+    has_images = bool(given) or (options.image_format is not None and has_parts(data.rows))
+    named = _without_images(renamed.named_by)
+    matched = _match_prompts(data.rows, named, options)
     if matched:
         name = options.preferred
     else:
-        name, schemas = _resolve_format(recipe, data, dataset, renamed.named_by, options)
+        name, schemas = _resolve_format(recipe, data, dataset, named, options, has_images)
         matched = match_schemas(data.rows, schemas)
     remarks = [
         *data.remarks,
@@ -124,13 +147,35 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
         *_describe_unmarked(data.rows, name, recipe.markers),
     ]
     if options.format == recipe.format == options.preferred == "auto":
-        remarks += _describe_choice(name, matched[0], options.has_template)
-    read, named = zip(data.rows, matched, data.origins, strict=True), renamed.describe()
+        remarks += _describe_choice(name, matched[0], options.has_template, has_images)
+    read, names = zip(data.rows, matched, data.origins, strict=True), renamed.describe()
     rows = [
-        schema.read(row, f"--dataset {origin}", options.needs_answer, named) for row, schema, origin in read
+        schema.read(row, f"--dataset {origin}", options.needs_answer, names) for row, schema, origin in read
     ]
+    files = ImageFiles(options.image_folder)
+    rows, images = show_all_images(rows, data, given, FORMATS[name], files, options.image_format)
     remarks += _describe_two_systems(data.rows, rows)
-    return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit)
+    return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit, images)
+
+
+def _load_split(
+    recipe: Recipe, file: Path | None, samples: int, options: ReadingOptions, error_prefix: str
+) -> tuple[Rows, list[list[ImageSource]], ColumnNames]:
+    """Return (rows without their columns of images, the images of each or [], names of renamed columns).
+
+    Arguments as for `_load_renamed`. Raises UserError as that does, and for images if the model takes none.
+    """
+    data, renamed = _load_renamed(recipe, file, samples, options.columns, error_prefix)
+    takes_images = options.image_format is not None
+    data, given = take_image_columns(explode_questions(data), takes_images, renamed.names)
+    if not takes_images:
+        check_takes_images(data, given)
+    return data, given, renamed
+
+
+def _without_images(named: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns that formats read, of {a column: what named it}."""
+    return {column: by for column, by in named.items() if column not in IMAGE_COLUMNS}
 
 
 def _match_prompts(
@@ -171,7 +216,8 @@ def _load_renamed(
         of_recipe = of_recipe.without(columns.names)
     else:
         columns = columns.without(of_recipe.names)
-    data = load_rows(dataclasses.replace(recipe, columns={}), file, samples)
+    image_columns = [columns.over(of_recipe).names.get(name, name) for name in IMAGE_COLUMNS]
+    data = load_rows(dataclasses.replace(recipe, columns={}), file, samples, image_columns)
     found = columns.find_in(data.rows, error_prefix).over(of_recipe.find_in(data.rows, error_prefix))
     rows, renamed = found.rename(data.rows, error_prefix)  # all at once: each name is one of the data's own
     return dataclasses.replace(data, rows=rows), renamed
@@ -183,6 +229,7 @@ def _resolve_format(
     dataset: str,
     named: Mapping[str, str],
     options: ReadingOptions,
+    has_images: bool,
 ) -> tuple[str, Sequence[Schema]]:
     """Return (the name of the format that rows are rendered in, the schemas that they may have).
 
@@ -191,19 +238,20 @@ def _resolve_format(
         dataset: its name, for errors.
         named: {a column of a format: what named it}, which the schemas must read.
         options: how the rows are read.
+        has_images: whether rows have images.
 
     Raises UserError if no format fits all rows, or reads the named columns.
     """
     if options.format != "auto":
         return options.format, select_schemas(options.format, named, f"--dataset {dataset}")
     choice = None if options.preferred == "auto" else options.preferred
-    candidates = list_candidates(options.has_template, choice, named)
+    candidates = list_candidates(options.has_template, choice, named, has_images)
     if recipe.format != "auto":
         found = {find_candidate(row, recipe.markers, candidates) for row in rows.rows} - {None}
         takes_choice = choice and {candidate[0] for candidate in found if candidate} == {choice}
         name = choice if choice and takes_choice else recipe.format
         return name, select_schemas(name, named, f"--dataset {dataset}")
-    schemas = [schema for _, schema in list_candidates(options.has_template, choice)]
+    schemas = [schema for _, schema in list_candidates(options.has_template, choice, (), has_images)]
     check_columns_are_read(named, schemas, f"--dataset {dataset}")
     name, schema = recognise_format(
         rows.rows, rows.origins, f"--dataset {dataset}", recipe.markers, candidates
@@ -221,8 +269,11 @@ def find_format(dataset: str, options: ReadingOptions) -> tuple[str, Recipe]:
     recipe, file = find_recipe(dataset)
     if options.format != "auto" or recipe.format != "auto":
         return options.format if options.format != "auto" else recipe.format, recipe
-    rows, renamed = _load_renamed(recipe, file, recipe.samples, options.columns, f"--dataset {dataset}")
-    return _resolve_format(recipe, rows, dataset, renamed.named_by, options)[0], recipe
+    data, given, renamed = _load_split(recipe, file, recipe.samples, options, f"--dataset {dataset}")
+    has_images = bool(given) or has_parts(data.rows)
+    return _resolve_format(recipe, data, dataset, _without_images(renamed.named_by), options, has_images)[
+        0
+    ], recipe
 
 
 def _describe_unread(rows: list[dict], schemas: list[Schema], renamed: Iterable[str]) -> list[str]:
@@ -265,15 +316,18 @@ def _describe_two_systems(given: list[dict], read: list[dict]) -> list[str]:
     ]
 
 
-def _describe_choice(name: str, schema: Schema, has_template: bool) -> list[str]:
+def _describe_choice(name: str, schema: Schema, has_template: bool, has_images: bool) -> list[str]:
     """Return a list with one remark if the tokenizer decides on the format of a schema, or an empty list.
 
     Args:
         name: of the format.
         schema: as it was recognised.
         has_template: whether the tokenizer has a chat template.
+        has_images: whether rows have images. Then it decides on all that are texts.
     """
-    if schema.auto not in (Auto.WITH_TEMPLATE, Auto.WITHOUT_TEMPLATE):
+    if schema.auto not in (Auto.WITH_TEMPLATE, Auto.WITHOUT_TEMPLATE) and not (
+        has_images and schema.has_texts and name != "completion"
+    ):
         return []
     columns, reason = " and ".join(schema.required), "a" if has_template else "no"
     return [

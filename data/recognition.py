@@ -14,7 +14,10 @@ PAGE = "docs/data.md"
 
 
 def list_candidates(
-    has_template: bool, preferred: str | None = None, columns: Collection[str] = ()
+    has_template: bool,
+    preferred: str | None = None,
+    columns: Collection[str] = (),
+    has_images: bool = False,
 ) -> list[Candidate]:
     """Return what rows may be recognised as, in the order in which it is tried.
 
@@ -22,13 +25,24 @@ def list_candidates(
         has_template: whether the tokenizer has a chat template.
         preferred: a format whose schemas are tried before all others.
         columns: all of these must be read.
+        has_images: whether rows have images. With a chat template all but plain texts are conversations then.
     """
     candidates = [(preferred, schema) for schema in FORMATS[preferred].schemas] if preferred else []
-    for auto in (Auto.ALWAYS, Auto.WITH_TEMPLATE if has_template else Auto.WITHOUT_TEMPLATE):
-        candidates += [
-            (name, schema) for name, form in FORMATS.items() for schema in form.schemas if schema.auto == auto
-        ]
-    return [(name, schema) for name, schema in candidates if set(schema.columns) >= set(columns)]
+    if has_images and has_template:
+        candidates += [(name, schema) for name in ("chat", "completion") for schema in FORMATS[name].schemas]
+    else:
+        for auto in (Auto.ALWAYS, Auto.WITH_TEMPLATE if has_template else Auto.WITHOUT_TEMPLATE):
+            candidates += [
+                (name, schema)
+                for name, form in FORMATS.items()
+                for schema in form.schemas
+                if schema.auto == auto
+            ]
+    return [
+        (name, schema)
+        for name, schema in candidates
+        if set(schema.columns) >= set(columns) and not (has_images and FORMATS[name].has_markers)
+    ]
 
 
 def recognise_format(

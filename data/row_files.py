@@ -1,7 +1,8 @@
 """Read the rows of a file: JSON lines, a JSON list, CSV or parquet. The first three may be packed.
 
-Each row has an origin, which messages name. Texts and numbers stay as the file writes them. Files that are
-malformed, or made to fill the memory, are refused.
+Each row has an origin, which messages name. Texts and numbers stay as the file writes them. Images that rows
+hold as bytes go to a file of the cache (data/image_store.py). Files that are malformed, or made to fill the
+memory, are refused.
 """
 
 from __future__ import annotations
@@ -9,22 +10,21 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from data.image_store import IMAGE_COLUMNS, ImageStore
 from data.packed_files import open_data_file
+from data.parquet_rows import TakeRow, read_parquet
 from options.data_files import KINDS, READABLE, conversion_advice, file_suffix, unpacked_name
 from options.errors import UserError
 from options.exact_json import parse_json
 from options.limits import MAX_LINE_BYTES, MAX_LIST_BYTES, check_size
 
-PARQUET_BATCH_ROWS = 64  # rows read at once; few, as a file may store one large value for all of them
 NAN_OR_INF = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
 # Longer than units, currencies and exponents: 5 mmol, EUR 1,000, 1e5.
 LONG_WORD = re.compile(r"[^\W\d_]{5}")
@@ -39,28 +39,43 @@ class Rows:
         origins: the file and line, or the like, of each row, for messages.
         remarks: lines to print at start.
         commit: of the hub set that they are from; "" = from elsewhere, or not known.
+        folders: of each row, the folder that paths of images are relative to; "" = a hub set's row, whose
+            paths are in the caches.
     """
 
     rows: list[dict]
     origins: list[str]
     remarks: tuple[str, ...] = ()
     commit: str = ""
+    folders: Sequence[str] = ()
 
 
-def read_file(path: Path) -> Rows:
-    """Read the rows of a file. Raises UserError if it is missing, malformed or of a kind not in KINDS."""
+def read_file(path: Path, image_columns: Collection[str] = IMAGE_COLUMNS) -> Rows:
+    """Read the rows of a file.
+
+    Raises UserError if it is missing, malformed or of a kind not in KINDS. image_columns: the columns that
+    hold images.
+    """
+    with ImageStore(str(path)) as store:
+        rows = _read_rows(path, lambda row: store.take_row(row, image_columns))
+    return replace(rows, folders=[str(path.parent)] * len(rows.rows))
+
+
+def _read_rows(path: Path, take_row: TakeRow) -> Rows:
+    """Read the rows of a file, as `read_file` does."""
     if not os.path.isfile(path):
         raise UserError(f"--dataset {path}: no such file")
     check_file_type(path)
     suffix = file_suffix(unpacked_name(path.name))
     if suffix == ".parquet":
-        return _read_parquet(path)
+        rows = read_parquet(path, take_row)
+        return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
     try:
         if suffix == ".csv":
-            return _read_csv(path)
+            return _read_csv(path, take_row)
         if suffix == ".json" and _starts_with_list(path):
-            return _read_json_list(path)
-        return _read_json_lines(path)
+            return _read_json_list(path, take_row)
+        return _read_json_lines(path, take_row)
     except OSError as e:
         raise UserError(f"--dataset {path}: {e.strerror}") from None
 
@@ -95,15 +110,16 @@ def _read_lines(path: Path) -> Iterator[str]:
                 raise UserError(f"--dataset {path}:{number}: not UTF-8") from None
 
 
-def _read_json_lines(path: Path) -> Rows:
+def _read_json_lines(path: Path, take_row: TakeRow) -> Rows:
     """Read a file with one JSON object per line. Raises UserError with the line if it is malformed."""
     rows, origins = [], []
     for number, line in enumerate(_read_lines(path), 1):
         if line.strip():
-            rows.append(_parse_json(line, path, number))
-            origins.append(f"{path}:{number}")
-            if not isinstance(rows[-1], dict):
+            row = _parse_json(line, path, number)
+            if not isinstance(row, dict):
                 raise UserError(f"--dataset {path}:{number}: not a JSON object")
+            rows.append(take_row(row))
+            origins.append(f"{path}:{number}")
     return Rows(rows, origins)
 
 
@@ -146,7 +162,7 @@ def _starts_with_list(path: Path) -> bool:
         return file.read(MAX_LINE_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _read_json_list(path: Path) -> Rows:
+def _read_json_list(path: Path, take_row: TakeRow) -> Rows:
     """Read a file that is one JSON list of objects. Raises UserError if it is malformed or too large."""
     check_size(path, MAX_LIST_BYTES)
     with open_data_file(path) as file:
@@ -164,10 +180,10 @@ def _read_json_list(path: Path) -> Rows:
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"--dataset {path}: entry {i} is not a JSON object")
-    return Rows(rows, [f"{path} entry {i}" for i in range(1, len(rows) + 1)])
+    return Rows([*map(take_row, rows)], [f"{path} entry {i}" for i in range(1, len(rows) + 1)])
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path, take_row: TakeRow) -> Rows:
     """Read a CSV file with a header. Raises UserError, which names the line, if it is malformed."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(_read_lines(path), strict=True)
@@ -181,7 +197,7 @@ def _read_csv(path: Path) -> Rows:
                 raise UserError(
                     f"--dataset {path}:{reader.line_num}: another number of columns than the header"
                 )
-            rows.append(row)
+            rows.append(take_row(row))
             origins.append(f"{path}:{reader.line_num}")
     except csv.Error as e:
         line = reader.reader.line_num  # DictReader counts a line only after it was parsed
@@ -194,8 +210,10 @@ def _read_csv(path: Path) -> Rows:
 def _convert_nan_cells(rows: list[dict], column: str) -> None:
     """Replace, in place, the cells `nan` and `inf` of a column of numbers by floats.
 
-    `check_row` refuses such floats if a format reads the column. Columns that also hold words stay unchanged.
+    `check_row` refuses such floats if a format reads the column. Columns that also hold words stay unchanged,
+    and so do images.
     """
+    rows = [row for row in rows if isinstance(row[column], str)]
     matches = [row for row in rows if NAN_OR_INF.fullmatch(row[column])]
     if matches and all(_is_number(row[column]) for row in rows if not NAN_OR_INF.fullmatch(row[column])):
         for row in matches:
@@ -205,81 +223,3 @@ def _convert_nan_cells(rows: list[dict], column: str) -> None:
 def _is_number(cell: str) -> bool:
     """Return whether a cell is empty, or a number as people write it: 1,000 or $5 or 12 kg."""
     return not cell.strip() or (bool(re.search(r"\d", cell)) and not LONG_WORD.search(cell))
-
-
-def _read_parquet(path: Path) -> Rows:
-    """Read a parquet file. Raises UserError if it is malformed, or has rows larger than a line may be."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file, rows = pyarrow.parquet.ParquetFile(path), []
-        if file.metadata.num_rows > path.stat().st_size:  # forged: rows take a bit at least
-            raise UserError(
-                f"--dataset {path}: says {file.metadata.num_rows:,} rows in {path.stat().st_size:,} bytes"
-            )
-        for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-            if batch.nbytes > MAX_LINE_BYTES * PARQUET_BATCH_ROWS // 4:
-                raise UserError(
-                    f"--dataset {path}: {PARQUET_BATCH_ROWS} rows of {batch.nbytes:,} bytes; at"
-                    f" most {MAX_LINE_BYTES:,} each"
-                )
-            rows += [drop_schema_nulls(row) for row in batch.to_pylist()]
-        restore_digits(rows, file.schema_arrow)
-    # ValueError: not UTF-8, or a date that does not exist.
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"--dataset {path}: not a parquet file ({reason})") from None
-    return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
-
-
-def drop_schema_nulls(row: dict) -> dict:
-    """Return a row without the nulls that a table's schema adds to the objects in its columns.
-
-    In a table, every object of a column has the keys of all of them. Nulls in lists, and columns that are
-    null, belong to the data and stay.
-    """
-    return {column: _drop_nulls(value) for column, value in row.items()}
-
-
-def _drop_nulls(value: Any) -> Any:
-    """Return a value without null fields in its objects, at every depth. Maps of pyarrow become objects."""
-    if isinstance(value, dict):
-        return {key: _drop_nulls(part) for key, part in value.items() if part is not None}
-    if not isinstance(value, list):
-        return value
-    if value and all(isinstance(part, tuple) for part in value):  # pyarrow reads a map as tuples
-        return {key: _drop_nulls(part) for key, part in value}
-    return [_drop_nulls(part) for part in value]
-
-
-def restore_digits(rows: list[dict], schema) -> None:
-    """Replace 16 and 32-bit floats in the rows by those with the fewest digits: 0.1 for 0.10000000149011612.
-
-    These are the 64-bit floats of the shortest texts that mean the same 16 or 32-bit number. Floats within
-    lists and structs are replaced, too. schema: pyarrow's, of the rows' table.
-    """
-    for name, arrow_type in zip(schema.names, schema.types, strict=True):
-        # The type's text names float16 and float32 so, also within lists and structs, but float64 `double`.
-        for row in rows if "float" in str(arrow_type) else ():
-            row[name] = _restore_digits(row[name], arrow_type)
-
-
-def _restore_digits(value: Any, arrow_type) -> Any:
-    """Return a value with the digits restored, as in `restore_digits`."""
-    import numpy
-    import pyarrow
-
-    types, narrow = pyarrow.types, {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
-    if arrow_type in narrow and isinstance(value, numpy.floating):  # 16 bits, of a pyarrow before 21
-        value = float(value)
-    if arrow_type in narrow and isinstance(value, float) and math.isfinite(value):
-        whole = value.is_integer() and abs(value) < 1e16  # beyond, Python writes an exponent as well
-        return value if whole else float(str(narrow[arrow_type](value)))
-    if types.is_struct(arrow_type) and isinstance(value, dict):
-        return {key: _restore_digits(part, arrow_type.field(key).type) for key, part in value.items()}
-    if types.is_map(arrow_type) and isinstance(value, dict):
-        return {key: _restore_digits(part, arrow_type.item_type) for key, part in value.items()}
-    if types.is_list(arrow_type) or types.is_large_list(arrow_type) or types.is_fixed_size_list(arrow_type):
-        return value and [_restore_digits(part, arrow_type.value_type) for part in value]
-    return value

@@ -12,6 +12,8 @@ FIRST_ROWS = 3  # numbers that are kept for each reason, however many rows there
 NO_ANSWER = "no answer has any text to learn"
 LONG_PROMPT = "the prompt fills --context_length"
 FIRST_TOKEN = "only the first token would be learned, which nothing predicts"
+LONG_IMAGES = "an image before the answers ends beyond --context_length"
+CUT_IMAGE = "an image ends beyond --context_length, so that the row ends before it"
 CUT_ANSWER = "the end of an answer is beyond --context_length"
 CUT_REST = "only text that is not learned is beyond --context_length"
 

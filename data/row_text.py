@@ -73,9 +73,9 @@ def describe_examples(rows: TokenizedRows, count: int, tokenizer) -> list[str]:
     """
     texts = []
     for i in _first_examples(rows, count):
-        ids, learned = _read_example(rows, i)
-        head = f"row {rows.row_name(i)}: {len(ids):,} tokens, {sum(learned[1:]):,} of them learned"
-        texts.append(f"{head}\n{mark_learned(ids, learned, tokenizer)}")
+        one = _read_example(rows, i)
+        head = f"row {rows.row_name(i)}: {len(one.ids):,} tokens, {sum(one.learned[1:]):,} of them learned"
+        texts.append(f"{head}\n{mark_learned(one, tokenizer)}")
     return texts
 
 
@@ -94,23 +94,55 @@ def record_examples(rows: TokenizedRows, tokenizer) -> list[RecordedRow]:
     """
     recorded = []
     for i in _first_examples(rows, math.ceil(RECORDED_ROWS / max(len(rows.sets), 1))):
-        ids, learned = _read_example(rows, i)
-        counts, name = (int(rows.row_numbers[i]), len(ids), sum(learned[1:])), rows.set_name(i)
-        if len(ids) <= 2 * END_TOKENS:
-            recorded.append(RecordedRow(*counts, _clip(split_example(ids, learned, tokenizer)), set=name))
+        one = _read_example(rows, i)
+        size = len(one.ids)
+        counts, name = (int(rows.row_numbers[i]), size, sum(one.learned[1:])), rows.set_name(i)
+        if size <= 2 * END_TOKENS:
+            recorded.append(RecordedRow(*counts, _clip(split_example(one, tokenizer)), set=name))
             continue
-        head, tail = (
-            _clip(split_example(ids[end], learned[end], tokenizer))
-            for end in (slice(END_TOKENS), slice(-END_TOKENS, None))
-        )
-        recorded.append(RecordedRow(*counts, head, len(ids) - 2 * END_TOKENS, tail, name))
+        ends = one.take(0, END_TOKENS), one.take(size - END_TOKENS, size)
+        head, tail = (_clip(split_example(end, tokenizer)) for end in ends)
+        recorded.append(RecordedRow(*counts, head, size - 2 * END_TOKENS, tail, name))
     return recorded
 
 
-def _read_example(rows: TokenizedRows, i: int) -> tuple[list[int], list[bool]]:
-    """Return the token ids of example i, and whether each is learned."""
+@dataclass(frozen=True)
+class ExampleTokens:
+    """The tokens of an example, or some that stand behind one another.
+
+    Attributes:
+        ids: of the tokens.
+        learned: whether each is a target.
+        labels: of the images whose parts are among the tokens, in their order.
+        image_id: the id of a part of an image; -1 = there are none.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    labels: Sequence[str] = ()
+    image_id: int = -1
+
+    def take(self, start: int, end: int) -> ExampleTokens:
+        """Return the tokens [start, end)."""
+        first, count = self._count_images(0, start), self._count_images(start, end)
+        first -= (
+            start > 0 and self.ids[start - 1 : start + 1] == [self.image_id] * 2
+        )  # the cut one counts twice
+        span = slice(start, end)
+        return ExampleTokens(
+            self.ids[span], self.learned[span], self.labels[first : first + count], self.image_id
+        )
+
+    def _count_images(self, start: int, end: int) -> int:
+        """Return the number of images that have parts among the tokens [start, end)."""
+        return sum(is_image for is_image, _ in groupby(i == self.image_id for i in self.ids[start:end]))
+
+
+def _read_example(rows: TokenizedRows, i: int) -> ExampleTokens:
+    """Return the tokens of example i."""
     one = slice(int(rows.starts[i]), int(rows.starts[i + 1]))
-    return rows.tokens[one].tolist(), rows.learned[one].tolist()
+    labels = [ref.label for ref in rows.images.of_row(i)]
+    return ExampleTokens(rows.tokens[one].tolist(), rows.learned[one].tolist(), labels, rows.image_id)
 
 
 def _clip(parts: list[RowPart]) -> list[RowPart]:
@@ -118,12 +150,12 @@ def _clip(parts: list[RowPart]) -> list[RowPart]:
     return [RowPart(part.text[:MAX_PART_CHARS], part.is_learned, part.is_special) for part in parts]
 
 
-def mark_learned(ids: list[int], learned: list[bool], tokenizer) -> str:
+def mark_learned(example: ExampleTokens, tokenizer) -> str:
     """Return the text of an example's tokens, with BEGIN and END around the learned ones, as LEGEND says."""
     names = sorted(_special_names(tokenizer), key=len, reverse=True)
     to_escape = re.compile("|".join([r"\\", BRACKETS, *map(re.escape, names)]))
     text = ""
-    for is_learned, parts in groupby(split_example(ids, learned, tokenizer), lambda part: part.is_learned):
+    for is_learned, parts in groupby(split_example(example, tokenizer), lambda part: part.is_learned):
         group = "".join(
             _show_control(part.text if part.is_special else to_escape.sub(_escape, part.text))
             for part in parts
@@ -149,16 +181,26 @@ def _show_control(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1].replace("\\r", "\\x0d"), text)
 
 
-def split_example(ids: list[int], learned: list[bool], tokenizer) -> list[RowPart]:
+def split_example(example: ExampleTokens, tokenizer) -> list[RowPart]:
     """Return an example's tokens as parts, split where tokens begin or cease to be learned or special.
 
-    The texts of the parts together are that of all tokens, unless a character is split between two parts.
+    The texts of the parts together are that of all tokens, unless a character is split between two parts. An
+    image is a part that says what it is.
     """
+    ids = example.ids
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = added | set(tokenizer.all_special_ids)
+    special = added | set(tokenizer.all_special_ids) | {example.image_id}
+    labels = iter(example.labels)
     parts, end = [], 0
-    for (is_learned, is_special), group in groupby(zip(learned, (i in special for i in ids), strict=True)):
+    kinds = zip(
+        example.learned, (i in special for i in ids), (i == example.image_id for i in ids), strict=True
+    )
+    for (is_learned, is_special, is_image), group in groupby(kinds):
         begin, end = end, end + len(list(group))
+        if is_image:
+            text = f"<image: {next(labels)}, {end - begin:,} tokens>"
+            parts.append(RowPart(text, is_learned, is_special))
+            continue
         context = max(begin - CONTEXT_TOKENS, 0)
         before, until = _decode(ids[context:begin], tokenizer), _decode(ids[context:end], tokenizer)
         # A character may be split between two parts; then each part is shown by itself.

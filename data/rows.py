@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from data.image_format import ImageFormat
-from data.images import RowImages
+from data.images import RowImages, join_row_images
 from data.row_reasons import RowReason
 
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
@@ -85,6 +85,19 @@ class TokenizedRows:
         """Return the number of tokens of each example: [R]."""
         return self.starts.diff()
 
+    @property
+    def image_id(self) -> int:
+        """The id of the token that stands for a part of an image; -1 if no example has an image."""
+        return -1 if self.image_format is None else self.image_format.token_id
+
+    def count_image_tokens(self) -> int:
+        """Return the number of tokens that are parts of images."""
+        return int((self.tokens == self.image_id).sum()) if self.images.refs else 0
+
+    def largest_id(self) -> int:
+        """Return the largest token id, but for that of parts of images, which has no embedding."""
+        return int(self.tokens[self.tokens != self.image_id].max())
+
     def targets(self) -> torch.Tensor:
         """Return the number of targets of each example: [R]. Its first token is never one."""
         sums = self.learned.cumsum(0, dtype=torch.int64)  # 8 bytes per token of the data set, for a moment
@@ -117,17 +130,24 @@ def join_sets(parts: Sequence[TokenizedRows], sets: Sequence[MixedSet]) -> Token
         tuple(each.of_set(name) for rows, name in named for each in rows.cut_reasons),
         torch.cat([rows.row_numbers for rows in parts]),
         tuple(sets),
+        join_row_images([(rows.images, len(rows)) for rows in parts]),
+        next((rows.image_format for rows in parts if rows.image_format), None),
     )
 
 
 def digest_rows(rows: TokenizedRows) -> str:
     """Return the SHA-256 hex digest of the rows' `tokens`, `learned` and `starts`, in order.
 
-    That of a mixture also depends on the sizes of its sets and their rows per epoch.
+    That of a mixture also depends on the sizes of its sets and their rows per epoch, and that of rows with
+    images on the digest of each image.
     """
     digest = hashlib.sha256()
     for tensor in (rows.tokens, rows.learned, rows.starts):
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     for each in rows.sets:
         digest.update(f"{each.size} {each.per_epoch};".encode())
+    if rows.images.refs:
+        digest.update(rows.images.starts.contiguous().view(torch.uint8).numpy().data)
+        for ref in rows.images.refs:
+            digest.update(ref.digest)
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from data.dataset_names import (
 )
 from data.formats import FORMATS, GUANACO_MARKERS
 from data.hub_sets import read_folder, read_hub
+from data.image_store import IMAGE_COLUMNS
 from data.row_files import Rows, check_file_type, read_file
 from options.data_files import KINDS, READABLE, conversion_advice, file_suffix
 from options.errors import UserError
@@ -210,24 +212,34 @@ def _check_source(recipe: Recipe, folder: Path, error_prefix: str) -> None:
         raise UserError(f"{error_prefix}: data_files {recipe.data_files} leads out of the data set")
 
 
-def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
+def load_rows(
+    recipe: Recipe, file: Path | None, samples: int, image_columns: Collection[str] = IMAGE_COLUMNS
+) -> Rows:
     """Return the first `samples` rows of a recipe, with its columns renamed; -1 = all rows.
+
+    Args:
+        recipe: the recipe.
+        file: the file that it reads, or None.
+        samples: number of rows.
+        image_columns: the data's names of the columns that hold images.
 
     Raises UserError for data that is missing, empty or malformed, and for a column that no row has.
     """
     if recipe.fill:
-        return Rows([recipe.fill] * max(samples, 1), ["dummy"] * max(samples, 1))
+        count = max(samples, 1)
+        return Rows([recipe.fill] * count, ["dummy"] * count, folders=[""] * count)
     if file:
-        rows = read_file(file)
+        rows = read_file(file, image_columns)
     elif os.path.isdir(recipe.source):
-        rows = read_folder(
-            recipe.source, recipe.data_files, recipe.split, samples, recipe.root, recipe.config
-        )
+        place = (recipe.source, recipe.data_files, recipe.split)
+        rows = read_folder(*place, samples, recipe.root, recipe.config, image_columns)
     else:
         parts = {"config": recipe.config, "revision": recipe.revision}
-        rows = read_hub(recipe.source, recipe.data_files, recipe.split, samples, **parts)
+        place = (recipe.source, recipe.data_files, recipe.split)
+        rows = read_hub(*place, samples, **parts, image_columns=image_columns)
     if samples > 0:
-        rows = replace(rows, rows=rows.rows[:samples], origins=rows.origins[:samples])
+        kept = {name: getattr(rows, name)[:samples] for name in ("rows", "origins", "folders")}
+        rows = replace(rows, **kept)
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     names = ColumnNames.from_recipe(recipe.columns)

@@ -6,7 +6,7 @@ Shapes: L tokens of one example.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -18,16 +18,10 @@ from data.dataset_names import Share
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
+from data.image_format import ImageFormat
+from data.image_texts import expand_images, locate_images
+from data.kept_rows import KeptRows
 from data.reading import ReadingOptions
-from data.row_reasons import (
-    CUT_ANSWER,
-    CUT_REST,
-    FIRST_TOKEN,
-    LONG_PROMPT,
-    NO_ANSWER,
-    ReasonCounter,
-    name_set,
-)
 from data.rows import MixedSet, TokenizedRows, join_sets
 from data.shares import count_rows_per_epoch
 from options.errors import UserError
@@ -46,23 +40,28 @@ def tokenize_dataset(dataset: str, options: ReadingOptions) -> TokenizedRows:
         options: how it is read; the tokenizer must return offsets (is_fast).
     """
     examples = read_examples(dataset, options)
-    return tokenize(examples.rendered, options.tokenizer, options.context_length, f"--dataset {dataset}")
+    reading = options.tokenizer, options.context_length, f"--dataset {dataset}", options.image_format
+    return tokenize(examples.rendered, *reading)
 
 
 def tokenize_sets(
-    sets: Sequence[list[Rendered]], shares: Sequence[Share], tokenizer, context_length: int
+    sets: Sequence[list[Rendered]],
+    shares: Sequence[Share],
+    tokenizer,
+    context_length: int,
+    image_format: ImageFormat | None = None,
 ) -> TokenizedRows:
     """Tokenize the training rows of a run: of one set, or of a mixture with its rows per epoch.
 
     Args:
         sets: the rows of each set.
         shares: the name of each set and, if it is weighted, its weight.
-        tokenizer, context_length: as for `tokenize`.
+        tokenizer, context_length, image_format: as for `tokenize`.
 
     Raises UserError as `tokenize` does, for each set, and for weights that give a set no row in an epoch.
     """
     parts = [
-        tokenize(rendered, tokenizer, context_length, f"--dataset {share.name}")
+        tokenize(rendered, tokenizer, context_length, f"--dataset {share.name}", image_format)
         for rendered, share in zip(sets, shares, strict=True)
     ]
     if len(parts) == 1:
@@ -73,58 +72,53 @@ def tokenize_sets(
     return join_sets(parts, [MixedSet(*values) for values in zip(names, counts, per_epoch, strict=True)])
 
 
-def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_prefix: str) -> TokenizedRows:
+def tokenize(
+    rendered: list[Rendered],
+    tokenizer,
+    context_length: int,
+    error_prefix: str,
+    image_format: ImageFormat | None = None,
+) -> TokenizedRows:
     """Tokenize rendered rows, with their targets, and cut them to context_length tokens.
 
-    A token is a target if it has a character of a learned range of the text that was tokenized. Examples
-    without a target are dropped. These and the cut ones are counted by reason.
+    A token is a target if it has a character of a learned range of the text that was tokenized, and none of
+    an image. Examples without a target are dropped. These and the cut ones are counted by reason. A row whose
+    last token would be within an image is cut before that image.
 
     Args:
         rendered: the rows, all of one format.
         tokenizer: encodes the texts; one that returns offsets (is_fast).
         context_length: maximum number of tokens of a row.
         error_prefix: begins the error if no example is left.
+        image_format: how the model takes images; None = it takes none.
 
-    Raises UserError if no example is left, and if the tokenizer has no offsets or lacks an EOS that the rows
-    need.
+    Raises UserError if no example is left, if an image alone has more tokens, and if the tokenizer has no
+    offsets or lacks an EOS that the rows need.
     """
     _check_tokenizer(tokenizer, needs_eos=any(r.needs_eos for r in rendered))
     special = SpecialTokens.from_tokenizer(tokenizer)
-    tokens, learned, lengths, numbers, prompt_lengths = [], [], [], [], []
-    drops, cuts = ReasonCounter(), ReasonCounter()
-    for rows in cut_blocks(rendered):  # the library works on a block in parallel
-        block = [drop_empty_answers(r, tokenizer) for r in rows]
+    kept = KeptRows(context_length, image_format)
+    expanded = (expand_images(drop_empty_answers(r, tokenizer), image_format) for r in rendered)
+    for block in cut_blocks(expanded):  # the library works on a block in parallel
         encoded = encode(tokenizer, [r.text for r in block], block[0].add_special_tokens)
         for example, (ids, offsets) in zip(block, encoded, strict=True):
+            spans = locate_images(example, ids, offsets, image_format, context_length)
             row, targets = _targets(example, ids, offsets, special)
-            if targets.any():
-                prompt_lengths.append(int(targets.argmax()))
-            if targets[1:context_length].any():
-                tokens.append(row[:context_length])
-                learned.append(targets[:context_length])
-                lengths.append(len(tokens[-1]))
-                numbers.append(example.row_number)
-                if len(row) > context_length:
-                    reason = CUT_ANSWER if targets[context_length:].any() else CUT_REST
-                    cuts.add(name_set(reason, example.set_name), example.row_number)
-            else:
-                reason = name_set(_drop_reason(targets, context_length), example.set_name)
-                drops.add(reason, example.row_number)
-    if not lengths:
+            for first, end in spans:
+                targets[first:end] = False
+            kept.add(example, row, targets, spans)
+    if not kept.tokens:
         reason = "no answer has any text"
-        if prompt_lengths:
-            reason = f"the shortest prompt takes {min(prompt_lengths)} tokens"
+        if kept.prompt_lengths:
+            reason = f"the shortest prompt takes {min(kept.prompt_lengths)} tokens"
         raise UserError(
             f"{error_prefix}: none of the {len(rendered)} rows has anything to learn from within"
             f" --context_length {context_length} ({reason})"
         )
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    all_tokens, all_learned = (torch.from_numpy(np.concatenate(a)) for a in (tokens, learned))
-    reasons = drops.reasons(), cuts.reasons()
-    return TokenizedRows(all_tokens, all_learned, torch.from_numpy(starts), *reasons, torch.tensor(numbers))
+    return kept.join()
 
 
-def cut_blocks(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
+def cut_blocks(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
     """Yield the rows in blocks of at most BLOCK_ROWS, and BLOCK_CHARACTERS unless a single row has more."""
     block: list[Rendered] = []
     characters = 0
@@ -149,13 +143,6 @@ def _check_tokenizer(tokenizer, needs_eos: bool) -> None:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
         )
-
-
-def _drop_reason(targets: np.ndarray, context_length: int) -> str:
-    """Return why a row has no target within context_length tokens. targets: [L] bool."""
-    if not targets.any():
-        return NO_ANSWER
-    return LONG_PROMPT if targets.argmax() >= context_length else FIRST_TOKEN
 
 
 def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:

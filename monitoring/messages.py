@@ -30,7 +30,8 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     line = (
         f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}{_describe_sets(rows, sampler)};"
         f" {rows.tokens.numel():,} tokens,"
-        f" {int(rows.targets().sum()):,} of them learned; padding {padding:.0%} of the batches"
+        f" {int(rows.targets().sum()):,} of them learned{_describe_images(rows)};"
+        f" padding {padding:.0%} of the batches"
     )
     reasons = [f"data: {each}" for each in rows.describe_reasons()]
     sampling = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
@@ -46,6 +47,18 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
         f" {context_length:,} tokens, which --batch_size then counts"
     )
     return "\n".join([line, *reasons, advice])
+
+
+def _describe_images(rows: TokenizedRows) -> str:
+    """Return the number of images, their tokens and the largest one, after "; "; "" without images."""
+    refs = rows.images.refs
+    if not refs:
+        return ""
+    tokens, largest = rows.count_image_tokens(), max(refs, key=lambda ref: ref.width * ref.height)
+    return (
+        f"; {len(refs):,} images of {tokens:,} tokens, {tokens / rows.tokens.numel():.0%} of all, the largest"
+        f" of {largest.width:,} x {largest.height:,} pixels"
+    )
 
 
 def _describe_sets(rows: TokenizedRows, sampler: StepSampler) -> str:

@@ -22,10 +22,12 @@ SUFFIXES_BY_ADVICE = {
     "write its rows as .jsonl": (
         ".xml", ".html", ".yaml", ".yml", ".h5", ".hdf5", ".npz", ".npy", ".sqlite", ".db"),
     "write its rows as .jsonl; nothing is unpickled here": (".pkl", ".pickle", ".pt", ".bin"),
-    "only texts are read": (
-        ".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4", ".pdf"),
+    "only texts and images are read": (".wav", ".mp3", ".flac", ".mp4", ".pdf"),
+    "give a .jsonl that names it in a column image": (
+        ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
 }
 # fmt: on
+IMAGE_SUFFIXES = SUFFIXES_BY_ADVICE["give a .jsonl that names it in a column image"]
 ADVICE = {suffix: text for text, suffixes in SUFFIXES_BY_ADVICE.items() for suffix in suffixes}
 # Names of text files that are not data but are often in a folder of data.
 PROSE = ("readme", "license", "licence", "notice", "copying", "changelog", "citation", "requirements")
@@ -53,11 +55,11 @@ def conversion_advice(name: str) -> str | None:
 def kind_in_folder(name: str) -> str | None:
     """Return "JSON", "CSV" or "parquet"; the suffix if the file cannot be read; None if it has no rows.
 
-    The name decides. A README or a program has no rows.
+    The name decides. A README, a program or an image has no rows.
     """
     stem, _ = os.path.splitext(os.path.basename(name).lower())
     suffix = file_suffix(name)
     if suffix in KINDS:
         return KINDS[suffix]
     is_prose = suffix in (".md", ".yaml", ".yml") or (suffix == ".txt" and stem in PROSE)
-    return None if is_prose or conversion_advice(name) is None else suffix
+    return None if is_prose or suffix in IMAGE_SUFFIXES or conversion_advice(name) is None else suffix

@@ -32,6 +32,8 @@ MAX_MIXED_ROWS = 10**8  # rows of an epoch of a mixture
 MAX_FOLDER_ENTRIES = 200_000  # files and folders below a data folder
 MAX_LIST_BYTES = 2**29  # a .json file that is one list, which can only be read as a whole
 MAX_IMAGE_BYTES = 2**26  # an encoded image
+# Of an image, which takes 3 bytes a pixel when it is decoded. A file of 109 kB can have 179 million.
+MAX_IMAGE_PIXELS = 2**26
 MAX_ROW_CHARS = 2**22  # a row's text; longer than any context, and each token takes a hundred bytes
 
 

@@ -57,6 +57,7 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
+from training.run_images import check_image_options, read_image_format
 from training.step_sizes import (
     adopt_recorded_sizes,
     check_step_fits_epoch,
@@ -240,11 +241,13 @@ def _check_data(
     length = config.context_length
     if length == AUTO:  # the rows are cut again once it is known
         config = dataclasses.replace(config, context_length=text_config(model.config).max_position_embeddings)
-    config, rows, evaluation = prepare_sets(config, tokenizer)
+    image_format = read_image_format(model.family, model.config, folder, config.image_size)
+    config, rows, evaluation = prepare_sets(config, tokenizer, image_format)
+    check_image_options(config, rows, evaluation)
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
         raise UserError(_describe_unused_template(config.dataset_format))
-    if max(int(rows.tokens.max()), evaluation.largest_id()) >= vocabulary:
+    if max(rows.largest_id(), evaluation.largest_id(rows.image_id)) >= vocabulary:
         raise UserError(
             f"--model_name {folder}: the tokenizer returns ids of vocab_size {vocabulary} or more"
         )

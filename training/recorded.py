@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from data.dataset_names import make_name_absolute
@@ -10,7 +11,7 @@ from options.config import Config
 
 DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
 # Nodes and --resume compare the contents of what these options name, so paths may differ.
-CONTENT_OPTIONS = ("model_name", "llama_pro_path", "adapter", *DATA_OPTIONS)
+CONTENT_OPTIONS = ("model_name", "llama_pro_path", "adapter", "image_folder", *DATA_OPTIONS)
 
 
 def make_paths_absolute(config: Config, model_name: str) -> Config:
@@ -19,5 +20,7 @@ def make_paths_absolute(config: Config, model_name: str) -> Config:
     data: dict[str, Any] = {
         name: make_name_absolute(value) for name, value in given.items() if value is not None
     }
+    if config.image_folder is not None:
+        data["image_folder"] = os.path.abspath(os.path.expanduser(config.image_folder))
     expanded = None if config.llama_pro_path is None else model_name
     return dataclasses.replace(config, model_name=model_name, llama_pro_path=expanded, **data)

@@ -12,6 +12,7 @@ from data.formats import FORMATS, RenderContext
 from data.row_text import (
     END_TOKENS,
     MAX_PART_CHARS,
+    ExampleTokens,
     RowPart,
     describe_examples,
     mark_learned,
@@ -50,7 +51,7 @@ def test_a_character_that_is_learned_in_part():
     """Two tokens of one character: each part stands by itself, as the tokenizer shows it alone."""
     tokenizer = small_tokenizers.crossing()
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
-    assert len(ids) == 2 and mark_learned(ids, [False, True], tokenizer) == "\ufffd[[\ufffd]]"
+    assert len(ids) == 2 and mark_learned(ExampleTokens(ids, [False, True]), tokenizer) == "\ufffd[[\ufffd]]"
 
 
 def test_special_tokens_are_parts_of_their_own():
@@ -61,7 +62,7 @@ def test_special_tokens_are_parts_of_their_own():
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     rendered = FORMATS["chat"].render(row, RenderContext(tokenizer))
     rows = tokenize([rendered], tokenizer, 1000, "here")
-    parts = split_example(rows.tokens.tolist(), rows.learned.tolist(), tokenizer)
+    parts = split_example(ExampleTokens(rows.tokens.tolist(), rows.learned.tolist()), tokenizer)
     start, end = ("<|im_start|>", False, True), ("<|im_end|>", False, True)
     assert [(part.text, part.is_learned, part.is_special) for part in parts[4:]] == [
         start, ("user\nHi", False, False), end, ("\n", False, False),
@@ -70,7 +71,7 @@ def test_special_tokens_are_parts_of_their_own():
         start, ("assistant\n", False, False), ("Ciao", True, False), ("<|im_end|>", True, True),
         ("\n", False, False),
     ]  # fmt: skip
-    assert mark_learned(rows.tokens.tolist(), rows.learned.tolist(), tokenizer) == (
+    assert mark_learned(ExampleTokens(rows.tokens.tolist(), rows.learned.tolist()), tokenizer) == (
         rendered.text.replace("Yo<|im_end|>", "[[Yo<|im_end|>]]").replace(
             "Ciao<|im_end|>", "[[Ciao<|im_end|>]]"
         )
@@ -116,7 +117,7 @@ def test_text_that_looks_like_marks(question, answer):
         encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids += [*encoded, tokenizer.eos_token_id]
         learned += [is_learned] * (len(encoded) + 1)
-    shown = mark_learned(ids, learned, tokenizer)
+    shown = mark_learned(ExampleTokens(ids, learned), tokenizer)
     assert shown.isprintable()
     bos, eos = tokenizer.bos_token, "</s>"
     assert read_marks(shown, [bos, eos, *markers]) == [

@@ -43,6 +43,9 @@ DOCUMENTED = {
     "uganda_clinical_guidelines": Recipe("silvaKenpachi/uganda_clinical_guidelines", format="alpaca"),
     "oig_chip2": Recipe("laion/OIG", data_files="unified_chip2.jsonl", format="guanaco",
         markers=["<human>:", "<bot>:"]),
+    "medpix": Recipe("mmoukouba/MedPix-Grouped-QA", columns={"image": "image"}),
+    "medpix_vqa": Recipe("mmoukouba/MedPix-VQA", columns={"image": "image_id"}),
+    "medpix_shortqa": Recipe("adishourya/MEDPIX-ShortQA", "Train", columns={"image": "image_id"}),
 }  # fmt: skip
 
 

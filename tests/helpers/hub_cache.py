@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import datasets
+from datasets.naming import camelcase_to_snakecase
 from huggingface_hub.errors import HfHubHTTPError
 
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
@@ -52,5 +53,7 @@ def add_set_to_hub_cache(cache: Path, name: str, folder: Path, commit: str, *ref
         (repository / "refs" / ref).write_text(commit)
     for config in datasets.get_dataset_config_names(str(folder)):
         builder = datasets.load_dataset_builder(str(folder), config, cache_dir=str(cache / "local"))
-        target = cache / name.replace("/", "___") / config / str(builder.config.version) / commit
+        owner, _, base = name.partition("/")  # MedPix is kept as med_pix
+        kept = f"{owner}___{camelcase_to_snakecase(base)}"
+        target = cache / kept / config / str(builder.config.version) / commit
         builder.download_and_prepare(str(target))

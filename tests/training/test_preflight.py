@@ -20,6 +20,8 @@ from files.names import INDEX
 from launch import processes as launch
 from launch import ranks
 from models.registry import FAMILIES
+from tests.helpers.data_files import to_jsonl, write_file
+from tests.helpers.images import write_image
 
 KNOWN = ", ".join(FAMILIES)
 TENSOR = "model.layers.1.mlp.up_proj.weight"  # [160, 64]
@@ -524,3 +526,15 @@ def test_layers_that_do_not_compile(refused, checkpoints):
     )
     with pytest.raises(AssertionError, match="the run was started"):
         refused(model_name=folder, compile="auto")
+
+
+def test_images_of_a_model_of_texts(refused, tmp_path):
+    """The rows, and the options about images, which have no effect without them."""
+    write_image(tmp_path / "scan.png")
+    row = {"question": "What is it?", "answer": "A cyst", "image": "scan.png"}
+    rows = write_file(tmp_path / "scans.jsonl", to_jsonl([row]))
+    refused("scans.jsonl:1: has an image", "--model_name", dataset=rows)
+    refused("--image_size 448", "no row has an image", image_size=448)
+    refused(f"--image_folder {tmp_path}", "no row has an image", image_folder=tmp_path)
+    refused("--image_folder nowhere: no such folder", image_folder="nowhere")
+    refused("--image_size", "from 28 to 16384", image_size=3)

@@ -1,0 +1,224 @@
+"""Find the images that rows name, and read their headers. Nothing is decoded here.
+
+An image that is missing, unreadable, no image, animated, too large or out of its folder ends the run with a
+line that names the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import struct
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import BinaryIO
+from urllib.parse import unquote
+
+from PIL import ExifTags, Image
+
+from data.image_store import DATA_URL, StoredImage
+from data.images import ImageRef
+from data.pixels import IMAGE_FORMATS
+from options.errors import UserError
+from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+
+READABLE = "PNG, JPEG, WebP, BMP, GIF, TIFF or PPM"
+# What Pillow raises for files that are damaged or made to do harm.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error,
+          Image.DecompressionBombError)  # fmt: skip
+DIGEST_BYTES = 2**16  # of an image's beginning
+TAIL_BYTES = 2**16  # of a JPEG's end, where its last marker is; few cameras append more
+TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
+
+ImageSource = StoredImage | str  # what a row has of an image: its bytes, or a path
+
+
+class ImageFiles:
+    """Finds the images of a data set's rows.
+
+    Args:
+        folder: --image_folder, which paths are relative to; None = the folder of the row's data file.
+    """
+
+    def __init__(self, folder: str | None = None):
+        if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
+            raise UserError(f"--image_folder {folder}: no such folder")
+        self._folder = None if folder is None else os.path.expanduser(folder)
+        self._found: dict[tuple[str, int], ImageRef] = {}
+
+    def find(self, source: ImageSource, folder: str, origin: str) -> ImageRef:
+        """Return an image that a row names. Raises UserError, which names the row, if it cannot be used.
+
+        Args:
+            source: the image's bytes in a store, or its path.
+            folder: of the row's data file; "" = it is a hub set, whose files are in the caches.
+            origin: the data file and row.
+        """
+        error_prefix = f"--dataset {origin}"
+        if isinstance(source, StoredImage):
+            path, start, size, name = str(source.store.path), source.start, source.size, source.name
+            error_prefix = f"{error_prefix}: image {name}" if name else f"{error_prefix}: an image"
+        else:
+            path, start, size, name = self._find_file(source, folder, error_prefix), 0, None, ""
+            error_prefix = f"{error_prefix}: image {_shown(source)}"
+        known = self._found.get((path, start))
+        if known is None:
+            known = self._found[path, start] = _read_ref(path, start, size, error_prefix)
+        return replace(known, origin=origin, name=name)
+
+    def _find_file(self, source: str, folder: str, error_prefix: str) -> str:
+        """Return the absolute path of an image's file. Raises UserError if it is not in its folder."""
+        error_prefix = f"{error_prefix}: image {_shown(source)}"
+        if source.startswith(DATA_URL):
+            raise UserError(f"{error_prefix} is not base64 (docs/data.md)")
+        is_file_address = source.startswith("file://")
+        if "://" in source and not is_file_address:
+            raise UserError(f"{error_prefix} is an address; download it, and give its path (docs/data.md)")
+        path = unquote(source.removeprefix("file://")) if is_file_address else source
+        roots = [self._folder] if self._folder else [folder] if folder else _cache_folders()
+        try:
+            found = os.path.realpath(os.path.join(roots[0], path))
+        except ValueError:  # NUL, or half a character
+            found = ""
+        if not found or not os.path.lexists(found):
+            raise UserError(f"{error_prefix}: no such file{self._describe_roots(roots, folder)}")
+        if not any(_is_inside(found, root) for root in roots):
+            raise UserError(
+                f"{error_prefix} is outside of {' and '.join(dict.fromkeys(roots))}; --image_folder names"
+                " another folder"
+            )
+        return found
+
+    def _describe_roots(self, roots: Sequence[str], folder: str) -> str:
+        """Return the end of the error about a missing file: where it was looked for."""
+        if not folder and not self._folder:
+            return "; the hub set holds paths, not images: download it, and name its folder by --image_folder"
+        return f" in {roots[0]}" + ("" if self._folder else "; --image_folder names another folder")
+
+
+def _shown(source: str) -> str:
+    """Return a path for a message: on one line, and not longer than that."""
+    text = source if len(source) <= 200 else f"{source[:100]}..."
+    return text if text.isprintable() else ascii(text)
+
+
+def _cache_folders() -> list[str]:
+    """Return the folders into which `datasets` puts the files of hub sets."""
+    import datasets
+    from huggingface_hub import constants
+
+    return [
+        str(datasets.config.HF_CACHE_HOME),
+        str(datasets.config.HF_DATASETS_CACHE),
+        constants.HF_HUB_CACHE,
+    ]
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    root = os.path.realpath(folder)
+    return os.path.commonpath([path, root]) == root
+
+
+def _read_ref(path: str, start: int, size: int | None, error_prefix: str) -> ImageRef:
+    """Return an image with what its header says. Raises UserError if it cannot be used.
+
+    Args:
+        path, start, size: as in ImageRef.
+        error_prefix: names the row and the image.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may never end
+            raise UserError(f"{error_prefix}: is not a file")
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size if size is None else size
+            if length > MAX_IMAGE_BYTES:
+                raise UserError(f"{error_prefix}: has {length:,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
+            if not length:
+                raise UserError(f"{error_prefix}: is empty")
+            file.seek(start)
+            encoded = file if size is None else io.BytesIO(file.read(size))
+            head = encoded.read(DIGEST_BYTES)
+            digest = hashlib.sha256(length.to_bytes(8, "little") + head).digest()
+            width, height = _read_size(encoded, length, error_prefix)
+    except OSError as e:
+        raise UserError(f"{error_prefix}: {e.strerror or 'cannot be read'}") from None
+    return ImageRef(path, start, size, width, height, "", digest=digest)
+
+
+def _read_size(encoded: BinaryIO, length: int, error_prefix: str) -> tuple[int, int]:
+    """Return (width, height) of an encoded image, turned as EXIF says. Raises UserError if it is unusable.
+
+    length: in bytes.
+    """
+    encoded.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused here, and of odd tags
+            image = Image.open(encoded, formats=IMAGE_FORMATS)
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                raise _too_large(f"{width} x {height} pixels", error_prefix)
+            # MPO is a photo with a preview behind it.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise UserError(f"{error_prefix}: is animated, or has several pages; one picture is needed")
+            late_exif, is_whole = _check_end(encoded, length, image.format or "")
+            if late_exif:
+                image.info["exif"] = late_exif
+            is_turned = _is_turned(image)
+            if not is_whole:
+                image.load()
+    except Image.DecompressionBombError:
+        raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels", error_prefix) from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{error_prefix}: is not an image ({READABLE})") from None
+    except DAMAGE as e:
+        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
+        raise UserError(f"{error_prefix}: is truncated or damaged ({reason})") from None
+    return (height, width) if is_turned else (width, height)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether EXIF says that the image lies on its side. Raises one of DAMAGE."""
+    if image.format == "TIFF":
+        return False  # Pillow turns its size
+    # Pillow's method for PNG decodes the image to look for EXIF behind the pixels.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
+
+
+def _too_large(what: str, error_prefix: str) -> UserError:
+    return UserError(f"{error_prefix}: has {what}; at most {MAX_IMAGE_PIXELS:,} are read; make it smaller")
+
+
+def _check_end(encoded: BinaryIO, length: int, kind: str) -> tuple[bytes, bool]:
+    """Return (EXIF behind the pixels of a PNG or b"", whether the image seems to have its end).
+
+    One that does not seem so may be whole: some programs leave the end out, or write behind it. Decoding it
+    tells. length: in bytes. kind: Pillow's name of the format.
+    """
+    if kind == "PNG":
+        return _walk_png(encoded, length)
+    encoded.seek(0)
+    if kind in ("JPEG", "MPO"):
+        encoded.seek(max(length - TAIL_BYTES, 0))
+        return b"", b"\xff\xd9" in encoded.read()
+    if kind == "WEBP":
+        return b"", int.from_bytes(encoded.read(8)[4:], "little") + 8 <= length
+    # An uncompressed format, or one whose directory may be anywhere: decoding the short ones is quick.
+    return b"", kind == "TIFF" and length > TAIL_BYTES
+
+
+def _walk_png(encoded: BinaryIO, length: int) -> tuple[bytes, bool]:
+    """Return (the EXIF of a PNG's chunks or b"", whether its last chunk is there)."""
+    exif, at = b"", 8
+    while at + 12 <= length:
+        encoded.seek(at)
+        size, kind = struct.unpack(">I4s", encoded.read(8))
+        if kind == b"IEND":
+            return exif, True
+        if kind == b"eXIf" and at + 12 + size <= length:
+            exif = b"Exif\0\0" + encoded.read(size)
+        at += 12 + size
+    return exif, False

@@ -1,0 +1,188 @@
+"""data/image_files.py: images that rows name, found and checked by their headers."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps, PngImagePlugin
+
+from data import image_files
+from data.image_files import ImageFiles
+from data.image_store import ImageStore
+from options.errors import UserError
+from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from tests.helpers.data_files import write_file
+from tests.helpers.images import bomb, encode_image, write_image
+
+
+def find(source, folder: Path, image_folder: Path | None = None):
+    files = ImageFiles(None if image_folder is None else str(image_folder))
+    return files.find(source, str(folder), "rows.jsonl:7")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.gif", "a.tif", "a.ppm"])
+def test_a_file_of_each_kind(tmp_path, name):
+    path = write_image(tmp_path / "sub" / name, 40, 20)
+    ref = find(f"sub/{name}", tmp_path)
+    assert (ref.path, ref.start, ref.size) == (str(path), 0, None) and ref.origin == "rows.jsonl:7"
+    assert (ref.width, ref.height, ref.label) == (40, 20, f"{name} 40x20")
+    assert find(str(path), tmp_path) == find(f"file://{path}", tmp_path) == ref
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_the_size_is_that_of_the_turned_image(tmp_path, kind, orientation):
+    """As Pillow itself turns it after decoding."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write_file(tmp_path / "a", encode_image(40, 20, kind, exif=exif))
+    ref = find("a", tmp_path)
+    with Image.open(tmp_path / "a") as image:
+        assert (ref.width, ref.height) == ImageOps.exif_transpose(image).size
+    assert (ref.width > ref.height) == (orientation < 5)
+
+
+def test_exif_behind_the_pixels_of_a_png(tmp_path):
+    """Pillow decodes the image to find it; here only the chunks' heads are read."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, end = encode_image(40, 20), 12  # the last chunk has no data
+    chunks = tmp_path / "chunk"
+    with chunks.open("wb") as file:
+        PngImagePlugin.putchunk(file, b"eXIf", exif.tobytes()[6:])
+    write_file(tmp_path / "a.png", plain[:-end] + chunks.read_bytes() + plain[-end:])
+    with Image.open(tmp_path / "a.png") as image:
+        assert ImageOps.exif_transpose(image).size == (20, 40)
+    ref = find("a.png", tmp_path)
+    assert (ref.width, ref.height) == (20, 40)
+
+
+def test_a_stored_image_is_a_range_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with ImageStore("rows") as store:
+        stored = [store.add(encode_image(8, size), f"{size}.png") for size in (9, 10)]
+    refs = [find(one, tmp_path) for one in stored]
+    assert [(ref.width, ref.height, ref.label) for ref in refs] == [
+        (8, 9, "9.png 8x9"),
+        (8, 10, "10.png 8x10"),
+    ]
+    data = Path(refs[1].path).read_bytes()[refs[1].start :][: refs[1].size]
+    assert data == encode_image(8, 10)
+    alone = find("a.png", write_image(tmp_path / "a.png", 8, 10).parent)
+    assert alone.digest == refs[1].digest != refs[0].digest
+
+
+def test_photos_are_whole_whatever_follows_them(tmp_path, monkeypatch):
+    """Phones append films and previews to a JPEG. Only such an image is decoded at the start."""
+    decoded = []
+    load = Image.Image.load
+    monkeypatch.setattr(
+        "PIL.JpegImagePlugin.JpegImageFile.load", lambda self: decoded.append(1) or load(self)
+    )
+    for name, tail in (("plain", b""), ("film", bytes(2**17))):
+        write_file(tmp_path / name, encode_image(40, 20, "JPEG") + tail)
+        assert find(name, tmp_path).width == 40
+        assert len(decoded) == (name == "film")
+    frames = [Image.new("RGB", (40, 20)), Image.new("RGB", (4, 2))]
+    frames[0].save(tmp_path / "photo.mpo", "MPO", save_all=True, append_images=frames[1:])
+    assert find("photo.mpo", tmp_path).height == 20
+
+
+BAD = {
+    "missing": ("", r"image a.png: no such file in .*; --image_folder names another folder$"),
+    "empty": (b"", r"image a.png: is empty$"),
+    "not an image": (b"<html>", r"image a.png: is not an image \(PNG, JPEG"),
+    "an image that is not read": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+    "header cut": (encode_image()[:20], "image a.png: is (not an image|truncated)"),
+    "PNG cut": (encode_image(90, 90, compress_level=0)[:-2000], "image a.png: is truncated or damaged"),
+    "JPEG cut": (encode_image(90, 90, "JPEG", quality=100)[:-200], "image a.png: is truncated or damaged"),
+    "WebP cut": (encode_image(90, 90, "WEBP", lossless=True)[:-20], "image a.png: is truncated or damaged"),
+    "BMP cut": (encode_image(90, 90, "BMP")[:-20], "image a.png: is truncated or damaged"),
+    "bomb": (bomb(30_000, 30_000), f"image a.png: has .*pixels; at most {MAX_IMAGE_PIXELS:,} are read"),
+    "bomb that Pillow takes": (bomb(10_000, 10_000), "image a.png: has 10000 x 10000 pixels; at most"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data, message", BAD.values(), ids=BAD)
+def test_an_image_that_cannot_be_used(tmp_path, monkeypatch, data, message):
+    """The line names the row. Nothing too large is decoded."""
+    if "pixels" in message:
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    if data != "":
+        write_file(tmp_path / "a.png", data)
+    with pytest.raises(UserError, match=f"^--dataset rows.jsonl:7: .*{message}") as raised:
+        find("a.png", tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animated_image(tmp_path, kind):
+    frames = [Image.new("RGB", (40, 20), (i, i, i)) for i in (0, 90)]
+    frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match=r"rows.jsonl:7: image a: is animated, or has several pages"):
+        find("a", tmp_path)
+
+
+def test_a_file_of_too_many_bytes(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    os.truncate(path, MAX_IMAGE_BYTES + 1)
+    with pytest.raises(UserError, match=f"image a.png: has {MAX_IMAGE_BYTES + 1:,} bytes; at most"):
+        find("a.png", tmp_path)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("http://host/a.png", r"image http://host/a.png is an address; download it"),
+    ("https://host/a.png", r"is an address"),
+    ("../a.png", r"image ../a.png is outside of .*data; --image_folder names another folder"),
+    ("link.png", r"image link.png is outside of"),
+    ("folder_link/a.png", r"is outside of"),
+    ("{outside}/a.png", r"is outside of"),
+    ("data:image/png;base64,?", r"is not base64"),
+    ("a\0.png", r"image 'a\\x00.png': no such file"),
+    ("\ud800.png", r"image '\\ud800.png': no such file"),
+    ("x" * 5000, r"no such file"),
+    ("sub", r"is not a file"),
+    ("pipe", r"is not a file"),
+])  # fmt: skip
+def test_a_path_that_leads_elsewhere(tmp_path, source, message):
+    write_image(tmp_path / "a.png")
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    (data / "link.png").symlink_to(tmp_path / "a.png")
+    (data / "folder_link").symlink_to(tmp_path)
+    os.mkfifo(data / "pipe")
+    with pytest.raises(UserError, match=f"^--dataset rows.jsonl:7: image .*{message}|{message}"):
+        find(source.replace("{outside}", str(tmp_path)), data)
+
+
+def test_the_image_folder(tmp_path):
+    """Paths are relative to it, and must be in it; a link to the folder itself is followed."""
+    write_image(tmp_path / "data" / "a.png", 10, 10)
+    images = write_image(tmp_path / "images" / "a.png", 20, 20).parent
+    (tmp_path / "link").symlink_to(images)
+    assert find("a.png", tmp_path / "data").width == 10
+    assert (
+        find("a.png", tmp_path / "data", images).width == find("a.png", images, tmp_path / "link").width == 20
+    )
+    with pytest.raises(UserError, match=r"is outside of .*images"):
+        find("../data/a.png", tmp_path / "data", images)
+    with pytest.raises(UserError, match=rf"image b.png: no such file in {re.escape(str(images))}$"):
+        find("b.png", tmp_path / "data", images)
+    with pytest.raises(UserError, match=r"^--image_folder .*nowhere: no such folder$"):
+        ImageFiles(str(tmp_path / "nowhere"))
+
+
+def test_paths_of_a_hub_set(tmp_path, monkeypatch):
+    """A set of the hub may name files in the caches alone."""
+    cached = write_image(tmp_path / "cache" / "a.png", 10, 10)
+    monkeypatch.setattr(
+        image_files, "_cache_folders", lambda: [str(tmp_path / "hub"), str(tmp_path / "cache")]
+    )
+    assert ImageFiles().find(str(cached), "", "owner/name row 1").width == 10
+    with pytest.raises(UserError, match=r"owner/name row 1: image .*b.png is outside of"):
+        ImageFiles().find(str(write_image(tmp_path / "b.png")), "", "owner/name row 1")
+    with pytest.raises(UserError, match=r"no such file; the hub set holds paths, not images"):
+        ImageFiles().find("images/a.png", "", "owner/name row 1")

@@ -1,0 +1,337 @@
+"""data/row_images.py and data/image_parts.py: images of rows, and the texts that show them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import datasets
+import pytest
+
+from data.columns import ColumnNames
+from data.examples import read_examples
+from options.errors import UserError
+from tests.helpers.chat_templates import CHATML
+from tests.helpers.data_files import to_jsonl, write_csv, write_file, write_parquet
+from tests.helpers.images import (
+    BEGIN,
+    TEMPLATE,
+    encode_image,
+    image_options,
+    image_tokenizer,
+    put_on_hub,
+    write_image,
+    write_image_set,
+)
+
+IMAGE, ANSWER = {"type": "image"}, {"role": "assistant", "content": "Yes."}
+BOTH, PAIR = ["1.png", "2.png"], {"question": "Is it?", "answer": "Yes."}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The folder of the rows, with images of different widths: 1.png, 2.png, 3.png."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for width in (1, 2, 3):
+        write_image(tmp_path / f"{width}.png", width, 20)
+    return tmp_path
+
+
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def asks(content, **columns) -> dict:
+    return {"messages": [{"role": "user", "content": content}, ANSWER], **columns}
+
+
+def read(folder, *rows: dict, **options):
+    return read_examples(str(write_file(folder / "rows.jsonl", to_jsonl(rows))), image_options(**options))
+
+
+def widths(example) -> list[int]:
+    """The images of a row, which are known by their widths."""
+    return [ref.width for ref in example.images]
+
+
+def turns(question: str) -> str:
+    """The text of a row of `asks`, as the template writes it."""
+    return f"<s><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n"
+
+
+# name: (row, the question as the template shows it, the widths of its images)
+SHOWN = {
+    "TRL's parts": (asks([IMAGE, text_part(" Is it? ")], images=["1.png"]), f"{BEGIN}Is it?", [1]),
+    "a single image": (asks([text_part("Is it?"), IMAGE], image="2.png"), f"Is it?{BEGIN}", [2]),
+    "several": (
+        asks([IMAGE, text_part("or"), IMAGE, IMAGE], images=["3.png", "1.png", "2.png"]),
+        f"{BEGIN}or{BEGIN}{BEGIN}", [3, 1, 2]),
+    "sources in the parts": (
+        asks([{"type": "image", "image": "2.png"}, {"type": "image", "path": "1.png"},
+              {"type": "image", "url": "3.png"}, {"type": "image_url", "image_url": {"url": "1.png"}},
+              {"image": "2.png"}, {"text": "?"}]),
+        f"{BEGIN * 5}?", [2, 1, 3, 1, 2]),
+    "sources in a part and a column": (
+        asks([IMAGE, {"type": "image", "path": "1.png"}], image="3.png"), BEGIN * 2, [3, 1]),
+    "nulls of a table": (
+        asks([{"type": "image", "text": None}, {"type": "text", "text": "a", "image": None}], image="1.png"),
+        f"{BEGIN}a", [1]),
+    "a text, and nothing says where": (asks(" Is it? ", images=BOTH), f"{BEGIN * 2}Is it?", [1, 2]),
+    "LLaVA's mark": (asks("<image>\nIs it <image>?", images=BOTH), f"{BEGIN}Is it{BEGIN}?", [1, 2]),
+    "parts of texts alone": (asks([text_part("a "), text_part("b")]), "ab", []),
+    "an empty column": (asks("Is it?", image=None, images=[]), "Is it?", []),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "<image>Is it?"}, {"from": "gpt", "value": "Yes."}],
+         "image": "1.png"}, f"{BEGIN}Is it?", [1]),
+    "prompt and completion": (
+        {"prompt": [{"role": "user", "content": [IMAGE]}], "completion": [ANSWER], "images": ["1.png"]},
+        BEGIN, [1]),
+    "question and answer": ({"image": "1.png"} | PAIR, f"{BEGIN}Is it?", [1]),
+    "instruction": (
+        {"image": "1.png", "instruction": "Is it?", "input": "so", "output": "Yes."},
+        f"{BEGIN}Is it?\nso", [1]),
+    "prompt and response": (
+        {"images": ["1.png"], "prompt": "Is it?", "response": "Yes."}, f"{BEGIN}Is it?", [1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, question, images", SHOWN.values(), ids=SHOWN)
+def test_what_a_row_shows(folder, row, question, images):
+    """In a conversation of the tokenizer's template; the answer is learned."""
+    examples = read(folder, row)
+    (one,) = examples.rendered
+    assert one.text == turns(question) and widths(one) == images
+    assert [one.text[start:end] for start, end in one.learned] == ["Yes.<end_of_turn>"]
+    assert examples.format == "chat"
+
+
+def test_parts_are_shown_as_transformers_shows_them(folder):
+    """The content that the template gets is that of the row."""
+    content = [text_part(" a "), IMAGE, text_part(" b"), text_part("c ")]
+    (one,) = read(folder, asks(content, image="1.png")).rendered
+    tokenizer = image_tokenizer()
+    assert one.text == tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}, ANSWER], tokenize=False
+    )
+
+
+# Templates that take one form of contents alone: lists as SmolVLM's; texts as most.
+LISTS = TEMPLATE.replace("{% if m.content is string %}{{ m.content | trim }}{% else %}", "").replace(
+    "{% endfor %}{% endif %}{{ '<end", "{% endfor %}{{ '<end"
+)
+TEMPLATES = {
+    "lists alone": (LISTS, turns(f"{BEGIN}Is it?")),
+    "texts alone": (
+        CHATML, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+        f"{BEGIN}Is it?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template, text", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_that_takes_one_form_of_contents(folder, template, text):
+    (one,) = read(
+        folder, asks([IMAGE, text_part("Is it?")], image="1.png"), tokenizer=image_tokenizer(template)
+    ).rendered
+    assert one.text == text and one.learned and widths(one) == [1]
+
+
+def test_text_rows_of_a_template_of_lists(folder):
+    (one,) = read(folder, asks("Is it?"), tokenizer=image_tokenizer(LISTS)).rendered
+    assert one.text == turns("Is it?")
+
+
+# Without a chat template, the images are before the question. format: (row, text)
+PLAIN = {
+    "qa": ({"image": "1.png"} | PAIR, f"### Question:\n{BEGIN}Is it?\n\n### Answer:\nYes."),
+    "prompt_completion": (
+        {"image": "1.png", "prompt": "Is it? ", "completion": "Yes."}, f"{BEGIN}Is it? Yes."),
+    "completion": ({"images": BOTH, "text": "A cat."}, f"{BEGIN * 2}A cat."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_a_chat_template(folder, name):
+    row, text = PLAIN[name]
+    examples = read(folder, row, tokenizer=image_tokenizer(None))
+    assert examples.format == name and examples.rendered[0].text == text
+    named = read(folder, row, format=name)  # with a template, if the user says so
+    assert named.rendered[0].text == text
+
+
+def test_rows_with_and_without_images(folder):
+    """They are one data set. `<image>` is a text where no row has an image."""
+    rows = [{"question": "Is it?", "answer": "Yes.", "image": image} for image in ("1.png", None, "2.png")]
+    examples = read(folder, *rows)
+    assert [widths(one) for one in examples.rendered] == [[1], [], [2]]
+    assert any("since the tokenizer has a chat template" in remark for remark in examples.remarks)
+    assert not any("not read" in remark for remark in examples.remarks)
+    (one,) = read(folder, asks("What does <image> do?")).rendered
+    assert one.text == turns("What does <image> do?")
+
+
+def test_paths_in_a_csv(folder):
+    """One, several as a JSON list, or none."""
+    paths = ["1.png", json.dumps(BOTH), ""]
+    path = write_csv(folder / "rows.csv", [PAIR | {"image": each} for each in paths])
+    assert [widths(one) for one in read_examples(str(path), image_options()).rendered] == [[1], [1, 2], []]
+
+
+def test_a_data_set_with_images(folder, monkeypatch):
+    """A folder with it, and the same on the hub, which `datasets` reads. No image is decoded."""
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    path = write_image_set(folder / "scans", {"train": [PAIR | {"image": encode_image(7, 9)}]})
+    put_on_hub(monkeypatch, folder / "cache", "me/scans", path)
+    for name in (str(path), "me/scans"):
+        (one,) = read_examples(name, image_options()).rendered
+        assert widths(one) == [7] and one.text == turns(f"{BEGIN}Is it?")
+        assert one.images[0].path.startswith(str(folder / "hf"))
+    with pytest.raises(UserError, match=r"me/scans: --columns image=scan: the data has no column scan"):
+        read_examples("me/scans", image_options(columns=ColumnNames.from_options("image=scan", None)))
+
+
+def test_a_folder_of_images_and_their_questions(folder):
+    """As Hugging Face's library knows it: metadata.jsonl with a column file_name, and images beside it."""
+    scans = write_image(folder / "scans" / "ct" / "a.png", 7, 9).parents[1]
+    write_file(scans / "metadata.jsonl", to_jsonl([PAIR | {"file_name": "ct/a.png"}]))
+    names = ColumnNames.from_options("image=file_name", None)
+    (one,) = read_examples(str(scans), image_options(columns=names)).rendered
+    assert widths(one) == [7] and one.text == turns(f"{BEGIN}Is it?")
+
+
+# The schemas of the sets. recipe: (the set, {split: rows}, {what --dataset names: widths and learned texts})
+SCAN, OTHERS = encode_image(7, 9), {"mode": "CT", "case_id": "c1"}
+ROW = OTHERS | {"image_id": SCAN, "question": "What is it?"}
+MEDPIX = {
+    "medpix": (
+        "mmoukouba/MedPix-Grouped-QA",
+        {"train": [{"image": SCAN, "questions": ["What is it?", "Where?"], "answers": ["A cyst", "Left"]}]},
+        {"medpix": ["A cyst", "Left"]}),
+    "medpix_vqa": (
+        "mmoukouba/MedPix-VQA", {"train": [ROW | {"answer": "A"}], "validation": [ROW | {"answer": "B"}]},
+        {"medpix_vqa": ["A"], "medpix_vqa::validation": ["B"]}),
+    "medpix_shortqa": (
+        "adishourya/MEDPIX-ShortQA",
+        {name: [ROW | {"answer": name}] for name in ("Train", "Test", "Valid")},
+        {"medpix_shortqa": ["Train"], "medpix_shortqa::Valid": ["Valid"], "medpix_shortqa::Test": ["Test"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", MEDPIX)
+def test_the_recipes_of_medpix(folder, monkeypatch, recipe):
+    """Each split of each set; a set that has lost its images is refused instead of trained without them."""
+    name, splits, expected = MEDPIX[recipe]
+    put_on_hub(monkeypatch, folder / "cache", name, write_image_set(folder / name.partition("/")[2], splits))
+    for dataset, answers in expected.items():
+        found = read_examples(dataset, image_options()).rendered
+        assert [one.text[slice(*one.learned[-1])] for one in found] == [f"{a}<end_of_turn>" for a in answers]
+        assert [widths(one) for one in found] == [[7]] * len(answers)
+        assert found[0].text.startswith(f"<s><start_of_turn>user\n{BEGIN}What is it?<end_of_turn>")
+    gone = {
+        split: [{k: v for k, v in row.items() if v != SCAN} for row in rows] for split, rows in splits.items()
+    }
+    shutil.rmtree(folder / "cache")
+    shutil.rmtree(folder / name.partition("/")[2])
+    put_on_hub(monkeypatch, folder / "cache", name, write_image_set(folder / name.partition("/")[2], gone))
+    with pytest.raises(UserError, match=r": `columns` of the recipe: the data has no column image"):
+        read_examples(recipe, image_options())
+
+
+def test_questions_of_one_image(folder):
+    """Each is a row with the image. Errors name the row and the question."""
+    rows = [{"image": "1.png", "questions": ["A?", "B?"], "answers": ["a", "b"]},
+            {"image": "2.png", "questions": ["C?"], "answers": ["c"]}]  # fmt: skip
+    examples = read(folder, *rows)
+    assert [widths(one) for one in examples.rendered] == [[1], [1], [2]]
+    assert [one.text.count(name) for one, name in zip(examples.rendered, "ABC", strict=True)] == [1, 1, 1]
+    with pytest.raises(UserError, match=r"rows.jsonl:2 question 1: image 9.png: no such file"):
+        read(folder, rows[0], rows[1] | {"image": "9.png"})
+    with pytest.raises(UserError, match=r"rows.jsonl:1: has 2 questions and 1 answers"):
+        read(folder, rows[0] | {"answers": ["a"]})
+
+
+def test_columns_with_other_names(folder):
+    """Also those whose bytes are in a table."""
+    row = {"scan": {"bytes": encode_image(7, 9), "path": None}, "q": "Is it?", "answer": "Yes."}
+    names = ColumnNames.from_options("image=scan,question=q", None)
+    found = read_examples(str(write_parquet(folder / "a.parquet", [row])), image_options(columns=names))
+    assert widths(found.rendered[0]) == [7] and found.rendered[0].text == turns(f"{BEGIN}Is it?")
+
+
+def test_the_image_folder(folder):
+    write_image(folder / "elsewhere" / "1.png", 30, 20)
+    (one,) = read(folder, asks([IMAGE], image="1.png"), image_folder=str(folder / "elsewhere")).rendered
+    assert widths(one) == [30]
+
+
+SOFT = "<image_soft_token>"
+# name: (row, the error's text behind the file)
+BAD = {
+    "more in the text": (asks([IMAGE, IMAGE], image="1.png"), r":1: message 1 has a place .* has only 1 in"),
+    "more marks": (asks("<image><image>", image="1.png"), r":1: message 1 has a place .* has only 1 in"),
+    "none in the column": (asks([IMAGE]), r":1: message 1 has a place for an image, .* only 0 in"),
+    "more in the column": (asks([IMAGE], images=["1.png", "2.png"]), r":1: has 2 images .* places for 1"),
+    "more than marks": (asks("<image>", images=["1.png", "2.png"]), r":1: has 2 images .* places for 1"),
+    "no place in parts": (asks([text_part("a")], image="1.png"), r":1: has 1 images .* places for 0"),
+    "both columns": (asks([IMAGE], image="1.png", images=["1.png"]), r":1: both columns images and image"),
+    "no question": ({"messages": [ANSWER], "image": "1.png"}, r":1: has images, but no message of the role"),
+    "a number": (asks([IMAGE], image=3), r":1: an image is a number; expected a path"),
+    "an object without a path": (asks([IMAGE], image={"id": 3}), r":1: an image is an object; expected"),
+    "an empty path": (asks([IMAGE], images=[""]), r":1: an image is an empty text; expected a path"),
+    "a part of another type": (asks([{"type": "video"}]), r":1: message 1: part 1 .* is of the type 'video'"),
+    "a part without a text": (asks([{"type": "text"}]), r":1: message 1: part 1 of its content has no text"),
+    "a part that is a text": (asks([IMAGE, "a"], image="1.png"), r"part 2 of its content is a text"),
+    "a token of images": (asks(f"a{SOFT}b"), rf":1: its text holds {SOFT}, which stands for an image"),
+    "in a part": (asks([IMAGE, text_part(BEGIN)], image="1.png"), rf":1: its text holds {BEGIN}"),
+    "in an answer": ({"question": "Q", "answer": SOFT, "image": "1.png"}, rf":1: its text holds {SOFT}"),
+    "an address": (asks([IMAGE], image="https://host/1.png"), r":1: image https://host/1.png is an address"),
+    "an address in a part": (asks([{"type": "image_url", "image_url": "http://h/1.png"}]), r"is an address"),
+    "a missing file": (asks([IMAGE], image="4.png"), r":1: image 4.png: no such file"),
+    "no base64": (asks([{"type": "image", "image": "data:image/png;base64,?"}]), r":1: image data:.* is not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, message", BAD.values(), ids=BAD)
+def test_a_row_that_cannot_be_read(folder, row, message):
+    """The line names its file and number."""
+    with pytest.raises(
+        UserError, match=rf"^--dataset .*rows.jsonl{message}|^--dataset .*rows.jsonl:1: .*{message}"
+    ):
+        read(folder, row)
+
+
+def test_a_template_that_hides_images(folder):
+    hiding = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    row = {
+        "messages": [{"role": "system", "content": [IMAGE]}, *asks("Is it?")["messages"]],
+        "image": "1.png",
+    }
+    with pytest.raises(
+        UserError, match=rf"rows.jsonl:1: the chat template shows 0 of its 1 images as {BEGIN}"
+    ):
+        read(folder, row, tokenizer=image_tokenizer(hiding))
+
+
+def test_a_dialogue_in_one_text(folder):
+    row = {"text": "### Human: Is it?### Assistant: Yes.", "image": "1.png"}
+    with pytest.raises(UserError, match=r"rows.jsonl:1: has an image, which a text of a whole dialogue"):
+        read(folder, row, format="guanaco")
+
+
+@pytest.mark.parametrize("row", [
+    asks([IMAGE], image="1.png"), asks([{"type": "image", "path": "1.png"}]), asks("Hi", images=["1.png"]),
+    {"question": "Q", "answer": "A", "image": {"bytes": "iVBORw0KGgo=", "path": "1.png"}},
+])  # fmt: skip
+def test_images_for_a_model_of_texts(folder, row):
+    """The first row with one is named."""
+    text = asks("Hi") if "messages" in row else {"question": "Q", "answer": "A"}
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has an image, but the model takes texts only"):
+        read(folder, text, row, image_format=None)
+
+
+def test_a_column_image_of_texts(folder):
+    """A model of texts does not read it, as always; one of images takes it for a path."""
+    row = {"question": "Which image?", "answer": "ubuntu", "image": "ubuntu:24.04"}
+    examples = read(folder, row, image_format=None)
+    assert any("not read: image" in remark for remark in examples.remarks) and examples.format == "qa"
+    with pytest.raises(UserError, match=r"image ubuntu:24.04: no such file"):
+        read(folder, row)
