@@ -57,6 +57,8 @@ def _fill_in(given: dict) -> Config:
     if method.hqq:
         defaults = {"n_bits": 4, "group_size": 64}
         changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.images == "auto" and (config.vision_targets != "none" or config.vision_bits == 4):
+        changes["images"] = "true"
     if config.adapter is not None:
         changes |= {name: None for name in ADAPTER_OPTIONS if name not in given}
     if config.lr_warmup is None:

@@ -57,7 +57,7 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
-from training.run_images import check_image_options, read_image_format
+from training.run_images import explain_refused_images, read_image_format, settle_images
 from training.step_sizes import (
     adopt_recorded_sizes,
     check_step_fits_epoch,
@@ -90,6 +90,8 @@ def _make_job(config: Config) -> Job:
     model = _check_model(config)
     config, adapter = _check_adapter(config, model)
     config, rows, evaluation, tokenizer = _check_data(config, model, adapter)
+    if config.has_images and not model.family.has_images:  # which only the rows have said
+        model = _check_model(config)
     # Runs in the library's threads, so it comes after the fork of the processes that render rows.
     folder_name = f"--model_name {model.folder}"
     tokenizer_use = compare_with_base(model.folder, folder_name, tokenizer, config.chat_template)
@@ -241,9 +243,10 @@ def _check_data(
     length = config.context_length
     if length == AUTO:  # the rows are cut again once it is known
         config = dataclasses.replace(config, context_length=text_config(model.config).max_position_embeddings)
-    image_format = read_image_format(model.family, model.config, folder, config.image_size)
-    config, rows, evaluation = prepare_sets(config, tokenizer, image_format)
-    check_image_options(config, rows, evaluation)
+    image_format, reason = read_image_format(config, model.config, model.family, folder)
+    with explain_refused_images(reason):
+        config, rows, evaluation = prepare_sets(config, tokenizer, image_format)
+    config, image_remarks = settle_images(config, rows, evaluation)
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
         raise UserError(_describe_unused_template(config.dataset_format))
@@ -254,7 +257,7 @@ def _check_data(
     check_rope(config, model.config, rows, evaluation)
     context = RenderContext(tokenizer, day=config.chat_date)
     stop_ids = collect_stop_ids(folder, eos_token_id(model.config), config.dataset_format, context)
-    remarks = (*template_remarks, *evaluation.remarks)
+    remarks = (*template_remarks, *evaluation.remarks, *image_remarks)
     evaluation = dataclasses.replace(evaluation, stop_ids=tuple(stop_ids), remarks=remarks)
     return dataclasses.replace(config, context_length=length), rows, evaluation, tokenizer
 

@@ -1,7 +1,10 @@
-"""How the model of a run takes images, and the options about them."""
+"""Whether a run has images (--images), and how its model takes them."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -13,31 +16,54 @@ from models.family import Family
 from options.config import Config
 from options.errors import UserError
 
+UNUSED = "--images true: no row has an image; the model's vision parts are loaded, and not used"
+
 
 def read_image_format(
-    family: Family, model_config: PretrainedConfig, folder: Path, image_size: int | None
-) -> ImageFormat | None:
-    """Return how a model takes images; None if it takes none.
+    config: Config, model_config: PretrainedConfig, family: Family, folder: Path
+) -> tuple[ImageFormat | None, str]:
+    """Return (how the model takes images, at most as large as --image_size; "").
+
+    If it takes none, the result is (None, ""), and (None, why) if its files do not say how. That is an error
+    only if a row has an image (`explain_refused_images`): many folders for texts lack these files.
 
     Args:
-        family: the model's family, with its vision parts if they are built.
-        model_config: its config.
-        folder: its folder, with the settings of its image processor.
-        image_size: --image_size; None = as the folder says.
+        config: the run's options.
+        model_config, family: from `read_config`.
+        folder: the model's.
 
-    Raises UserError for settings that cannot be followed, and a size that the model does not allow.
+    Raises UserError if --image_size is not possible.
     """
-    vision = family.built_vision()
-    if vision is None or vision.read_format is None:
-        return None
-    image_format: ImageFormat = vision.read_format(model_config, folder)
-    return image_format if image_size is None else image_format.limit_side(image_size)
+    if family.vision is None or config.images == "false":
+        return None, ""
+    try:
+        found = family.vision.read_format(model_config, folder)
+    except UserError as e:
+        return None, str(e)
+    return found.limit_side(config.image_size) if config.image_size else found, ""
 
 
-def check_image_options(config: Config, rows: TokenizedRows, evaluation: EvaluationData) -> None:
-    """Raise UserError for an option about images if no row, also of the evaluation set, has one."""
+@contextlib.contextmanager
+def explain_refused_images(reason: str) -> Iterator[None]:
+    """Add to a UserError about images why the model takes none; reason: of `read_image_format`."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{e}; {reason}" if reason and "image" in str(e) else str(e)) from None
+
+
+def settle_images(
+    config: Config, rows: TokenizedRows, evaluation: EvaluationData
+) -> tuple[Config, tuple[str, ...]]:
+    """Return (the options with true or false for --images, remarks).
+
+    Raises UserError for an option about images if no row, also of the evaluation set, has one.
+    """
     if rows.images.refs or (evaluation.rows and evaluation.rows.images.refs):
-        return
+        return dataclasses.replace(config, images="true"), ()
     for name in ("image_folder", "image_size"):
         if (value := getattr(config, name)) is not None:
             raise UserError(f"--{name} {value}: has no effect, since no row has an image; leave it out")
+    if config.has_images:
+        return config, (UNUSED,)
+    return dataclasses.replace(config, images="false"), ()

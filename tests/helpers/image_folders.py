@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import Gemma3Config, Gemma3Processor, Qwen3VLConfig
+import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, Qwen3VLConfig
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from benchmarks.make_checkpoint import byte_tokenizer
+from tests.helpers.tiny import CONFIGS
 
 SIDE, TOKENS = 28, 4  # of a Gemma 3 image
 GEMMA_TOKENS = {
@@ -86,3 +88,19 @@ def write_qwen_folder(folder: Path, **settings) -> tuple[Qwen3VLConfig, Qwen2VLI
         video_token_id=FIRST_ID + 3,
     )
     return config, Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+
+def write_gemma_model(folder: Path) -> Path:
+    """Write a tiny Gemma 3 with random weights, whose processor and tokenizer know images."""
+    folder.mkdir()
+    write_gemma_folder(folder)
+    config = CONFIGS["gemma3_wrapper"]()
+    config.vision_config.image_size, config.vision_config.patch_size = SIDE, 7
+    config.boi_token_index, config.image_token_index, config.eoi_token_index = range(FIRST_ID, FIRST_ID + 3)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    return folder

@@ -157,8 +157,8 @@ def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (TOWER, "--vision_targets all: has no effect without images; leave it out"),
-        (PACKED, "--vision_bits 4: has no effect without images; leave it out"),
+        ([*TOWER, "--images", "false"], "--vision_targets all: has no effect without images; leave it out"),
+        ([*PACKED, "--images", "false"], "--vision_bits 4: has no effect without images; leave it out"),
         ([*IMAGES, "--vision_targets", "projector"], "the projector of this model has no linear"),
         ([*PACKED, "--train_type", "hqq_lora", "--n_bits", "8"], "with --n_bits 8; leave one of them out"),
         ([*PACKED, "--train_type", "lora"], "--vision_bits has no effect with --train_type lora"),

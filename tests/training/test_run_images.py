@@ -1,29 +1,98 @@
-"""training/run_images.py: how the model of a run takes images."""
+"""A run has images if its rows do: from a file of questions about images to an adapter."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from files.names import ADAPTER
+from finished.finished_run import open_run
+from launch.ranks import RankInfo
 from models.gemma3 import VISION, WRAPPER
-from models.image_settings import read_fixed_images, read_patch_images
+from models.image_settings import read_patch_images
 from options.errors import UserError
-from tests.helpers.image_folders import write_gemma_folder, write_qwen_folder
+from options.train import parse
+from tests.helpers.image_folders import write_gemma_folder, write_gemma_model, write_qwen_folder
+from tests.helpers.resuming import run
+from tests.helpers.runs import make_job
 from training.run_images import read_image_format
+
+ONE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_gemma_model(tmp_path_factory.mktemp("gemma") / "model")
+
+
+def write_rows(folder, images: bool):
+    """Write questions; with images, all but the first have one."""
+    rows = [{"question": f"What is {i}?", "answer": f"A scan of {i}."} for i in range(6)]
+    for i, row in enumerate(rows[1:] if images else ()):
+        Image.new("RGB", (20 + i, 30), (40 * i, 90, 200)).save(folder / f"{i}.png")
+        row["image"] = f"{i}.png"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def arguments(model, data, *more) -> list[str]:
+    options = ["--model_name", model, "--dataset", data, "--train_type", "bnb_dora", "--lora_rank", 4, *more]
+    return [str(word) for word in options]
+
+
+def test_rows_with_images_are_trained_on(model, one_rank, tmp_path):
+    args = arguments(model, write_rows(tmp_path, images=True), "--batch_size", 2, "--vision_targets", "all")
+    output = one_rank(run, [*args, "--output_dir", str(tmp_path / "run")])[0]
+    assert "5 images" in output
+    opened = open_run(tmp_path / "run")
+    assert opened.config.images == "true" and opened.family.has_images
+    trained = load_file(tmp_path / "run" / ADAPTER)
+    moved = {name.split(".")[4] for name, tensor in trained.items() if "lora_B" in name and tensor.any()}
+    assert any("vision_tower" in name for name in trained) and len(moved) > 1
+
+
+def test_the_rows_decide(model, tmp_path):
+    with_images = write_rows(tmp_path, images=True)
+    job = make_job(ONE_RANK, arguments(model, with_images))
+    assert job.config.images == "true" and job.family.has_images and job.files.vision
+    assert int(job.rows.image_counts().sum()) == 5
+    (tmp_path / "texts").mkdir()
+    texts = write_rows(tmp_path / "texts", images=False)
+    job = make_job(ONE_RANK, arguments(model, texts))
+    assert job.config.images == "false" and not job.family.has_images and job.files.apart
+    job = make_job(ONE_RANK, arguments(model, texts, "--images", "true"))
+    assert job.family.has_images and any("no row has an image" in remark for remark in job.remarks)
+
+
+def test_images_without_settings_of_pixels(model, tmp_path):
+    """The model's folder says nothing of them: an error if a row has an image."""
+    (model / "preprocessor_config.json").rename(model / "elsewhere.json")
+    try:
+        (tmp_path / "texts").mkdir()
+        texts = write_rows(tmp_path / "texts", images=False)
+        assert not make_job(ONE_RANK, arguments(model, texts)).family.has_images
+        with pytest.raises(UserError, match=r"rows.jsonl:2: has an image.*; .*has no preproc"):
+            make_job(ONE_RANK, arguments(model, write_rows(tmp_path, True)))
+    finally:
+        (model / "elsewhere.json").rename(model / "preprocessor_config.json")
 
 
 def test_the_size_of_images_is_the_model_s(tmp_path):
-    """--image_size lowers that of images that vary, and of no others. Without vision parts there is none."""
-    family = replace(WRAPPER, vision=replace(VISION, read_format=read_patch_images)).with_images()
-    config, _ = write_qwen_folder(tmp_path)
-    whole = read_image_format(family, config, tmp_path, None)
-    smaller = read_image_format(family, config, tmp_path, 64)
+    """--image_size lowers that of images that vary, and of no others."""
+    family = replace(WRAPPER, vision=replace(VISION, read_format=read_patch_images))
+    model_config, _ = write_qwen_folder(tmp_path)
+    config = parse(["--images", "true"])[0]
+    whole, _ = read_image_format(config, model_config, family, tmp_path)
+    smaller, _ = read_image_format(replace(config, image_size=64), model_config, family, tmp_path)
     assert whole.count_tokens(400, 400) > smaller.count_tokens(400, 400) == 16
-    assert read_image_format(WRAPPER, config, tmp_path, None) is None
+    assert read_image_format(replace(config, images="false"), model_config, family, tmp_path)[0] is None
 
     (tmp_path / "gemma").mkdir()
-    config, _ = write_gemma_folder(tmp_path / "gemma")
-    family = replace(WRAPPER, vision=replace(VISION, read_format=read_fixed_images)).with_images()
+    model_config, _ = write_gemma_folder(tmp_path / "gemma")
     with pytest.raises(UserError, match=r"^--image_size 64: this model .* takes no other size; leave it out"):
-        read_image_format(family, config, tmp_path / "gemma", 64)
+        read_image_format(replace(config, image_size=64), model_config, WRAPPER, tmp_path / "gemma")
