@@ -17,17 +17,19 @@ from options.errors import UserError
 
 def load_images(batches: Sequence[Batch], threads: ThreadPoolExecutor) -> list[Batch]:
     """Return the batches with the pixels of their images. Raises UserError of the first one that is wrong."""
-    planned = [batch.planned_images for batch in batches]
-    wanted = [(ref, each.format) for each in planned if each for ref in each.refs]
-    pixels = threads.map(read_pixels, *zip(*wanted, strict=True)) if wanted else iter(())
-    return [
-        dataclasses.replace(
-            batch, planned_images=None, images=each.with_pixels(list(islice(pixels, len(each.refs))))
-        )
-        if each
-        else batch
-        for batch, each in zip(batches, planned, strict=True)
-    ]
+    planned = (batch.planned_images for batch in batches)
+    wanted = [(ref, images.format) for images in planned if images for ref in images.refs]
+    pixels = threads.map(lambda each: read_pixels(*each), wanted)
+    return [_take_pixels(batch, pixels) for batch in batches]
+
+
+def _take_pixels(batch: Batch, pixels: Iterator[torch.Tensor]) -> Batch:
+    """Return the batch with the next of these pixels, which are those of its images."""
+    planned = batch.planned_images
+    if planned is None:
+        return batch
+    own = list(islice(pixels, len(planned.refs)))
+    return dataclasses.replace(batch, planned_images=None, images=planned.with_pixels(own))
 
 
 class PrefetchedSteps(Iterator[Step]):

@@ -37,7 +37,8 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     sampling = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
     if isinstance(sampler, PackSampler):
         unpacked = StepSampler(*sampling).padding_share()
-        packs = f"{sampler.items_per_epoch():,} packs of up to {sampler.width:,} tokens"
+        images = f" and {sampler.most_images} images" if sampler.most_images else ""
+        packs = f"{sampler.items_per_epoch():,} packs of up to {sampler.width:,} tokens{images}"
         return "\n".join([f"{line} ({unpacked:.0%} without --packing); {packs}", *reasons])
     if padding <= HIGH_PADDING:
         return "\n".join([line, *reasons])

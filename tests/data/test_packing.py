@@ -373,4 +373,6 @@ def test_each_epoch_keeps_to_the_limit_of_images(limit, tmp_path):
             )
         epochs.append({tuple(pack.tolist()) for pack in packs})
     assert sampler.most_images > 3 or limit > 0, "the limit is tested"
+    packs = f"packs of up to {sampler.width} tokens and {sampler.most_images} images"
+    assert packs in describe_data(rows, sampler, 64)
     assert epochs[0] != epochs[1] != epochs[2]

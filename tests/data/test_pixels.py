@@ -123,7 +123,7 @@ def replace_by_folder(path):
 
 def replace_by_large(path):
     """Only the header is there: the line about the size shows that nothing was decoded."""
-    Image.new("RGB", (9000, 9000)).save(path)
+    Image.new("1", (9000, 9000)).save(path)
     path.write_bytes(path.read_bytes()[:100])
 
 
