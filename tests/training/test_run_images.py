@@ -8,8 +8,10 @@ import pytest
 
 from models.gemma3 import VISION, WRAPPER
 from models.image_settings import read_fixed_images, read_patch_images
+from options.config import Config
 from options.errors import UserError
 from tests.helpers.image_folders import write_gemma_folder, write_qwen_folder
+from training.recorded import make_paths_absolute
 from training.run_images import read_image_format
 
 
@@ -27,3 +29,10 @@ def test_the_size_of_images_is_the_model_s(tmp_path):
     family = replace(WRAPPER, vision=replace(VISION, read_format=read_fixed_images)).with_images()
     with pytest.raises(UserError, match=r"^--image_size 64: this model .* takes no other size; leave it out"):
         read_image_format(family, config, tmp_path / "gemma", 64)
+
+
+def test_the_image_folder_is_recorded_as_a_full_path(tmp_path, monkeypatch):
+    """So that config.yaml repeats the run from any folder."""
+    monkeypatch.chdir(tmp_path)
+    recorded = make_paths_absolute(Config(image_folder="scans"), "model")
+    assert recorded.image_folder == str(tmp_path / "scans")
