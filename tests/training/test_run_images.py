@@ -15,11 +15,13 @@ from finished.finished_run import open_run
 from launch.ranks import RankInfo
 from models.gemma3 import VISION, WRAPPER
 from models.image_settings import read_patch_images
+from options.config import Config
 from options.errors import UserError
 from options.train import parse
 from tests.helpers.image_folders import write_gemma_folder, write_gemma_model, write_qwen_folder
 from tests.helpers.resuming import run
 from tests.helpers.runs import make_job
+from training.recorded import make_paths_absolute
 from training.run_images import read_image_format
 
 ONE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
@@ -96,3 +98,10 @@ def test_the_size_of_images_is_the_model_s(tmp_path):
     model_config, _ = write_gemma_folder(tmp_path / "gemma")
     with pytest.raises(UserError, match=r"^--image_size 64: this model .* takes no other size; leave it out"):
         read_image_format(replace(config, image_size=64), model_config, WRAPPER, tmp_path / "gemma")
+
+
+def test_the_image_folder_is_recorded_as_a_full_path(tmp_path, monkeypatch):
+    """So that config.yaml repeats the run from any folder."""
+    monkeypatch.chdir(tmp_path)
+    recorded = make_paths_absolute(Config(image_folder="scans"), "model")
+    assert recorded.image_folder == str(tmp_path / "scans")
