@@ -115,7 +115,9 @@ def allocate(
         path, _, last = name.rpartition(".")
         buffer = model.get_buffer(name)
         assert buffer.shape == content.shape, f"{name}: {content.shape} for {buffer.shape}"
-        setattr(model.get_submodule(path), last, content.to(device, buffer.dtype))
+        # transformers rounds those of the text model to its dtype, and not a tower's rotary frequencies.
+        dtype = content.dtype if family.is_of_vision(name) else buffer.dtype
+        setattr(model.get_submodule(path), last, content.to(device, dtype))
         filled.add(id(model.get_buffer(name)))
     unknown = [name for name, buffer in model.named_buffers() if id(buffer) not in filled]
     assert not unknown, f"buffers that nothing fills: {unknown}"

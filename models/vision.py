@@ -42,7 +42,8 @@ class Vision:
         blocks: the list of the tower's blocks.
         linears: the linears of a block that `--vision_targets all` adapts and `--vision_bits 4` packs,
             relative to it.
-        projector: the linears between tower and text model that `--vision_targets projector` adapts.
+        projector: the linears between tower and text model that `--vision_targets projector` adapts. * stands
+            for each module of a list.
         embed: (model, ImageBatch, its pixels as `ImageFormat.normalise` returns them) -> ImageFeatures.
         read_format: (config, model folder) -> ImageFormat. Raises UserError.
         config: name of the tower's config in the wrapper's.
@@ -75,6 +76,18 @@ class Vision:
         for i in range(len(self.tower_blocks(model))):
             for linear in self.linears:
                 yield f"{self.blocks}.{i}.{linear}"
+
+    def projector_linears(self, model: nn.Module) -> Iterator[str]:
+        """Yield the names of the linears that `projector` stands for."""
+        for pattern in self.projector:
+            path, star, rest = pattern.partition(".*.")
+            if not star:
+                yield pattern
+                continue
+            modules = model.get_submodule(path)
+            assert isinstance(modules, nn.ModuleList)
+            for i in range(len(modules)):
+                yield f"{path}.{i}.{rest}"
 
     def is_trained(self, model: nn.Module) -> bool:
         """Return whether a parameter of the parts is trained."""

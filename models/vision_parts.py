@@ -22,7 +22,7 @@ def vision_linears(model: nn.Module, family: Family) -> list[str]:
 def all_vision_linears(model: nn.Module, family: Family) -> list[str]:
     """Return the names of all linears that may have an adapter: `vision_linears`, and the projector's."""
     vision = family.built_vision()
-    return [*vision_linears(model, family), *(vision.projector if vision else ())]
+    return [*vision_linears(model, family), *(vision.projector_linears(model) if vision else ())]
 
 
 def packed_vision_linears(model: nn.Module, family: Family, config: Config, prequantized: bool) -> list[str]:
@@ -42,7 +42,7 @@ def vision_targets(model: nn.Module, family: Family, config: Config) -> list[str
     if config.vision_targets == "all":
         return all_vision_linears(model, family)
     vision = family.built_vision()
-    return list(vision.projector) if vision and config.vision_targets == "projector" else []
+    return list(vision.projector_linears(model)) if vision and config.vision_targets == "projector" else []
 
 
 def check_vision_options(family: Family, config: Config, prequantized: bool) -> None:

@@ -17,8 +17,6 @@ from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.layers import ALPHA, R
 from tests.helpers.runs import set_up, trained_tensors, transformers_model
 
-VISION_PARTS = ("vision_tower", "multi_modal_projector")  # of wrappers
-
 
 def args_for(model, data, train_type: str, *more) -> list[str]:
     """Return arguments of a training run, with rank R and alpha ALPHA if the train type has adapters."""
@@ -29,10 +27,8 @@ def args_for(model, data, train_type: str, *more) -> list[str]:
 def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
     """Build transformers' model with the weights `state` under PEFT, with the adapters `ours`."""
     base = transformers_model(folder, state)
-    names = sorted({name.split(".")[-2] for name in ours})
+    names = sorted({name.rpartition(".")[0] for name in ours})
     options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
-    frozen = [part for part in VISION_PARTS if not any(part in name for name in ours)]
-    options["exclude_modules"] = rf".*\.({'|'.join(frozen)})\..*" if frozen else None
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -19,11 +19,13 @@ from training import preflight
 FIRST_TEXT = 1000  # tokens of text are above it, and each comes once
 
 
-def write_pictures(folder: Path, count: int) -> list[ImageRef]:
-    """Write pictures of different sizes, and return references to them."""
+def write_pictures(
+    folder: Path, count: int, sizes: Sequence[tuple[int, int]] | None = None
+) -> list[ImageRef]:
+    """Write pictures, and return references to them. sizes: (width, height) of each; None: different ones."""
     generator, refs = np.random.default_rng(count), []
     for i in range(count):
-        width, height = (int(n) for n in generator.integers(20, 90, 2))
+        width, height = sizes[i] if sizes else (int(n) for n in generator.integers(20, 90, 2))
         path = folder / f"{i}.png"
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         refs.append(ImageRef(str(path), 0, None, width, height, f"rows.jsonl, row {i + 1}"))

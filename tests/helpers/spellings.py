@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from files.names import INDEX
 
-PROJECTOR_AND_TOWER = ("multi_modal_projector.", "vision_tower.")
+PROJECTOR_AND_TOWER = ("multi_modal_projector.", "vision_tower.", "visual.")
 
 
 def is_of_a_tower(name: str) -> bool:

@@ -29,6 +29,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
     SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -129,6 +130,26 @@ _VISION = {
     "num_attention_heads": 2,
     "patch_size": 4,
 }
+# The tower of Qwen3-VL. Its table has learned positions of 6 x 6 patches.
+_PATCHES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 36,
+    "deepstack_visual_indexes": [0, 1],
+}
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 100.0,
+    "mrope_section": [4, 2, 2],
+    "mrope_interleaved": True,
+}
+QWEN_TOKENS = ("vision_start_token_id", "vision_end_token_id", "video_token_id", "image_token_id")
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
@@ -150,6 +171,12 @@ CONFIGS = {
         text_config=MistralConfig(**_COMMON, sliding_window=None, head_dim=16),
         vision_config=_VISION | {"model_type": "pixtral", "image_size": 16, "head_dim": 8},
         image_token_index=299,
+        tie_word_embeddings=False,
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        text_config=_COMMON | {"model_type": "qwen3_vl_text", "head_dim": 16, "rope_parameters": MROPE},
+        vision_config=_PATCHES | {"model_type": "qwen3_vl_vision"},
+        **dict(zip(QWEN_TOKENS, range(296, 300), strict=True)),
         tie_word_embeddings=False,
     ),
     "phi3": lambda: Phi3Config(

@@ -1,4 +1,4 @@
-"""Gemma 3 with images: its loss and gradients are those of PEFT, which sees each row by itself."""
+"""Models with images: loss and gradients are those of PEFT, which sees each row by itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from parallel.shards import full_tensor
 from tests.helpers.adapters import args_for, build_peft_model, peft_name
 from tests.helpers.image_models import (
     FIRSTS,
+    GEMMA,
     IMAGES,
     PACKED,
+    QWEN,
     ROWS,
     TOWER,
+    TinyModel,
     loss_of_transformers,
     packed,
     padded,
@@ -21,11 +24,12 @@ from tests.helpers.image_models import (
 )
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.picture_rows import write_pictures
+from tests.helpers.products import products, slow
 from tests.helpers.runs import dense_tensors, set_up, trained_tensors
 from tests.helpers.spellings import is_of_a_tower
 
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
-WAYS = {"padded": padded(ROWS), "packed": packed([[0, 1], [2, 3, 4]])}
+MODELS = {"gemma3": GEMMA, "qwen3_vl": QWEN}
 
 
 def loss_and_gradients(model, batches) -> tuple[float, dict]:
@@ -41,20 +45,24 @@ def loss_and_gradients(model, batches) -> tuple[float, dict]:
     return total, {name: full_tensor(p.grad).clone() for name, p in trained.items()}
 
 
-def learn(rank_info, args) -> tuple[dict, dict, dict]:
+def learn(rank_info, args, of: TinyModel) -> tuple[dict, dict, dict]:
     """Return ({way: (loss, gradients)} of all rows, the dequantized base, the adapters)."""
     job, model = set_up(rank_info, args)
     model.eval().set_attn_implementation(job.family.attention)
-    ways = {way: loss_and_gradients(model, [rows]) for way, rows in WAYS.items()}
-    ways["alone"] = loss_and_gradients(model, [padded([row]) for row in ROWS])
+    batches = {
+        "padded": [padded(ROWS, of=of)],
+        "packed": [packed([[0, 1], [2, 3, 4]], of)],
+        "alone": [padded([row], of=of) for row in ROWS],
+    }
+    ways = {way: loss_and_gradients(model, rows) for way, rows in batches.items()}
     return ways, dense_tensors(model), trained_tensors(model)
 
 
-def learn_with_peft(model, names) -> tuple[float, dict]:
+def learn_with_peft(model, names, of: TinyModel) -> tuple[float, dict]:
     """Return (loss sum, gradients) of PEFT's model, row by row, by our names of the adapters' tensors."""
     total = 0.0
     for row in ROWS:
-        loss = loss_of_transformers(model, row)
+        loss = loss_of_transformers(model, row, of)
         loss.backward()
         total += loss.item()
     parameters = dict(model.named_parameters())
@@ -69,27 +77,36 @@ def assert_equal_gradients(ours: dict, theirs: dict, tolerance: float = 1e-5) ->
 
 
 CASES = [
-    *[(train_type, []) for train_type in TYPES],
-    *[(train_type, TOWER) for train_type in TYPES],
-    *[(train_type, [*TOWER, *PACKED]) for train_type in ("qlora", "bnb_dora", "hqq_dora")],
-    ("bnb_dora", PACKED),
+    *[(name, train_type, options) for name in MODELS for train_type in TYPES for options in ([], TOWER)],
+    *[
+        (name, train_type, [*TOWER, *PACKED])
+        for name in MODELS
+        for train_type in ("qlora", "bnb_dora", "hqq_dora")
+    ],
+    *[(name, "bnb_dora", PACKED) for name in MODELS],
+    ("qwen3_vl", "bnb_dora", ["--vision_targets", "projector"]),
 ]
-QUICK = [("bnb_dora", []), ("bnb_dora", [*TOWER, *PACKED])]
+QUICK = [
+    ("gemma3", "bnb_dora", []),
+    *[(name, "bnb_dora", [*TOWER, *PACKED]) for name in MODELS],
+]
 
 
 @pytest.mark.parametrize(
-    ("train_type", "vision"),
+    ("name", "train_type", "vision"),
     [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
 )
-def test_loss_and_gradients_are_pefts(train_type, vision, checkpoints, alpaca_file, one_rank):
+def test_loss_and_gradients_are_pefts(name, train_type, vision, checkpoints, alpaca_file, one_rank):
     """In fp32, with random adapters, on the dequantized weights: rows with two, one and no image."""
-    folder = checkpoints("gemma3_wrapper")
+    of = MODELS[name]
+    folder = checkpoints(of.kind)
     args = args_for(folder, alpaca_file, train_type, *IMAGES, *vision)
-    ways, base, adapters = one_rank(learn, args)[0]
+    ways, base, adapters = one_rank(learn, args, of)[0]
     in_tower = {name.rpartition(".")[0] for name in adapters if is_of_a_tower(name)}
-    assert len(in_tower) == (2 * 6 if TOWER[0] in vision else 0)
+    expected = {"all": of.n_tower_linears, "projector": of.n_projector_linears}
+    assert len(in_tower) == (expected[vision[1]] if "--vision_targets" in vision else 0)
     model = build_peft_model(folder, base, adapters, METHODS[train_type].adapter == "dora").eval()
-    loss, gradients = learn_with_peft(model, adapters)
+    loss, gradients = learn_with_peft(model, adapters, of)
     for ours, our_gradients in ways.values():
         assert ours == pytest.approx(loss, rel=1e-5)
         assert_equal_gradients(our_gradients, gradients)
@@ -102,33 +119,42 @@ def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
 
 
 @pytest.mark.parametrize(
-    ("train_type", "options", "sharding"),
+    ("name", "train_type", "options", "sharding"),
     [
-        ("bnb_dora", [], ""),
-        pytest.param("lora", [], "--sharding_strategy ddp", marks=pytest.mark.slow),
-        pytest.param("qlora", [], "--use_cpu_offload true", marks=pytest.mark.slow),
-        pytest.param("full", [], "", marks=pytest.mark.slow),
-        pytest.param("bnb_llama_pro", PACKED, "", marks=pytest.mark.slow),
-        pytest.param("qlora", ["--train_embeddings", "true"], "", marks=pytest.mark.slow),
-        ("bnb_dora", [*TOWER, *PACKED], ""),
-        pytest.param("dora", TOWER, "--sharding_strategy shard_grad_op", marks=pytest.mark.slow),
-        pytest.param("lora", TOWER, "--wrap_policy sublayer", marks=pytest.mark.slow),
-        pytest.param("qlora", TOWER, "--use_cpu_offload true", marks=pytest.mark.slow),
+        ("gemma3", "bnb_dora", [], ""),
+        *[(name, "bnb_dora", [*TOWER, *PACKED], "") for name in MODELS],
+        *slow(
+            (name, *case)
+            for name in MODELS
+            for case in (
+                ("lora", [], "--sharding_strategy ddp"),
+                ("qlora", [], "--use_cpu_offload true"),
+                ("full", [], ""),
+                ("bnb_llama_pro", PACKED, ""),
+                ("qlora", ["--train_embeddings", "true"], ""),
+                ("dora", TOWER, "--sharding_strategy shard_grad_op"),
+                ("lora", TOWER, "--wrap_policy sublayer"),
+                ("qlora", TOWER, "--use_cpu_offload true"),
+            )
+        ),
     ],
 )
-def test_two_ranks_are_one(train_type, options, sharding, checkpoints, alpaca_file, one_rank, two_ranks):
+def test_two_ranks_are_one(
+    name, train_type, options, sharding, checkpoints, alpaca_file, one_rank, two_ranks
+):
     """Three micro-batches: in the first one rank has no image, and in the last neither has.
 
     Two ranks recompute activations, and one saves them.
     """
-    kind = "gemma3_wrapper_pro" if METHODS[train_type].expansion else "gemma3_wrapper"
+    of = MODELS[name]
+    kind = f"{of.kind}_pro" if METHODS[train_type].expansion else of.kind
     args = args_for(checkpoints(kind), alpaca_file, train_type, *IMAGES, *options)
     ranks = [
-        [padded([0, 1]), padded([3]), padded([2])],
-        [padded([2, 2], blank=True), padded([4]), padded([2])],
+        [padded([0, 1], of=of), padded([3], of=of), padded([2], of=of)],
+        [padded([2, 2], blank=True, of=of), padded([4], of=of), padded([2], of=of)],
     ]
     found = two_ranks(learn_on_ranks, [*args, *sharding.split()], ranks)
-    batches = [padded([row]) for row in (0, 1, 2, 2, 3, 4, 2, 2)]
+    batches = [padded([row], of=of) for row in (0, 1, 2, 2, 3, 4, 2, 2)]
     saving = ["--use_gradient_checkpointing", "false"]
     loss, gradients = one_rank(learn_on_ranks, [*args, *saving], [batches])[0]
     assert sum(loss for loss, _ in found) == pytest.approx(loss, rel=1e-5)
@@ -137,14 +163,18 @@ def test_two_ranks_are_one(train_type, options, sharding, checkpoints, alpaca_fi
     assert any(map(is_of_a_tower, gradients)) == (TOWER[0] in options)
 
 
-@pytest.mark.parametrize("packing", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    products(MODELS, ["false", "true"], always=[("gemma3", "false"), ("qwen3_vl", "true")]),
+)
 def test_training_on_two_ranks_is_that_on_one(
-    packing, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
+    name, packing, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
 ):
     """From image files on: the sampler deals rows with and without images, also to one rank alone."""
-    refs = write_pictures(tmp_path, FIRSTS[-1])
-    args = arguments(checkpoints("gemma3_wrapper"), alpaca_file, "bnb_dora", *TOWER, "--packing", packing)
+    of = MODELS[name]
+    refs = write_pictures(tmp_path, FIRSTS[-1], None if of is GEMMA else of.sizes)
+    args = arguments(checkpoints(of.kind), alpaca_file, "bnb_dora", *TOWER, "--packing", packing)
     args += ["--num_epochs", "9", "--gradient_accumulation_steps", "2"]
-    alone = one_rank(train_on_images, [*args, "--batch_size", "2"], refs)[0]
-    found = two_ranks(train_on_images, [*args, "--batch_size", "1"], refs)
+    alone = one_rank(train_on_images, [*args, "--batch_size", "2"], refs, of)[0]
+    found = two_ranks(train_on_images, [*args, "--batch_size", "1"], refs, of)
     assert_same(alone, found[0])

@@ -1,4 +1,7 @@
-"""The vision parts of Gemma 3 in files: loaded, packed, saved in PEFT's form, merged, trained further."""
+"""The vision parts of models in files: loaded, packed, saved in PEFT's form, merged, trained further.
+
+Gemma 3's files have several spellings of names. Qwen3-VL's linears include those of its projector.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,33 @@ from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
 from tests.helpers.expansion import all_tensors
 from tests.helpers.finished_runs import write_random_run
-from tests.helpers.image_models import IMAGES, PACKED, ROWS, TOWER, loss_of_transformers, padded
+from tests.helpers.image_models import (
+    GEMMA,
+    IMAGES,
+    PACKED,
+    QWEN,
+    ROWS,
+    TOWER,
+    TinyModel,
+    loss_of_transformers,
+    padded,
+)
+from tests.helpers.products import slow
 from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
 
 ONE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
-ALL_ROWS = padded(ROWS)
+MODELS = {"gemma3": GEMMA, "qwen3_vl": QWEN}
+
+
+def loss_of_rows(model, of: TinyModel = GEMMA) -> torch.Tensor:
+    """Return the summed loss of all rows, of a model of this program."""
+    return model(**padded(ROWS, of=of).inputs())
+
+
+def expected_loss(model, of: TinyModel = GEMMA) -> torch.Tensor:
+    """Return the summed loss of all rows, of transformers' model or of PEFT's."""
+    return torch.stack([loss_of_transformers(model, row, of) for row in ROWS]).sum()
 
 
 @pytest.mark.parametrize(
@@ -42,31 +66,54 @@ def test_the_vision_parts_load_from_every_spelling(spelling, checkpoints, alpaca
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16_autocast"])
-def test_the_tower_in_16_bits(precision, checkpoints, alpaca_file, one_rank):
-    """The memory of the weights is checked by `set_up`."""
-    args = args_for(checkpoints("gemma3_wrapper"), alpaca_file, "lora", *IMAGES)
-    loss, _ = one_rank(loss_in, args, "fp32")[0]
-    found, dtypes = one_rank(loss_in, args, precision)[0]
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("gemma3", "bf16"),
+        ("gemma3", "fp16_autocast"),
+        ("qwen3_vl", "bf16"),
+        *slow([("qwen3_vl", "fp16_autocast")]),
+    ],
+)
+def test_the_tower_in_16_bits(name, precision, checkpoints, alpaca_file, one_rank):
+    """The memory of the weights is checked by `set_up`. Buffers are transformers' own, bit for bit."""
+    of = MODELS[name]
+    args = args_for(checkpoints(of.kind), alpaca_file, "lora", *IMAGES)
+    loss, *_ = one_rank(loss_in, args, "fp32", of)[0]
+    found, dtypes, buffers = one_rank(loss_in, args, precision, of)[0]
     assert found == pytest.approx(loss, rel=0.03)
-    linears = {dtype for name, dtype in dtypes.items() if ".encoder." in name and "norm" not in name}
+    theirs = load_transformers_model(checkpoints(of.kind), dtype=torch.bfloat16)
+    expected = {name: buffer for name, buffer in theirs.named_buffers() if is_of_a_tower(name)}
+    assert buffers.keys() == expected.keys()
+    for name, buffer in expected.items():
+        torch.testing.assert_close(buffers[name], buffer, rtol=0, atol=0)
+    linears = {
+        dtypes[name] for name in dtypes if (".encoder." in name or ".blocks." in name) and "norm" not in name
+    }
     others = {*dtypes.values()} - linears
     assert linears == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert others == (set() if precision == "bf16" else {torch.float32}), "the stream of hidden states"
 
 
-def loss_in(rank_info, args, precision) -> tuple[float, dict]:
-    """Return (loss sum of all rows, {parameter of the vision parts: its dtype})."""
+def loss_in(rank_info, args, precision, of) -> tuple[float, dict, dict]:
+    """Return (loss sum of all rows, {parameter of the vision parts: its dtype}, their buffers)."""
     job, model = set_up(rank_info, [*args, "--precision", precision])
     with torch.no_grad(), job.precision.context(rank_info.device.type):
-        loss = model(**ALL_ROWS.inputs()).item()
-    return loss, {name: p.dtype for name, p in model.named_parameters() if is_of_a_tower(name)}
+        loss = loss_of_rows(model, of).item()
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if is_of_a_tower(name)}
+    return loss, dtypes, {name: b.clone() for name, b in model.named_buffers() if is_of_a_tower(name)}
 
 
-@pytest.mark.parametrize("train_type", ["full", pytest.param("bnb_dora", marks=pytest.mark.slow)])
-def test_a_run_is_opened_with_its_vision_parts(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "train_type"),
+    [("gemma3", "full"), *slow([("gemma3", "bnb_dora"), ("qwen3_vl", "full"), ("qwen3_vl", "bnb_dora")])],
+)
+def test_a_run_is_opened_with_its_vision_parts(
+    name, train_type, checkpoints, alpaca_file, one_rank, tmp_path
+):
     """A whole model has its base's tower, bit for bit, in the base's spelling."""
-    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS["hub"])
+    of = MODELS[name]
+    base = respell(checkpoints(of.kind), tmp_path / "base", SPELLINGS["hub"])
     args = args_for(base, alpaca_file, train_type, *IMAGES, "--precision", "bf16")
     write_random_run(one_rank, tmp_path / "run", args)
     run = open_run(tmp_path / "run")
@@ -77,30 +124,33 @@ def test_a_run_is_opened_with_its_vision_parts(train_type, checkpoints, alpaca_f
         assert all(torch.equal(before[name], after[name]) for name in before if is_of_a_tower(name))
         theirs = load_transformers_model(tmp_path / "run", dtype=torch.float32).eval()
         with torch.no_grad():
-            loss = sum(loss_of_transformers(theirs, row) for row in ROWS)
-            torch.testing.assert_close(model(**ALL_ROWS.inputs()), loss, rtol=1e-5, atol=0)
+            expected = expected_loss(theirs, of)
+            torch.testing.assert_close(loss_of_rows(model, of), expected, rtol=1e-5, atol=0)
     assert run.is_base_verified and run.family.has_images
 
 
 def test_images_for_a_model_of_text_alone(checkpoints):
-    with pytest.raises(UserError, match=r"llama is trained on text alone.*with images: gemma3$"):
+    with pytest.raises(UserError, match=r"llama is trained on text alone.*with images: qwen3_vl, gemma3$"):
         read_config(checkpoints("llama"), images=True)
 
 
 @pytest.mark.parametrize(
-    ("spelling", "options"),
+    ("name", "spelling", "options"),
     [
-        ("hub", TOWER),
-        *[pytest.param(name, TOWER, marks=pytest.mark.slow) for name in SPELLINGS if name != "hub"],
-        pytest.param("hub", [], marks=pytest.mark.slow),
-        pytest.param("hub", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"], marks=pytest.mark.slow),
+        ("gemma3", "hub", TOWER),
+        ("qwen3_vl", "hub", TOWER),
+        *slow(("gemma3", spelling, TOWER) for spelling in SPELLINGS if spelling != "hub"),
+        *slow((name, "hub", []) for name in MODELS),
+        *slow((name, "hub", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"]) for name in MODELS),
+        *slow([("qwen3_vl", "hub", ["--vision_targets", "projector"]), ("qwen3_vl", "without head", TOWER)]),
     ],
 )
 def test_a_saved_adapter_loads_in_peft_and_merges(
-    spelling, options, checkpoints, alpaca_file, one_rank, tmp_path
+    name, spelling, options, checkpoints, alpaca_file, one_rank, tmp_path
 ):
     """PEFT finds each tensor of the file, and misses none. The merged folder loads in transformers."""
-    base, folder = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling]), tmp_path
+    of, folder = MODELS[name], tmp_path
+    base = respell(checkpoints(of.kind), tmp_path / "base", SPELLINGS[spelling])
     args = args_for(base, alpaca_file, "dora", *IMAGES, *options)
     write_random_run(one_rank, folder / "run", args)
     ours = load_model(open_run(folder / "run"), torch.device("cpu"), torch.float32)
@@ -109,7 +159,7 @@ def test_a_saved_adapter_loads_in_peft_and_merges(
     )
     saved = load_file(folder / "run" / ADAPTER)
     assert peft.get_peft_model_state_dict(theirs).keys() == saved.keys()
-    assert any(".vision_tower." in name for name in saved) == (TOWER[0] in options)
+    assert any(is_of_a_tower(name.removeprefix("base_model.model.")) for name in saved) == bool(options)
     assert isinstance(json.loads((folder / "run" / ADAPTER_CONFIG).read_text())["target_modules"], list)
     assert (
         export.main([str(word) for word in (folder / "run", "--to", "merged", "--out", folder / "out")]) == 0
@@ -118,23 +168,26 @@ def test_a_saved_adapter_loads_in_peft_and_merges(
     before, after = all_tensors(base), all_tensors(folder / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert sum(map(is_of_a_tower, changed)) == (2 * 6 if TOWER[0] in options else 0)
+    adapted = {"all": of.n_tower_linears, "projector": of.n_projector_linears}
+    assert sum(map(is_of_a_tower, changed)) == (adapted[options[1]] if options else 0)
     with torch.no_grad():
-        loss = ours(**ALL_ROWS.inputs())
+        loss = loss_of_rows(ours, of)
         for model in (theirs.eval(), merged.eval()):
-            expected = sum(loss_of_transformers(model, row) for row in ROWS)
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(loss, expected_loss(model, of), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("spelling", ["memory", pytest.param("hub", marks=pytest.mark.slow)])
-def test_a_tower_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, one_rank, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "spelling"), [("gemma3", "memory"), *slow([("gemma3", "hub"), ("qwen3_vl", "memory")])]
+)
+def test_a_tower_that_bitsandbytes_packed(name, spelling, checkpoints, alpaca_file, one_rank, tmp_path):
     """It is not packed again, and a merge into the dequantized weights has it."""
-    base = respell(checkpoints("gemma3_wrapper"), tmp_path / "base", SPELLINGS[spelling])
+    of = MODELS[name]
+    base = respell(checkpoints(of.kind), tmp_path / "base", SPELLINGS[spelling])
     expected = pack_like_the_hub(base, tmp_path / "4bit")
     args = args_for(tmp_path / "4bit", alpaca_file, "bnb_dora", *IMAGES, *TOWER)
     dense = one_rank(without_quantizing, dense_state, args)[0]
     if spelling == "memory":
-        assert expected.keys() == dense.keys() - {"lm_head.weight"}  # which is tied
+        assert expected.keys() == dense.keys() - ({"lm_head.weight"} if of is GEMMA else set())  # is tied
         assert all(torch.equal(dense[name], tensor) for name, tensor in expected.items())
     write_random_run(one_rank, tmp_path / "run", args)
     ours = load_model(open_run(tmp_path / "run"), torch.device("cpu"), torch.float32)
@@ -142,8 +195,7 @@ def test_a_tower_that_bitsandbytes_packed(spelling, checkpoints, alpaca_file, on
     assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
     merged = load_transformers_model(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
-        expected_loss = sum(loss_of_transformers(merged, row) for row in ROWS)
-        torch.testing.assert_close(ours(**ALL_ROWS.inputs()), expected_loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss_of_rows(ours, of), expected_loss(merged, of), rtol=1e-5, atol=0)
 
 
 def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_path):
