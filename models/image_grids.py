@@ -1,4 +1,4 @@
-"""The grids of images that keep their shape: the inputs of Qwen-VL's towers, and positions of three axes.
+"""Images that keep their shape, as Qwen-VL has them: inputs of the tower, and positions of three axes.
 
 Such a model's rotary embedding has positions (time, row, column) (https://arxiv.org/abs/2409.12191, section
 2.1). For text the three are equal. In an image the time stands still, and row and column count its tokens.
@@ -10,11 +10,15 @@ Shapes: B sequences of a batch, T tokens of a sequence.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from data.image_batches import ImageBatch
+from data.image_sizes import PatchImages
 from launch.memory import page_locked_copy
+from models.vision import ImageFeatures
 
 
 def grid_inputs(images: ImageBatch, merge: int) -> dict[str, torch.Tensor]:
@@ -64,3 +68,17 @@ def image_positions(images: ImageBatch, merge: int, positions: torch.Tensor | No
         shift[end] += max(rows, columns) - (end - first)
     shift = shift[:-1].cumsum(0)
     return (found + shift - shift[tokens - within]).view(3, *shape)
+
+
+def text_inputs(config: Any, images: ImageBatch, features: ImageFeatures, inputs: dict) -> dict:
+    """Return the text model's inputs with positions of three axes (Vision.text_inputs)."""
+    assert isinstance(images.format, PatchImages)
+    positions = image_positions(images, images.format.merge, inputs.get("position_ids"))
+    return inputs | {"position_ids": positions}
+
+
+def rotary_buffers(rotary_class: Any, config: Any) -> dict[str, torch.Tensor]:
+    """Return the frequencies of the tower's rotary embedding, and their copy. config: the wrapper's."""
+    frequencies, _ = rotary_class.compute_axial_rope_parameters(config.vision_config)
+    names = ("inv_freq", "original_inv_freq")
+    return {f"model.visual.rotary_pos_emb.{name}": frequencies.clone() for name in names}

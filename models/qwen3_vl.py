@@ -9,6 +9,7 @@ Trained on text alone, the model is Qwen3, and loads no tower.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from data.image_batches import ImageBatch
-from data.image_sizes import PatchImages
-from models import qwen3
+from models import image_grids, qwen3
 from models.family import wrap_family
-from models.image_grids import grid_inputs, image_positions, send
+from models.image_grids import grid_inputs, rotary_buffers, send
 from models.image_settings import read_patch_images
 from models.vision import ImageFeatures, Vision
 
@@ -68,18 +68,9 @@ def embed_images(
     return ImageFeatures(found.pooler_output, tuple(found.deepstack_features))
 
 
-def tower_buffers(config: Any) -> dict[str, torch.Tensor]:
-    """Return the frequencies of the tower's rotary embedding, and their copy. config: the wrapper's."""
-    frequencies, _ = Qwen3VLVisionRotaryEmbedding.compute_axial_rope_parameters(config.vision_config)
-    names = ("inv_freq", "original_inv_freq")
-    return {f"model.visual.rotary_pos_emb.{name}": frequencies.clone() for name in names}
-
-
 def text_inputs(config: Any, images: ImageBatch, features: ImageFeatures, inputs: dict) -> dict:
     """Return the text model's inputs with positions of three axes, and the features for its first layers."""
-    assert isinstance(images.format, PatchImages)
-    return inputs | {
-        "position_ids": image_positions(images, images.format.merge, inputs.get("position_ids")),
+    return image_grids.text_inputs(config, images, features, inputs) | {
         "visual_pos_masks": images.positions,
         "deepstack_visual_embeds": list(features.by_layer),
     }
@@ -94,7 +85,7 @@ VISION = Vision(
     projector=tuple(f"{merger}.{linear}" for merger in MERGERS for linear in ("linear_fc1", "linear_fc2")),
     embed=embed_images,
     read_format=read_patch_images,
-    constant_buffers=tower_buffers,
+    constant_buffers=partial(rotary_buffers, Qwen3VLVisionRotaryEmbedding),
     text_inputs=text_inputs,
 )
 

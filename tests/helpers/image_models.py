@@ -1,6 +1,6 @@
 """Rows with images for tiny models that take them: batches, and the same rows for transformers.
 
-GEMMA's images have one size. QWEN's have several, and so have different numbers of tokens.
+GEMMA's images have one size. Those of Qwen-VL have several, and so have different numbers of tokens.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ QWEN = TinyModel(
     n_tower_linears=3 * 4 + 3 * 2,
     n_projector_linears=3 * 2,
 )
+QWEN_2_5 = replace(QWEN, kind="qwen2_5_vl", n_tower_linears=3 * 5 + 2, n_projector_linears=2)
+MODELS = {"gemma3": GEMMA, "qwen3_vl": QWEN, "qwen2_5_vl": QWEN_2_5}
 
 
 def image_rows(of: TinyModel = GEMMA) -> TokenizedRows:
@@ -162,7 +164,7 @@ def row_of_transformers(row: int, of: TinyModel = GEMMA) -> dict:
     """Return a row as arguments of transformers' own forward."""
     rows = image_rows(of)
     ids = rows.tokens[rows.starts[row] : rows.starts[row + 1]].long()[None]
-    kinds = {f"{name}token_type_ids": (ids == IMAGE).long() for name in (["mm_"] if of is QWEN else [""])}
+    kinds = {f"{name}token_type_ids": (ids == IMAGE).long() for name in ([""] if of is GEMMA else ["mm_"])}
     if not COUNTS[row]:
         return kinds | {"input_ids": ids}
     pixels = of.format.arrange(of.pixels(row))

@@ -25,6 +25,7 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     PhiConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -130,7 +131,7 @@ _VISION = {
     "num_attention_heads": 2,
     "patch_size": 4,
 }
-# The tower of Qwen3-VL. Its table has learned positions of 6 x 6 patches.
+# The towers of Qwen-VL; that of Qwen3-VL has learned positions of 6 x 6 patches.
 _PATCHES = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -140,9 +141,8 @@ _PATCHES = {
     "temporal_patch_size": 2,
     "spatial_merge_size": 2,
     "out_hidden_size": 64,
-    "num_position_embeddings": 36,
-    "deepstack_visual_indexes": [0, 1],
 }
+_DEEPSTACK = {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
 MROPE = {
     "rope_type": "default",
     "rope_theta": 100.0,
@@ -173,9 +173,15 @@ CONFIGS = {
         image_token_index=299,
         tie_word_embeddings=False,
     ),
+    "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
+        text_config=_COMMON | {"model_type": "qwen2_5_vl_text", "rope_parameters": dict(MROPE)},
+        vision_config=_PATCHES
+        | {"model_type": "qwen2_5_vl_vision", "fullatt_block_indexes": [1], "window_size": 16},
+        **dict(zip(QWEN_TOKENS, range(296, 300), strict=True)),
+    ),
     "qwen3_vl": lambda: Qwen3VLConfig(
-        text_config=_COMMON | {"model_type": "qwen3_vl_text", "head_dim": 16, "rope_parameters": MROPE},
-        vision_config=_PATCHES | {"model_type": "qwen3_vl_vision"},
+        text_config=_COMMON | {"model_type": "qwen3_vl_text", "head_dim": 16, "rope_parameters": dict(MROPE)},
+        vision_config=_PATCHES | _DEEPSTACK | {"model_type": "qwen3_vl_vision"},
         **dict(zip(QWEN_TOKENS, range(296, 300), strict=True)),
         tie_word_embeddings=False,
     ),

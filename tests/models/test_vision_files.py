@@ -27,8 +27,8 @@ from tests.helpers.finished_runs import write_random_run
 from tests.helpers.image_models import (
     GEMMA,
     IMAGES,
+    MODELS,
     PACKED,
-    QWEN,
     ROWS,
     TOWER,
     TinyModel,
@@ -40,7 +40,6 @@ from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
 
 ONE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
-MODELS = {"gemma3": GEMMA, "qwen3_vl": QWEN}
 
 
 def loss_of_rows(model, of: TinyModel = GEMMA) -> torch.Tensor:
@@ -130,7 +129,9 @@ def test_a_run_is_opened_with_its_vision_parts(
 
 
 def test_images_for_a_model_of_text_alone(checkpoints):
-    with pytest.raises(UserError, match=r"llama is trained on text alone.*with images: qwen3_vl, gemma3$"):
+    with pytest.raises(
+        UserError, match=r"llama is trained on text alone.*with images: qwen2_5_vl, qwen3_vl, gemma3$"
+    ):
         read_config(checkpoints("llama"), images=True)
 
 
