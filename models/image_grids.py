@@ -41,7 +41,8 @@ def grid_inputs(images: ImageBatch, merge: int) -> dict[str, torch.Tensor]:
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to a device, without a wait."""
-    return page_locked_copy(tensor).to(device, non_blocking=True) if device.type == "cuda" else tensor
+    source = page_locked_copy(tensor) if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def image_positions(images: ImageBatch, merge: int, positions: torch.Tensor | None = None) -> torch.Tensor:

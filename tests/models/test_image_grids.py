@@ -1,21 +1,23 @@
-"""Positions of three axes, and features for the first layers, against transformers row by row."""
+"""Images that keep their shape: positions and features as in transformers, row by row, without a wait."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLTextModel,
 )
 
+from models.attention import CAUSAL
+from models.family import FUSED
 from models.image_grids import image_positions
-from models.qwen3_vl import add_features, text_inputs
-from models.vision import ImageFeatures
-from tests.helpers.image_models import QWEN, ROWS, ImageRows, packed, padded, row_of_transformers
-from tests.helpers.syncs import SyncRecorder
+from models.qwen3_vl import add_features
+from models.registry import build_on_meta, read_config
+from tests.helpers.image_models import MODELS, QWEN, ROWS, ImageRows, packed, padded, row_of_transformers
 from tests.helpers.tiny import CONFIGS
 
-MERGE = 2
+MERGE, META = 2, torch.device("meta")
 
 
 def positions_of(rows: ImageRows) -> torch.Tensor:
@@ -55,12 +57,15 @@ def test_features_are_added_where_transformers_adds_them():
         assert torch.equal(add_features(hidden, where, features), expected)
 
 
-def test_the_host_does_not_wait():
-    rows = packed([[0, 1], [2, 3, 4]], QWEN)
-    features = torch.randn(len(rows.images.positions), 64)
-    hidden = torch.randn(*rows.images.owners.shape, 64)
-    with SyncRecorder() as recorder:
-        given = {"position_ids": rows.batch.positions}
-        inputs = text_inputs(None, rows.images, ImageFeatures(features, (features,)), given)
-        add_features(hidden, inputs["visual_pos_masks"], inputs["deepstack_visual_embeds"][0])
-    assert not recorder.syncs
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("implementation", [CAUSAL, FUSED])
+def test_the_host_reads_nothing_of_the_device(implementation, name, checkpoints):
+    """On the meta device, where each read is an error: on a GPU the host would wait for it."""
+    of = MODELS[name]
+    model = build_on_meta(*read_config(checkpoints(of.kind), images=True), implementation)
+    rows = padded(ROWS, of=of) if implementation == CAUSAL else packed([[0, 1], [2, 3, 4]], of)
+    batch, images = rows.batch.to(META), rows.images.map_tensors(lambda tensor: tensor.to(META))
+    given = {key: value for key, value in batch.model_inputs().items() if key != "row_lengths"}
+    inputs = model.image_inputs(images, **given)
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    assert hidden.shape[:2] == batch.ids.shape
