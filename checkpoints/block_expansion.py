@@ -69,6 +69,23 @@ def insertion_points(options: Options, num_layers: int) -> list[int]:
     return spread_new_blocks(num_layers, count) if options.after is None else sorted(options.after)
 
 
+def check_feature_layers(folder: Path, config: PretrainedConfig, family: Family, points: list[int]) -> None:
+    """Raise UserError for a new block among the layers after which features of images are added.
+
+    With a block before one of them, the features would be added a layer too early.
+
+    Args:
+        folder, config, family: of the base model.
+        points: from `insertion_points`.
+    """
+    first = (family.vision.feature_layers(config) if family.vision else 0) - 1
+    if points[0] < first:
+        raise UserError(
+            f"{folder}: features of images are added after each of the layers 0 to {first}, so no new block"
+            f" may follow layer {points[0]}; place them by --after, from layer {first} on"
+        )
+
+
 def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles, str | None]:
     """Fetch and open the model of --model_name, and read all its weights once to check them.
 
@@ -96,7 +113,8 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
             " expand its base model, with all new blocks at once"
         )
     else:
-        insertion_points(options, text_config(config).num_hidden_layers)
+        points = insertion_points(options, text_config(config).num_hidden_layers)
+        check_feature_layers(folder, config, family, points)
     fetch_weights(pin_model_name(name, folder), folder)
     files, _, untied_head = open_weights(folder, config, family)
     check_entries_finite(file_entries(files))

@@ -87,6 +87,7 @@ VISION = Vision(
     read_format=read_patch_images,
     constant_buffers=partial(rotary_buffers, Qwen3VLVisionRotaryEmbedding),
     text_inputs=text_inputs,
+    feature_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
 )
 
 FAMILY = wrap_family(

@@ -51,6 +51,7 @@ class Vision:
             config.
         text_inputs: (config, ImageBatch, ImageFeatures, inputs of the text model) -> these inputs, with those
             that depend on the images of a batch, such as positions of three axes.
+        feature_layers: (config) -> number of the text model's first layers after which `by_layer` is added.
         sees_whole_image: whether the tokens of an image see each other both ways.
     """
 
@@ -63,6 +64,7 @@ class Vision:
     config: str = "vision_config"
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]
+    feature_layers: Callable[[Any], int] = lambda config: 0
     sees_whole_image: bool = False
 
     def tower_blocks(self, model: nn.Module) -> nn.ModuleList:

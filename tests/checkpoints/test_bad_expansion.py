@@ -131,3 +131,9 @@ def test_bad_blocks(refused, checkpoints, tmp_path):
     refuse(norm, "shape [65]", "[64]", tensors=new | {norm: torch.ones(65)})
     path.write_text("x")
     refused(str(path), "not a safetensors file", model_name=base, blocks=path)
+
+
+@pytest.mark.parametrize("options", [{"after": "2,0"}, {"new_blocks": 3}])
+def test_a_block_among_the_layers_that_take_features_of_images(options, refused, checkpoints):
+    words = ["after each of the layers 0 to 1", "no new block may follow layer 0", "from layer 1 on"]
+    refused(*words, model_name=checkpoints("qwen3_vl"), **options)

@@ -34,7 +34,9 @@ from options.train import parse
 from quantization.layer import Linear4bit
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
+from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json, text_config_json
+from tests.helpers.image_models import QWEN, loss_of_transformers
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.proc import status
 from tests.helpers.products import slow
@@ -71,6 +73,15 @@ def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, 
     before, after = (text_config_json(each) for each in (checkpoints(kind), folder))
     assert after["num_hidden_layers"] == before["num_hidden_layers"] + new_blocks
     assert len(after[NEW_LAYERS]) == new_blocks
+
+
+@torch.no_grad()
+def test_features_of_images_come_in_after_the_same_layers(checkpoints, tmp_path):
+    """Qwen3-VL adds them after its layers 0 and 1, so a new block follows layer 1 at the earliest."""
+    base = checkpoints("qwen3_vl")
+    folder = expand(base, tmp_path / "out", "--after", "1,2")
+    before, after = (load_transformers_model(each, dtype=torch.float32).eval() for each in (base, folder))
+    assert torch.equal(*(loss_of_transformers(model, 1, QWEN) for model in (before, after)))
 
 
 @pytest.mark.parametrize(

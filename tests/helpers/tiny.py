@@ -31,6 +31,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -263,11 +264,13 @@ def save_checkpoint(
 
 
 def save_expanded(base: Path, folder: Path) -> Path:
-    """Expand `base` by new layers after its layers 0 and 2.
+    """Expand `base` by new layers after layers 0 and 2, or 1 and 2 where layer 1 takes features of images.
 
     Random values replace the zeros that would make the new layers do nothing.
     """
-    arguments = ["--model_name", str(base), "--output_dir", str(folder), "--after", "0,2"]
+    family = read_config(base)[1]
+    after = "1,2" if family.model_class is Qwen3VLForConditionalGeneration else "0,2"
+    arguments = ["--model_name", str(base), "--output_dir", str(folder), "--after", after]
     assert block_expansion.main(arguments) == 0
     config, family = read_config(folder)
     files, _, _ = open_weights(folder, config, family)
