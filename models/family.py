@@ -6,8 +6,8 @@ The rest of the program knows nothing else of a family. Its arithmetic is transf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,8 +47,9 @@ class Family:
         attention: name, in transformers' registry, of the implementation for all of its attention.
         select_linears: returns the linears to quantize in the given decoder layer, relative to it. For layers
             that differ, or where more than `linears` is quantized.
-        match_checkpoint: changes the meta model in place so that its parameters are the files' tensors. It
-            may raise ValueError for a config that describes no such model.
+        match_checkpoint: changes the meta text model (transformers' class without a head, whose config is the
+            text model's) in place so that its parameters are the files' tensors. It may raise ValueError for
+            a config that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
         compiles: whether a layer compiles to one graph, without a break.
@@ -56,11 +57,11 @@ class Family:
             the variable-length kernel needs. Without them packed rows are separated by masks.
         logit_scale: returns the factor that is applied to the head's result, before any cap.
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
-        text_types: of a wrapper, the known values of model_type in its text_config.
+        texts: of a wrapper, {known model_type of its text_config: the wrapper's family around such a model}.
         unused: the modules of a wrapper that text alone does not need, such as a vision tower. They are not
             built; a saved model gets their tensors unchanged.
 
-    The functions get the config of the text model (`text_config`), except for `match_checkpoint`.
+    The functions of a config get that of the text model (`text_config`).
     """
 
     model_class: type[nn.Module]
@@ -72,19 +73,25 @@ class Family:
     identity_init: tuple[tuple[str, float], ...] = ()
     attention: str = FUSED
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
-    match_checkpoint: Callable[[PreTrainedModel], None] = lambda model: None
+    match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     compiles: bool = True
     passes_row_bounds: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     logit_cap: Callable[[Any], float | None] = lambda config: None
-    text_types: tuple[str, ...] = ()
+    texts: Mapping[str, Family] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
+
+    def text_model(self, model: nn.Module) -> PreTrainedModel:
+        """Return the part that holds the decoder layers: `model` or, in a wrapper, `language_model`."""
+        part = model.get_submodule(self.layers.rpartition(".")[0])
+        assert isinstance(part, PreTrainedModel)
+        return part
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the decoder layers, in order."""
@@ -142,16 +149,23 @@ class Family:
         return tensor.startswith(tuple(f"{module}." for module in self.unused))
 
 
-def wrap_family(
-    text: Family, model_class: type[nn.Module], text_types: tuple[str, ...], unused: tuple[str, ...]
-) -> Family:
-    """Return the family of a wrapper, whose part `model.language_model` is the text family's `model`.
+def wrap_family(texts: Mapping[str, Family], model_class: type[nn.Module], unused: tuple[str, ...]) -> Family:
+    """Return the family of a wrapper, whose part `model.language_model` is a text family's `model`.
+
+    Its `texts` has a family for each kind of text model, with all that the text family says. The result is
+    the first of these, for what does not depend on the kind.
 
     Args:
-        text: the family of the text model alone.
+        texts: {model_type of text_config: the family of such a text model alone}.
         model_class: transformers' class of the wrapper.
-        text_types, unused: as in `Family`.
+        unused: as in `Family`.
     """
+    wrapped = {name: _wrap(text, model_class, unused) for name, text in texts.items()}
+    return replace(next(iter(wrapped.values())), texts=wrapped)
+
+
+def _wrap(text: Family, model_class: type[nn.Module], unused: tuple[str, ...]) -> Family:
+    """Return the family of the wrapper around one kind of text model; arguments as in `wrap_family`."""
 
     def wrapped(name: str) -> str:
         return f"model.language_model.{name.removeprefix('model.')}"
@@ -159,7 +173,6 @@ def wrap_family(
     return replace(
         text,
         model_class=model_class,
-        text_types=text_types,
         unused=unused,
         layers=wrapped(text.layers),
         embedding=wrapped(text.embedding),

@@ -28,8 +28,8 @@ FAMILY = Family(
 )
 
 WRAPPER = wrap_family(
-    replace(FAMILY, logit_cap=lambda config: None),  # transformers ignores final_logit_softcapping here
+    # transformers ignores final_logit_softcapping here
+    {"gemma3_text": replace(FAMILY, logit_cap=lambda config: None)},
     Gemma3ForConditionalGeneration,
-    text_types=("gemma3_text",),
     unused=("model.vision_tower", "model.multi_modal_projector"),
 )

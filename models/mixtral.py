@@ -12,9 +12,9 @@ from models.family import ATTENTION, Family
 from models.moe import replace_experts, select_linears
 
 
-def match_checkpoint(model: PreTrainedModel) -> None:
+def match_checkpoint(text_model: PreTrainedModel) -> None:
     """Make a parameter of each of the files' tensors of experts."""
-    replace_experts(model, lambda: MistralMLP(model.config))
+    replace_experts(text_model, lambda: MistralMLP(text_model.config))
 
 
 FAMILY = Family(

@@ -17,10 +17,10 @@ from models import moe, qwen3_moe
 from models.family import ATTENTION, GATED_MLP, Family
 
 
-def match_checkpoint(model: PreTrainedModel) -> None:
+def match_checkpoint(text_model: PreTrainedModel) -> None:
     """Make the experts' parameters the files' tensors."""
-    config = model.config
-    moe.replace_experts(model, lambda: Qwen2MoeMLP(config, config.moe_intermediate_size))
+    config = text_model.config
+    moe.replace_experts(text_model, lambda: Qwen2MoeMLP(config, config.moe_intermediate_size))
 
 
 def select_linears(layer: nn.Module) -> tuple[str, ...]:

@@ -117,13 +117,19 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
         ) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/{CONFIG}: {explain_unlisted_type(config, list(FAMILIES))}")
-    family, text = FAMILIES[config.model_type], text_config(config).model_type
-    if family.text_types and text not in family.text_types:
+    texts, text = FAMILIES[config.model_type].texts, text_config(config).model_type
+    if texts and text not in texts:
         raise UserError(
             f"{folder}/{CONFIG}: text_config has the model_type {text!r}; in {config.model_type} known:"
-            f" {', '.join(family.text_types)}"
+            f" {', '.join(texts)}"
         )
-    return config, family
+    return config, family_of(config)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family of a config that `read_config` accepts; in a wrapper, the text model decides too."""
+    family = FAMILIES[config.model_type]
+    return family.texts[text_config(config).model_type] if family.texts else family
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
@@ -154,7 +160,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes of zero; check_weights reports them
             model = summed_loss_class(family.model_class)(config)  # type: ignore[arg-type]
-            family.match_checkpoint(model)
+            family.match_checkpoint(family.text_model(model))
             for name in family.unused:
                 path, _, last = name.rpartition(".")
                 setattr(model.get_submodule(path), last, None)

@@ -23,7 +23,7 @@ from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
 from models.family import Family
 from models.redundant import is_tied_by_default
-from models.registry import FAMILIES, build_on_meta, open_headers, read_config
+from models.registry import build_on_meta, family_of, open_headers, read_config
 from models.shapes import SHAPES
 from options.config import TOY_MODEL
 from options.errors import UserError
@@ -78,7 +78,7 @@ def open_planned_model(name: str) -> PlannedModel:
     if is_named_shape(name):
         shape = SHAPES[name.lower()].model_config()
         shape.name_or_path = name  # for messages
-        return _plan_by_config(name, Path(name), shape, FAMILIES[shape.model_type])
+        return _plan_by_config(name, Path(name), shape, family_of(shape))
     is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
     try:
         folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX))

@@ -429,6 +429,11 @@ def run_and_experts_used(rank_info, args):
             {"text_config": {"model_type": "gemma3_text", "use_bidirectional_attention": True}},
             "bidirectional attention.*only causal models",
         ),
+        (
+            "mistral3",
+            {"text_config": {"model_type": "ministral3", "rope_parameters": tiny.YARN}},
+            "describes no mistral3 .*no llama_4_scaling_beta",
+        ),
         ("mistral3", {"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers 0: must be positive"),
     ],
 )

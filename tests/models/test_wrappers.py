@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -23,9 +24,9 @@ from files.model_folder import CheckpointFiles
 from files.names import ADAPTER, BLOCKS, INDEX, SINGLE_FILE
 from files.weight_headers import WeightHeaders
 from finished.finished_run import load_model, open_run
-from models.family import unwrapped_name
+from models.family import unwrapped_name, wrap_family
 from models.redundant import is_tied_by_default
-from models.registry import build_on_meta, open_headers, open_weights, read_config
+from models.registry import FAMILIES, build_on_meta, open_headers, open_weights, read_config
 from monitoring.layer_memory import layer_widths
 from options.errors import UserError
 from options.methods import METHODS
@@ -248,6 +249,40 @@ def test_another_text_model_is_refused(checkpoints, tmp_path):
     words = "text_config has the model_type 'qwen2'; in mistral3 known: mistral, ministral3"
     with pytest.raises(UserError, match=words):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", [name for name, family in FAMILIES.items() if family.texts])
+def test_a_wrapper_is_what_its_text_models_family_says(wrapper):
+    """In all but names and classes, for each kind of text model; constant buffers get other names."""
+    differing = {
+        "model_class",
+        "texts",
+        "unused",
+        "layers",
+        "embedding",
+        "norm",
+        "rotary",
+        "constant_buffers",
+    }
+    if wrapper == "gemma3":
+        differing.add("logit_cap")  # transformers has none around Gemma 3's text model
+    for text_type, family in FAMILIES[wrapper].texts.items():
+        alone = FAMILIES[text_type]
+        same = {field.name for field in dataclasses.fields(family)} - differing
+        assert all(getattr(family, name) == getattr(alone, name) for name in same)
+        config = tiny.CONFIGS["gemma3"]()
+        ours, theirs = family.constant_buffers(config), alone.constant_buffers(config)
+        assert list(ours) == [name.replace("model.", "model.language_model.") for name in theirs]
+
+
+def test_a_wrapper_changes_its_text_model_like_the_family_alone(checkpoints, monkeypatch):
+    """Its match_checkpoint gets the part of the wrapper that has the layers, with the text model's config."""
+    changed = []
+    text = dataclasses.replace(FAMILIES["mistral"], match_checkpoint=changed.append)
+    wrapper = wrap_family({"mistral": text}, FAMILIES["mistral3"].model_class, FAMILIES["mistral3"].unused)
+    monkeypatch.setitem(FAMILIES, "mistral3", wrapper)
+    model, _ = build(checkpoints("mistral3"))
+    assert changed == [model.model.language_model] and changed[0].config.model_type == "mistral"
 
 
 def test_a_plan_sees_the_widths_of_the_text_model(checkpoints):
