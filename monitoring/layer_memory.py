@@ -33,6 +33,8 @@ class LayerWidths:
         mlp_tensors: tensors as wide as `mlp` that are saved: gate, up and their product; without a gate, the
             activation function's input and result, and of gelu_new (Phi) the tanh in it.
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
+        norms_read_outputs: norms follow attention and MLP (Gemma, GLM-4, OLMo, EXAONE 4), and so keep the
+            results of the last projections.
         has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
         has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo, EXAONE 4).
         has_fused_qkv: query, key and value are one linear (Phi-3).
@@ -52,6 +54,7 @@ class LayerWidths:
     experts_per_token: int = 0
     mlp_tensors: int = 3
     has_four_norms: bool = False
+    norms_read_outputs: bool = False
     has_one_norm: bool = False
     has_head_norms: bool = False
     has_fused_qkv: bool = False
@@ -81,6 +84,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         experts_per_token=experts,
         mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
         has_four_norms=norms > 2,
+        norms_read_outputs=bool(family.identity_init),
         has_one_norm=norms == 1,
         has_head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
         has_fused_qkv=any(name.endswith("qkv_proj") for name in names),
@@ -190,8 +194,10 @@ def layer_memory(
     saved += widths.mlp_tensors * mlp
     if adapter:
         saved += branches * config.lora_rank  # A x of each
+    # Not compiled, norms in 16 bits keep their inputs as casts to fp32.
+    keeps_outputs = widths.norms_read_outputs and (compiled or width == 4)
     if adapter == "dora":  # outputs, which the gradients of magnitudes need: query, key, and one projection's
-        saved += hidden + (0 if names_linears_apart else query + key)
+        saved += (0 if keeps_outputs else hidden) + (0 if names_linears_apart else query + key)
     if widths.is_eager or not _takes_grouped_heads(precision, gpu):
         saved += 2 * query - 2 * key  # keys and values, expanded to the query heads
     if widths.experts_per_token:
@@ -201,7 +207,7 @@ def layer_memory(
     if not compiled:
         saved += 2 * hidden  # states in the norms
         if adapter == "dora":
-            saved += hidden + key
+            saved += (0 if keeps_outputs else hidden) + key
         if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
             saved += 7 * hidden + query + key
     per_token: float = saved * width
