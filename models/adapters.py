@@ -1,6 +1,7 @@
 """Change a meta model into what the train type trains: dtypes, frozen weights, 4-bit linears, adapters.
 
-The order matters: dtypes and the freeze first, then 4-bit linears, then the adapters that wrap them.
+The order matters: dtypes and the freeze first, then 4-bit linears, then the adapters that wrap them; last,
+what fp16 computes with a larger range.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import is_any_in_experts
 from models.vocabulary import vocabulary_modules
+from models.wide_linears import find_wide_linears, widen_linears
 from options.config import Config
 from options.errors import UserError
 from quantization.layer import Linear4bit, quantize_linears
@@ -170,6 +172,7 @@ def apply_method(
         files: the model's weights; if they are packed already, each packed linear keeps its own quantizer.
     """
     method = config.method
+    wide = find_wide_linears(model, family) if precision.autocast == torch.float16 else []
     new = new_layers(model.config) if method.expansion else []
     trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
     if not method.adapter and not method.expansion:
@@ -184,6 +187,7 @@ def apply_method(
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
+    widen_linears(model, wide)
 
 
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:

@@ -26,7 +26,8 @@ GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 class Family:
     """The dotted names of a family's modules, and its settings.
 
-    linears, sublayers, outputs and identity_init are relative to one decoder layer; other names are absolute.
+    linears, sublayers, outputs, identity_init and wide_linears are relative to one decoder layer; other names
+    are absolute.
 
     Attributes:
         model_class: transformers' ForCausalLM class.
@@ -52,6 +53,8 @@ class Family:
             a config that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
+        wide_linears: linears of a layer whose results, or products of them, may be beyond fp16's 65,504
+            (models/wide_linears.py).
         compiles: whether a layer compiles to one graph, without a break.
         passes_row_bounds: whether transformers' layers hand on to attention the bounds of packed rows, which
             the variable-length kernel needs. Without them packed rows are separated by masks.
@@ -75,6 +78,7 @@ class Family:
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    wide_linears: tuple[str, ...] = ()
     compiles: bool = True
     passes_row_bounds: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0

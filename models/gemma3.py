@@ -17,12 +17,13 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from models.family import Family, wrap_family
-from models.gemma2 import IDENTITY_INIT, constant_buffers, logit_cap
+from models.gemma2 import IDENTITY_INIT, WIDE_LINEARS, constant_buffers, logit_cap
 
 FAMILY = Family(
     model_class=Gemma3ForCausalLM,
     rotary_class=Gemma3RotaryEmbedding,
     identity_init=IDENTITY_INIT,
+    wide_linears=WIDE_LINEARS,
     constant_buffers=constant_buffers,
     logit_cap=logit_cap,
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ class LayerWidths:
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
         norms_read_outputs: norms follow attention and MLP (Gemma, GLM-4, OLMo, EXAONE 4), and so keep the
             results of the last projections.
+        widens_product: under autocast to fp16 the MLP's product is in fp32 (Gemma; models/wide_linears.py).
         has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
         has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo, EXAONE 4).
         has_fused_qkv: query, key and value are one linear (Phi-3).
@@ -55,6 +57,7 @@ class LayerWidths:
     mlp_tensors: int = 3
     has_four_norms: bool = False
     norms_read_outputs: bool = False
+    widens_product: bool = False
     has_one_norm: bool = False
     has_head_norms: bool = False
     has_fused_qkv: bool = False
@@ -85,6 +88,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
         has_four_norms=norms > 2,
         norms_read_outputs=bool(family.identity_init),
+        widens_product=any(name.startswith(f"{family.sublayers[1]}.") for name in family.wide_linears),
         has_one_norm=norms == 1,
         has_head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
         has_fused_qkv=any(name.endswith("qkv_proj") for name in names),
@@ -198,6 +202,9 @@ def layer_memory(
     keeps_outputs = widths.norms_read_outputs and (compiled or width == 4)
     if adapter == "dora":  # outputs, which the gradients of magnitudes need: query, key, and one projection's
         saved += (0 if keeps_outputs else hidden) + (0 if names_linears_apart else query + key)
+    widens = widths.widens_product and precision.autocast == torch.float16
+    if widens:  # up in fp32; and DoRA's output of it in fp16
+        saved += (2 if adapter == "dora" else 1) * mlp
     if widths.is_eager or not _takes_grouped_heads(precision, gpu):
         saved += 2 * query - 2 * key  # keys and values, expanded to the query heads
     if widths.experts_per_token:
@@ -230,9 +237,11 @@ def layer_memory(
         backward += (5 * mlp + hidden) * width
     if adapter == "dora" and is_autocast and not compiled:
         backward += 1.5 * mlp * width  # outputs in fp32 beside their gradients
+    if widens:  # gradients of the product and of its two factors, in fp32
+        backward += 3 * mlp * width
     if config.wrap_policy == "sublayer":
         backward += 2 * mlp * width
-    forward = ((2 if compiled else 4) * mlp + 3 * hidden) * width
+    forward = (((2 if compiled else 4) + 2 * widens) * mlp + 3 * hidden) * width
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
     return LayerMemory(
         input=rows * hidden * stream,

@@ -34,7 +34,12 @@ NORMS = {"norms_read_outputs": True}
         *((kind, WIDE) for kind in ("ministral3", "seed_oss")),
         *((kind, NORMS | {"has_head_norms": True}) for kind in ("exaone4_small", "olmo2")),
         *((kind, NORMS | {"has_head_norms": True, "window": 16}) for kind in ("exaone4", "olmo3")),
-        ("gemma2", NORMS | WIDE | {"hidden": 96, "has_four_norms": True, "is_eager": True, "window": 16}),
+        (
+            "gemma2",
+            NORMS
+            | WIDE
+            | {"hidden": 96, "has_four_norms": True, "is_eager": True, "window": 16, "widens_product": True},
+        ),
         ("qwen3", WIDE | {"has_head_norms": True}),
         ("phi3", {"has_fused_qkv": True, "has_fused_gate": True}),
         ("starcoder2", {"mlp_tensors": 2, "window": 16}),

@@ -207,13 +207,14 @@ def _default_targets(model_type: str, linears: list[str]) -> tuple[str, ...]:
 def describe_differences(found: Family, known: Family, config: PretrainedConfig) -> list[str]:
     """Return how a family that was found differs from the one of the registry, attribute by attribute.
 
-    Functions of the config are compared by their results; those of modules are not compared.
+    Functions of the config are compared by their results. Functions of modules are not compared, nor
+    `wide_linears`, which only a trained model's activations show.
     """
     lines = []
     for name in vars(known):
         ours, theirs = getattr(found, name), getattr(known, name)
         if name in ("logit_scale", "logit_cap", "constant_buffers"):
             ours, theirs = ours(config), theirs(config)
-        if ours != theirs and name not in ("select_linears", "match_checkpoint"):
+        if ours != theirs and name not in ("select_linears", "match_checkpoint", "wide_linears"):
             lines.append(f"{name}: {ours} instead of {theirs}")
     return lines
