@@ -15,9 +15,11 @@ from tests.helpers.runs import dense_tensors, set_up, trained_tensors
 from tests.helpers.tiny import CONFIGS, QUICK
 
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
-# One of each family whose other tests are slow. DoRA's gradients have LoRA's in them.
+# One of each family whose other tests are slow. DoRA's gradients have LoRA's in them. exaone4 has all layers
+# of exaone4_small.
+REPEATED = (*QUICK, "exaone4_small")
 CASES = [
-    pytest.param(kind, t, marks=() if t == "bnb_dora" and kind not in QUICK else pytest.mark.slow)
+    pytest.param(kind, t, marks=() if t == "bnb_dora" and kind not in REPEATED else pytest.mark.slow)
     for kind in CONFIGS
     for t in TYPES
 ]

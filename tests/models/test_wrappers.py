@@ -54,14 +54,9 @@ KINDS = ["gemma3_wrapper", "mistral3"]
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "train_type"),
-    [
-        pytest.param(kind, train_type, marks=() if train_type == "bnb_dora" else pytest.mark.slow)
-        for kind in KINDS
-        for train_type in TYPES
-    ],
-)
+@pytest.mark.slow  # bnb_dora, against the same model of PEFT, is in test_equal_to_peft.py
+@pytest.mark.parametrize("train_type", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_pefts(kind, train_type, checkpoints, alpaca_file, one_rank):
     """PEFT over the wrapper as transformers loads it, on the dequantized weights."""
     args = args_for(checkpoints(kind), alpaca_file, train_type)
