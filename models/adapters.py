@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from files.config_parts import text_config
 from files.names import CONFIG
 from files.quantized_releases import suggest_original
 from files.weight_headers import WeightHeaders
@@ -185,6 +186,10 @@ def apply_method(
     if method.quantizer:
         names = packed_linears(model, family, config)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
+        changed = family.changed_results(text_config(model.config))
+        for name in names:
+            if isinstance(linear := model.get_submodule(name), Linear4bit):
+                linear.copies_result = family.locate_layer(name)[1] in changed
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
     widen_linears(model, wide)

@@ -45,6 +45,8 @@ class Family:
         identity_init: (name, value) of the tensors or modules that make a new block of Llama-Pro the
             identity. Empty: all `outputs` are zero. Where norms follow the outputs, it must name these norms
             (models/llama_pro.py), which are also those that fp16 needs in fp32 (models/wide_norms.py).
+        changed_results: returns the linears whose results transformers changes in place (OLMo's clipping).
+            Packed ones return a copy, as their operator allows no change of its result.
         attention: name, in transformers' registry, of the implementation for all of its attention.
         select_linears: returns the linears to quantize in the given decoder layer, relative to it. For layers
             that differ, or where more than `linears` is quantized.
@@ -73,6 +75,7 @@ class Family:
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
     sublayers: tuple[str, ...] = ("self_attn", "mlp")
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    changed_results: Callable[[Any], tuple[str, ...]] = lambda config: ()
     identity_init: tuple[tuple[str, float], ...] = ()
     attention: str = FUSED
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None

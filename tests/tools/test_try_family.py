@@ -31,6 +31,9 @@ EXPECTED = {
         "constant_buffers": 'lambda config: {"model.embed_tokens.embed_scale":'
         " torch.tensor(config.hidden_size**0.5)}"
     },
+    "olmo": {
+        "changed_results": 'lambda config: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")'
+    },
     "stablelm": {"passes_row_bounds": False},
     "gpt_neox": {
         "linears": ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),

@@ -14,12 +14,12 @@ from typing import cast
 
 import peft.utils.constants as peft_constants
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from models.family import Family
 from options.errors import UserError
-from tools.families.calls import Call, record_calls
+from tools.families.calls import Call, is_close, record_calls
 from tools.families.draft import Draft
 from tools.families.settings import find_attention, find_buffers, find_compiles, find_logits, find_norm
 
@@ -135,6 +135,7 @@ def _find_linears(model: nn.Module, layers: str, calls: list[Call], draft: Draft
     called = [*inner]
     linears.sort(key=lambda n: (units.index(n.partition(".")[0]), called.index(n)))
     draft.set("linears", tuple(linears))
+    _find_changed_results(linears, inner, draft)
     draft.set("default_targets", _default_targets(draft.model_type, linears))
     draft.set("sublayers", tuple(units))
     draft.set("outputs", outputs)
@@ -159,6 +160,15 @@ def _last_linears(unit: str, call: Call, inner: dict[str, Call], linears: list[s
         if not call.repeat(changed).any():
             return [name]
     return []
+
+
+def _find_changed_results(linears: list[str], inner: dict[str, Call], draft: Draft) -> None:
+    """Set changed_results: linears whose recorded results are not what the linear returns."""
+    calls = {name: inner[name] for name in linears if name in inner}
+    changed = [name for name, call in calls.items() if not is_close(call.repeat(), cast(Tensor, call.result))]
+    if changed:
+        names = ", ".join(f'"{name}"' for name in changed)
+        draft.settings["changed_results"] = f"lambda config: ({names}{',' * (len(changed) == 1)})"
 
 
 def _fill(module: nn.Module, value: float) -> None:
@@ -213,7 +223,7 @@ def describe_differences(found: Family, known: Family, config: PretrainedConfig)
     lines = []
     for name in vars(known):
         ours, theirs = getattr(found, name), getattr(known, name)
-        if name in ("logit_scale", "logit_cap", "constant_buffers"):
+        if name in ("changed_results", "logit_scale", "logit_cap", "constant_buffers"):
             ours, theirs = ours(config), theirs(config)
         if ours != theirs and name not in ("select_linears", "match_checkpoint", "wide_linears"):
             lines.append(f"{name}: {ours} instead of {theirs}")

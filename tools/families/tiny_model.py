@@ -47,6 +47,7 @@ SIZES = {
 FLOATS = {
     r"final_logit_softcapping|logits_soft_cap": 5.0,
     r"attn_logit_softcapping": 2.0,
+    r"clip_qkv": 0.5,
     r"attention_multiplier": 0.3,
     r"logits_scaling": 4.4,
     r"\w*multiplier|scale_emb|scale_depth|logit_scale|embedding_scale|residual_scale": 1.5,
@@ -121,8 +122,8 @@ def _floats(config: PretrainedConfig) -> dict[str, Any]:
     values = {name: _floats(part) for name, part in _parts(config).items()}
     for name, default in config.to_dict().items():
         value = _first(FLOATS, name)
-        caps = "cap" in name and default is None
-        if value is not None and (caps or type(default) in (float, int)):
+        is_bound = ("cap" in name or "clip" in name) and default is None
+        if value is not None and (is_bound or type(default) in (float, int)):
             values[name] = value
     return values
 
