@@ -65,7 +65,7 @@ def choose_attention(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
         (family.passes_row_bounds or not packing)
-        and not config.attention_dropout
+        and not getattr(config, "attention_dropout", 0)  # ERNIE 4.5 has none
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and (head_dim <= 192 or head_dim == 256)  # between them its backward does not run on every GPU

@@ -294,7 +294,7 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: b
     known = (name for name in DROPOUTS if hasattr(type(model_config), name))
     dropouts = [f"{name} {value:g}" for name in known if (value := getattr(model_config, name))]
     if dropouts:
-        masks = "; packed rows need masks for it" if model_config.attention_dropout else ""
+        masks = "; packed rows need masks for it" if getattr(model_config, "attention_dropout", 0) else ""
         remarks.append(f"{folder}/config.json: {', '.join(dropouts)}: acts in training{masks}")
     return remarks
 

@@ -176,6 +176,8 @@ def check_packing(subject: Subject) -> str | None:
     """
     _, model = set_up(subject.rank_info, subject.arguments("full"))
     own = subject.family.attention
+    for dtype in (torch.float32, torch.bfloat16):  # it reads the config, as a run does
+        attention.choose_attention(model.config, subject.family, dtype, True, max(LENGTHS))
     model.set_attn_implementation(own)
     expected = _learn_rows_alone(model)
     packed, padded = packed_batch(), padded_batch()
