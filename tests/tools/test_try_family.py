@@ -15,8 +15,8 @@ from tests.helpers.tiny import CONFIGS
 from tools.families import checks
 from tools.families.calls import first_difference
 from tools.families.derive import derive, describe_differences
-from tools.families.tiny_model import make_tiny_model, tiny_config
-from tools.try_family import main, registered
+from tools.families.tiny_model import find_untried_switches, make_tiny_model, tiny_config
+from tools.try_family import main, read_changes, registered
 
 # Without those whose layers differ, and wrappers.
 PLAIN = [name for name, family in FAMILIES.items() if not family.select_linears and not family.unused]
@@ -143,6 +143,9 @@ def test_a_wrong_setting_is_found(kind, model_type, changes, check, found, subje
     ("argv", "words"),
     [
         (["nonsense"], "model_type 'nonsense' is unknown to the installed transformers"),
+        (["hunyuan-v1-dense"], "similar: hunyuan_v1_dense"),
+        (["olmo", "--set", "clip"], "--set clip: expected NAME=VALUE"),
+        (["olmo", "--set", "clip_kqv=8"], "--set clip_kqv: OlmoConfig of transformers has no such value"),
         (["t5"], "'t5' has an encoder"),
         (["mamba"], "'mamba' has a state space"),
         (["lfm2"], "'lfm2' has convolutions"),
@@ -155,6 +158,22 @@ def test_bad_input(argv, words, capsys):
     assert main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ") and words in lines[-1]
+
+
+def test_values_of_the_config_can_be_set():
+    changes = read_changes(["qk_layernorm=true", "hidden_act=gelu", 'rope_parameters={"rope_theta": 5.0}'])
+    config = tiny_config("stablelm", changes)
+    assert (config.qk_layernorm, config.hidden_act, config.hidden_size) == (True, "gelu", 64)
+    assert config.rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 5.0,
+        "partial_rotary_factor": 0.25,
+    }
+
+
+def test_switches_with_values_that_were_not_compared_are_named():
+    untried = find_untried_switches(tiny_config("stablelm", {"qk_layernorm": True}))
+    assert untried == ["tie_word_embeddings=true", "use_parallel_residual=true"]
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ biases, windows shorter than a row. Otherwise a family could leave it out, and t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +59,37 @@ SWITCHES = r"(\w+_)?bias|use_\w+_bias|\w+_bias"
 HEADS = 4
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> PretrainedConfig:
     """Return a config of this type with tiny sizes, of which transformers makes a model that computes.
 
-    Raises UserError if it makes none of any of them.
+    Args:
+        model_type: a key of transformers' CONFIG_MAPPING.
+        changes: values of the config that are to be other ones; a dictionary is merged with the config's.
+
+    Raises UserError for a change of a value that the config does not have, or if no model can be made.
     """
-    error = ""
-    for values in _candidates(CONFIG_MAPPING[model_type]()):
+    error, default = "", CONFIG_MAPPING[model_type]()
+    for name in changes or {}:
+        if name not in default.to_dict():
+            raise UserError(f"--set {name}: {type(default).__name__} of transformers has no such value")
+    for values in _candidates(default):
         try:
-            config = CONFIG_MAPPING[model_type](**values)
+            config = CONFIG_MAPPING[model_type](**_merge(values, _with_defaults(changes or {}, default)))
             with torch.no_grad():
                 make_tiny_model(config)(input_ids=torch.arange(40)[None], use_cache=False)
             return config
         except CONFIG_ERRORS as e:
             error = describe(e)[:MAX_REASON]
     raise UserError(f"model_type {model_type!r}: transformers makes no tiny model of it ({error})")
+
+
+def _with_defaults(changes: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """Return the changes; dictionaries, such as those of RoPE, with the config's values that stay."""
+    defaults = config.to_dict()
+    return {
+        name: (defaults[name] or {}) | value if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
@@ -149,6 +167,24 @@ def _windows(config: PretrainedConfig) -> dict[str, Any]:
 
 def _first(table: dict[str, Any], name: str) -> Any:
     return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
+
+
+def find_untried_switches(config: PretrainedConfig) -> list[str]:
+    """Return NAME=VALUE of each switch of a config whose other value the tiny model does not have.
+
+    Only switches of the type's own config class count, and tied embeddings.
+    """
+    default = type(config)()
+    names = [f.name for f in fields(config)]
+    common = {f.name for f in fields(PretrainedConfig)} - {"tie_word_embeddings"} | {"use_cache"}
+    return [
+        f"{name}={json.dumps(not value)}"
+        for name in names
+        if name not in common
+        and not name.startswith("is_")
+        and type(value := getattr(config, name)) is bool
+        and value is getattr(default, name)
+    ]
 
 
 def make_tiny_model(config: PretrainedConfig) -> PreTrainedModel:
