@@ -219,10 +219,11 @@ def save_checkpoint(
     # Gemma and Nemotron multiply by 1 + weight.
     norm = 0.0 if model.config.model_type.startswith(("gemma", "nemotron")) else 1.0
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:  # 3 where transformers stacks experts; the files hold one tensor for each
+        is_norm = "norm" in name and name.endswith("weight")  # of two dimensions in Cohere
+        if parameter.dim() < 2 or is_norm:
+            torch.nn.init.normal_(parameter, mean=norm if is_norm else 0.0, std=0.1)
+        else:  # 3 dimensions where transformers stacks experts; the files hold one tensor for each
             torch.nn.init.normal_(parameter, std=0.15)
-        else:
-            torch.nn.init.normal_(parameter, mean=norm if name.endswith("norm.weight") else 0.0, std=0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -197,8 +197,8 @@ def make_tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
