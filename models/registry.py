@@ -27,6 +27,7 @@ from models import (
     gemma3,
     glm4,
     granite,
+    helium,
     llama,
     ministral3,
     mistral,
@@ -85,6 +86,7 @@ FAMILIES: dict[str, Family] = {
     "phi": phi.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
+    "helium": helium.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

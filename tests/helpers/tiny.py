@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GraniteConfig,
+    HeliumConfig,
     LlamaConfig,
     Ministral3Config,
     Mistral3Config,
@@ -180,6 +181,7 @@ CONFIGS = {
     "phi": lambda: PhiConfig(**_COMMON),
     "qwen2_moe": lambda: Qwen2MoeConfig(**_COMMON, **_EXPERTS, shared_expert_intermediate_size=96),
     "mixtral": lambda: MixtralConfig(**_COMMON | {"intermediate_size": 48}, num_local_experts=6),
+    "helium": lambda: HeliumConfig(**_COMMON, head_dim=16, attention_bias=True, mlp_bias=True),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.
