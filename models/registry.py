@@ -28,6 +28,7 @@ from models import (
     glm4,
     granite,
     helium,
+    hunyuan_v1_dense,
     llama,
     ministral3,
     mistral,
@@ -87,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": qwen2_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
     "helium": helium.FAMILY,
+    "hunyuan_v1_dense": hunyuan_v1_dense.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

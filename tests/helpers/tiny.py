@@ -16,6 +16,7 @@ from transformers import (
     Glm4Config,
     GraniteConfig,
     HeliumConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
     Mistral3Config,
@@ -86,6 +87,8 @@ LONG_ROPE = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
     "original_max_position_embeddings": 32,
 }
+# HunYuan's: the base of the frequencies is stretched once, whatever the row's length.
+ALPHA_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 # Of families that rotate half of a head.
 FULL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # Layer 0 has a plain MLP.
@@ -182,6 +185,14 @@ CONFIGS = {
     "qwen2_moe": lambda: Qwen2MoeConfig(**_COMMON, **_EXPERTS, shared_expert_intermediate_size=96),
     "mixtral": lambda: MixtralConfig(**_COMMON | {"intermediate_size": 48}, num_local_experts=6),
     "helium": lambda: HeliumConfig(**_COMMON, head_dim=16, attention_bias=True, mlp_bias=True),
+    "hunyuan_v1_dense": lambda: HunYuanDenseV1Config(
+        **_COMMON,
+        pad_token_id=0,
+        head_dim=32,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=dict(ALPHA_ROPE),
+    ),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

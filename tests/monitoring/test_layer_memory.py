@@ -40,7 +40,7 @@ NORMS = {"norms_read_outputs": True}
             | WIDE
             | {"hidden": 96, "has_four_norms": True, "is_eager": True, "window": 16, "widens_product": True},
         ),
-        ("qwen3", WIDE | {"has_head_norms": True}),
+        *((kind, WIDE | {"has_head_norms": True}) for kind in ("hunyuan_v1_dense", "qwen3")),
         ("phi3", {"has_fused_qkv": True, "has_fused_gate": True}),
         ("starcoder2", {"mlp_tensors": 2, "window": 16}),
         ("glm4", NORMS | WIDE | {"has_four_norms": True, "has_fused_gate": True}),
