@@ -22,6 +22,7 @@ from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
 from models import (
     cohere2,
+    ernie4_5,
     exaone4,
     gemma2,
     gemma3,
@@ -89,6 +90,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "helium": helium.FAMILY,
     "hunyuan_v1_dense": hunyuan_v1_dense.FAMILY,
+    "ernie4_5": ernie4_5.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

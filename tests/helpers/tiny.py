@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     Cohere2Config,
+    Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3Config,
@@ -192,6 +193,9 @@ CONFIGS = {
         attention_bias=True,
         tie_word_embeddings=True,
         rope_parameters=dict(ALPHA_ROPE),
+    ),
+    "ernie4_5": lambda: Ernie4_5Config(
+        **_COMMON, pad_token_id=0, head_dim=32, use_bias=True, tie_word_embeddings=True
     ),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
