@@ -36,6 +36,7 @@ from models import (
     mistral3,
     mixtral,
     nemotron,
+    olmo,
     olmo2,
     olmo3,
     phi,
@@ -91,6 +92,7 @@ FAMILIES: dict[str, Family] = {
     "helium": helium.FAMILY,
     "hunyuan_v1_dense": hunyuan_v1_dense.FAMILY,
     "ernie4_5": ernie4_5.FAMILY,
+    "olmo": olmo.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

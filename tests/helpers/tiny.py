@@ -26,6 +26,7 @@ from transformers import (
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
@@ -197,6 +198,7 @@ CONFIGS = {
     "ernie4_5": lambda: Ernie4_5Config(
         **_COMMON, pad_token_id=0, head_dim=32, use_bias=True, tie_word_embeddings=True
     ),
+    "olmo": lambda: OlmoConfig(**_COMMON, pad_token_id=1, clip_qkv=0.5),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

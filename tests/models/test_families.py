@@ -65,6 +65,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("phi", {"rope_parameters": tiny.FULL_ROPE}),
         ("mixtral", {"num_experts_per_tok": 3}),
         ("hunyuan_v1_dense", {"rope_parameters": tiny.FULL_ROPE}),
+        ("olmo", {"clip_qkv": None}),
         ("qwen2_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),

@@ -30,7 +30,7 @@ NORMS = {"norms_read_outputs": True}
     ("kind", "others"),
     [
         ("llama", {}),
-        *((kind, {}) for kind in ("granite", "helium", "smollm3")),
+        *((kind, {}) for kind in ("granite", "helium", "olmo", "smollm3")),
         *((kind, WIDE) for kind in ("ernie4_5", "ministral3", "seed_oss")),
         *((kind, NORMS | {"has_head_norms": True}) for kind in ("exaone4_small", "olmo2")),
         *((kind, NORMS | {"has_head_norms": True, "window": 16}) for kind in ("exaone4", "olmo3")),
