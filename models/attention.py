@@ -7,11 +7,11 @@ window.
 
 All other cases use the family's own attention, `attend_fused` in most, with transformers' masks: packed rows
 or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores; packed
-rows of a family whose layers do not hand on the rows' bounds (Nemotron). The masks are [B, 1, T, T] booleans,
-made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must separate
-rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices, packed
-rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this for an
-implementation that has no mask function, such as the last two here.
+rows of a family whose layers do not hand on the rows' bounds (Nemotron, StableLM). The masks are [B, 1, T, T]
+booleans, made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must
+separate rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices,
+packed rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this
+for an implementation that has no mask function, such as the last two here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows.

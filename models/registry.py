@@ -47,6 +47,7 @@ from models import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    stablelm,
     starcoder2,
 )
 from models.causal_lm import replace_head, summed_loss_class
@@ -93,6 +94,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": hunyuan_v1_dense.FAMILY,
     "ernie4_5": ernie4_5.FAMILY,
     "olmo": olmo.FAMILY,
+    "stablelm": stablelm.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

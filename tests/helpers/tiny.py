@@ -35,6 +35,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -199,6 +200,9 @@ CONFIGS = {
         **_COMMON, pad_token_id=0, head_dim=32, use_bias=True, tie_word_embeddings=True
     ),
     "olmo": lambda: OlmoConfig(**_COMMON, pad_token_id=1, clip_qkv=0.5),
+    "stablelm": lambda: StableLmConfig(
+        **_COMMON, use_qkv_bias=True, qk_layernorm=True, use_parallel_residual=True
+    ),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

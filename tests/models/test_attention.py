@@ -39,7 +39,7 @@ def test_attention_of_packed_rows(checkpoints, monkeypatch):
     assert chosen_attention(checkpoints("llama")) == FUSED  # without a GPU; has_varlen is patched below
     monkeypatch.setattr(attention, "has_varlen", lambda: True)
     names = {kind: chosen_attention(checkpoints(kind)) for kind in CONFIGS}
-    assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager", "nemotron": FUSED}
+    assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager", "nemotron": FUSED, "stablelm": FUSED}
     llama = checkpoints("llama")
     assert chosen_attention(llama, torch.float16) == VARLEN
     assert chosen_attention(llama, torch.float32) == FUSED

@@ -66,6 +66,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("mixtral", {"num_experts_per_tok": 3}),
         ("hunyuan_v1_dense", {"rope_parameters": tiny.FULL_ROPE}),
         ("olmo", {"clip_qkv": None}),
+        ("stablelm", {"rope_parameters": tiny.FULL_ROPE}),
         ("qwen2_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
