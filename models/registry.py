@@ -21,6 +21,7 @@ from files.names import CONFIG
 from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
 from models import (
+    cohere,
     cohere2,
     ernie4_5,
     exaone4,
@@ -95,6 +96,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": ernie4_5.FAMILY,
     "olmo": olmo.FAMILY,
     "stablelm": stablelm.FAMILY,
+    "cohere": cohere.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.

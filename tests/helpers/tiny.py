@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     Cohere2Config,
+    CohereConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -203,6 +204,7 @@ CONFIGS = {
     "stablelm": lambda: StableLmConfig(
         **_COMMON, use_qkv_bias=True, qk_layernorm=True, use_parallel_residual=True
     ),
+    "cohere": lambda: CohereConfig(**_COMMON, pad_token_id=0, logit_scale=2.0, use_qk_norm=True),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

@@ -67,6 +67,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("hunyuan_v1_dense", {"rope_parameters": tiny.FULL_ROPE}),
         ("olmo", {"clip_qkv": None}),
         ("stablelm", {"rope_parameters": tiny.FULL_ROPE}),
+        ("cohere", {"logit_scale": 1.0}),
         ("qwen2_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),

@@ -47,6 +47,7 @@ NORMS = {"norms_read_outputs": True}
         ("cohere2", {"has_one_norm": True, "window": 16}),
         ("nemotron", WIDE | {"mlp": 32, "mlp_tensors": 2, "passes_row_bounds": False}),
         ("phi", {"has_one_norm": True}),
+        ("cohere", {"has_one_norm": True, "has_head_norms": True}),
         ("stablelm", {"has_one_norm": True, "has_head_norms": True, "passes_row_bounds": False}),
         # Two experts of 48 for each token and, in Qwen2-MoE, a shared one of 96.
         ("qwen3_moe", WIDE | {"has_head_norms": True, "mlp": 96, "experts_per_token": 2, "compiles": False}),
