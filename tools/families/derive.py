@@ -136,7 +136,10 @@ def _find_linears(model: nn.Module, layers: str, calls: list[Call], draft: Draft
     linears.sort(key=lambda n: (units.index(n.partition(".")[0]), called.index(n)))
     draft.set("linears", tuple(linears))
     _find_changed_results(linears, inner, draft)
-    draft.set("default_targets", _default_targets(draft.model_type, linears))
+    targets = _default_targets(draft.model_type, linears)
+    draft.set("default_targets", targets)
+    if draft.model_type not in PEFT_TARGETS:
+        draft.remarks.append(f"PEFT has no default targets for {draft.model_type}: here {', '.join(targets)}")
     draft.set("sublayers", tuple(units))
     draft.set("outputs", outputs)
     _find_identity(call, units, inner, outputs, draft)
