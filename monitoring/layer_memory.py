@@ -39,7 +39,7 @@ class LayerWidths:
         widens_product: under autocast to fp16 the MLP's product is in fp32 (Gemma; models/wide_linears.py).
         has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
         has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo 2, EXAONE 4, HunYuan).
-        has_fused_qkv: query, key and value are one linear (Phi-3).
+        has_fused_qkv: query, key and value are one linear (Phi-3, GPT-NeoX).
         has_fused_gate: gate and up are one linear (Phi-3, GLM-4).
         is_eager: attention is eager and keeps its scores (Gemma 2).
         drops_scores: attention has dropout, which the variable-length kernel lacks (Seed-OSS).
@@ -91,7 +91,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         widens_product=any(name.startswith(f"{family.sublayers[1]}.") for name in family.wide_linears),
         has_one_norm=norms == 1,
         has_head_norms=any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name in names),
-        has_fused_qkv=any(name.endswith("qkv_proj") for name in names),
+        has_fused_qkv=any(name.endswith(("qkv_proj", "query_key_value")) for name in names),
         has_fused_gate=any(name.endswith("gate_up_proj") for name in names),
         is_eager=family.attention == "eager",
         drops_scores=bool(getattr(config, "attention_dropout", 0)),

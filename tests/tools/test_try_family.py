@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launch.ranks import join_process_group
-from models.registry import FAMILIES
+from models.registry import FAMILIES, read_config
 from tests.helpers.tiny import CONFIGS
 from tools.families import checks
 from tools.families.calls import first_difference
@@ -158,6 +158,22 @@ def test_bad_input(argv, words, capsys):
     assert main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ") and words in lines[-1]
+
+
+def test_the_plan_of_memory_knows_all_parts_of_a_layer(subject, checkpoints):
+    types = {kind: read_config(checkpoints(kind))[0].model_type for kind in CONFIGS}
+    found = {kind: checks.check_widths(subject(kind, model_type)) for kind, model_type in types.items()}
+    assert found == dict.fromkeys(CONFIGS)
+
+
+@pytest.mark.parametrize("part", ["has_head_norms", "has_fused_qkv", "has_fused_gate"])
+def test_parts_that_the_plan_of_memory_does_not_know_are_named(part, subject, monkeypatch):
+    kind = "qwen3" if part == "has_head_norms" else "phi3"
+    true = checks.layer_widths
+    monkeypatch.setattr(
+        checks, "layer_widths", lambda *args: dataclasses.replace(true(*args), **{part: False})
+    )
+    assert checks.check_widths(subject(kind, kind)) == f"layer_widths: {part} False instead of True"
 
 
 def test_values_of_the_config_can_be_set():

@@ -280,10 +280,28 @@ def check_widths(subject: Subject) -> str | None:
     model = build_on_meta(config, family)
     widths, layer = layer_widths(model, family), family.decoder_layers(model)[0]
     for name, output in zip(("query", "mlp"), family.outputs, strict=False):
+        if name == "mlp" and widths.experts_per_token:
+            continue
         found = layer.get_submodule(output).in_features
-        if getattr(widths, name) != found and not (name == "mlp" and widths.experts_per_token):
+        if getattr(widths, name) != found:
             return f"layer_widths: {name} {getattr(widths, name)} instead of {found}"
+    attention = layer.get_submodule(family.sublayers[0])
+    parts = {
+        "has_head_norms": any("norm" in type(module).__name__.lower() for module in attention.modules()),
+        "has_fused_qkv": _widest(layer, family, 0) > widths.query,
+        "has_fused_gate": not widths.experts_per_token and _widest(layer, family, 1) > widths.mlp,
+    }
+    for name, has_part in parts.items():
+        if getattr(widths, name) != has_part:
+            return f"layer_widths: {name} {getattr(widths, name)} instead of {has_part}"
     return None
+
+
+def _widest(layer: torch.nn.Module, family: Family, index: int) -> int:
+    """Return the largest number of output features of a sublayer's linears, without its last one."""
+    inputs = [name for name in family.linears if name.startswith(f"{family.sublayers[index]}.")]
+    linears = [layer.get_submodule(name) for name in inputs if not family.is_output(name)]
+    return max((linear.out_features for linear in linears if isinstance(linear, torch.nn.Linear)), default=0)
 
 
 CHECKS: dict[str, Callable[[Subject], str | None]] = {
