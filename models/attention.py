@@ -7,11 +7,12 @@ window.
 
 All other cases use the family's own attention, `attend_fused` in most, with transformers' masks: packed rows
 or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores; packed
-rows of a family whose layers do not hand on the rows' bounds (Nemotron, StableLM). The masks are [B, 1, T, T]
-booleans, made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must
-separate rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices,
-packed rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this
-for an implementation that has no mask function, such as the last two here.
+rows of a family whose layers do not hand on the rows' bounds (Nemotron, StableLM); a window that layers do
+not hand on (Qwen2-MoE). The masks are [B, 1, T, T] booleans, made once per micro-batch and kind of layer, and
+shared by the layers. To decide whether a mask must separate rows, transformers looks for positions that start
+again (masking_utils.find_packed_sequence_indices, packed rows or not): the host waits for the GPU once per
+kind, before the first layer. transformers skips this for an implementation that has no mask function, such as
+the last two here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows.
@@ -60,6 +61,8 @@ def choose_attention(
         return family.attention
     config = text_config(config)
     window = getattr(config, "sliding_window", None) or None  # 0 in Qwen2-MoE's configs without a window
+    if window is not None and not family.passes_window:
+        return family.attention  # also for short sequences: those of an evaluation may be longer
     if not packing and (window is None or max_sequence_length <= window):
         return CAUSAL
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -60,6 +60,8 @@ class Family:
         compiles: whether a layer compiles to one graph, without a break.
         passes_row_bounds: whether transformers' layers hand on to attention the bounds of packed rows, which
             the variable-length kernel needs. Without them packed rows are separated by masks.
+        passes_window: whether transformers' layers hand on to attention their sliding window. If not, a model
+            with a window needs masks.
         logit_scale: returns the factor that is applied to the head's result, before any cap.
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
         texts: of a wrapper, {known model_type of its text_config: the wrapper's family around such a model}.
@@ -84,6 +86,7 @@ class Family:
     wide_linears: tuple[str, ...] = ()
     compiles: bool = True
     passes_row_bounds: bool = True
+    passes_window: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     logit_cap: Callable[[Any], float | None] = lambda config: None
     texts: Mapping[str, Family] = field(default_factory=dict)

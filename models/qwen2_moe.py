@@ -3,6 +3,9 @@
 The shared expert's result is multiplied by the sigmoid of its gate, a linear of one output. Its linears are
 quantized, and get adapters if --lora_target_modules names them (shared_expert.down_proj); `all` means those
 of attention. Its gate stays dense, like the router. models/qwen3_moe.py says the rest.
+
+A config may give every other layer a sliding window (use_sliding_window; the released ones do not).
+transformers' attention does not get the window, so only masks apply it.
 """
 
 from torch import nn
@@ -39,4 +42,5 @@ FAMILY = Family(
     outputs=(*qwen3_moe.FAMILY.outputs, "mlp.shared_expert.down_proj"),
     match_checkpoint=match_checkpoint,
     compiles=False,  # as in Qwen3-MoE
+    passes_window=False,
 )

@@ -46,6 +46,7 @@ class LayerWidths:
         window: tokens of a sliding window; 0 without.
         compiles: whether --compile auto compiles the layers.
         passes_row_bounds: whether packed rows need no masks where the variable-length kernel runs.
+        passes_window: whether a sliding window needs no masks there.
     """
 
     hidden: int
@@ -67,6 +68,7 @@ class LayerWidths:
     window: int = 0
     compiles: bool = True
     passes_row_bounds: bool = True
+    passes_window: bool = True
 
 
 def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
@@ -98,6 +100,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         window=getattr(config, "sliding_window", None) or 0,
         compiles=family.compiles,
         passes_row_bounds=family.passes_row_bounds,
+        passes_window=family.passes_window,
     )
 
 
@@ -270,6 +273,7 @@ def mask_bytes(
     # The kernel runs on the GPUs, and in the dtypes, in which others take grouped heads.
     has_kernel = _takes_grouped_heads(precision, gpu) and not widths.drops_scores
     has_kernel = has_kernel and (widths.passes_row_bounds or not config.packing)
+    has_kernel = has_kernel and (widths.passes_window or not widths.window)
     if not widths.is_eager and (has_kernel or not (config.packing or has_window)):
         return 0
     kinds = 2 if widths.window else 1

@@ -206,6 +206,17 @@ CONFIGS = {
     ),
     "cohere": lambda: CohereConfig(**_COMMON, pad_token_id=0, logit_scale=2.0, use_qk_norm=True),
 }
+# Settings of released or plausible configs that CONFIGS has not; their tests are slow. {kind: config}.
+VARIANTS = {
+    "qwen2_moe_window": lambda: Qwen2MoeConfig(
+        **_COMMON,
+        **_EXPERTS,
+        **_WINDOWS,
+        shared_expert_intermediate_size=96,
+        use_sliding_window=True,
+        qkv_bias=False,
+    ),
+}
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.
 QUICK = (
@@ -225,7 +236,7 @@ def save_checkpoint(
     or mixed up changes the logits.
 
     Args:
-        kind: a key of CONFIGS, or one with the suffix _pro for an expanded model (`save_expanded`).
+        kind: a key of CONFIGS or VARIANTS; with the suffix _pro for an expanded model (`save_expanded`).
         folder: the folder to write.
         dtype: dtype of the weights.
         shard: maximum size of a shard.
@@ -235,7 +246,7 @@ def save_checkpoint(
         base = save_checkpoint(kind.removesuffix("_pro"), folder.with_name(f"{folder.name}_base"), dtype)
         return save_expanded(base, folder)
     torch.manual_seed(0)
-    config = CONFIGS[kind]()
+    config = (CONFIGS | VARIANTS)[kind]()
     for name, value in changes.items():
         part = config if hasattr(config, name) else config.get_text_config()
         assert hasattr(part, name)

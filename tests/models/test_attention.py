@@ -11,12 +11,14 @@ import traceback
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from models import attention
 from models.attention import CAUSAL, VARLEN, attend_fused, choose_attention
 from models.causal_lm import loss_sum
 from models.family import FUSED
 from models.registry import FAMILIES, read_config
+from tests.helpers.logits import IDS
 from tests.helpers.packing import padded_batch
 from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
@@ -40,6 +42,8 @@ def test_attention_of_packed_rows(checkpoints, monkeypatch):
     monkeypatch.setattr(attention, "has_varlen", lambda: True)
     names = {kind: chosen_attention(checkpoints(kind)) for kind in CONFIGS}
     assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager", "nemotron": FUSED, "stablelm": FUSED}
+    # Only masks apply Qwen2-MoE's window, to packed rows and to any others.
+    assert chosen_attention(checkpoints("qwen2_moe_window")) == FUSED
     llama = checkpoints("llama")
     assert chosen_attention(llama, torch.float16) == VARLEN
     assert chosen_attention(llama, torch.float32) == FUSED
@@ -58,6 +62,10 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
         ("mistral", "gemma3", "gemma3_wrapper", "olmo3", "exaone4", "starcoder2", "cohere2"), beyond
     )
     windows["gemma2"] = "eager"
+    lost = {
+        n: chosen_attention(checkpoints("qwen2_moe_window"), packing=False, max_tokens=n) for n in (16, 17)
+    }
+    assert lost == {16: FUSED, 17: FUSED}
     assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows
     mistral = checkpoints("mistral")
     short = {n: chosen_attention(mistral, packing=False, max_tokens=n) for n in (16, 17)}
@@ -65,6 +73,36 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     assert (
         chosen_attention(checkpoints("llama"), torch.float32, packing=False, attention_dropout=0.1) == CAUSAL
     )
+
+
+WINDOW = {
+    "sliding_window": 16,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+def test_layers_that_keep_their_window_to_themselves(checkpoints):
+    """Of all families whose config can have a window. Eager attention gets it by transformers' masks."""
+    found = {}
+    for kind in CONFIGS:
+        config, family = read_config(checkpoints(kind))
+        if family.attention != FUSED or family.unused or not hasattr(config, "sliding_window"):
+            continue
+        changes = {name: value for name, value in WINDOW.items() if hasattr(config, name)}
+        eager, causal, without = (
+            logits(checkpoints(kind), attn_implementation=name, **options)
+            for name, options in (("eager", changes), (CAUSAL, changes), (CAUSAL, {"sliding_window": None}))
+        )
+        assert (eager - without).abs().max() > 0.05, kind
+        found[kind] = torch.allclose(eager, causal, rtol=1e-4, atol=1e-4)
+        assert found[kind] == family.passes_window, kind
+    assert len(found) >= 14 and [kind for kind in found if not found[kind]] == ["qwen2_moe"]
+
+
+def logits(folder, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, **options)(input_ids=IDS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("capability, built, parameters, has", [

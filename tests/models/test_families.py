@@ -69,6 +69,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("stablelm", {"rope_parameters": tiny.FULL_ROPE}),
         ("cohere", {"logit_scale": 1.0}),
         ("qwen2_moe", {"norm_topk_prob": False}),
+        ("qwen2_moe_window", {"sliding_window": 64}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),

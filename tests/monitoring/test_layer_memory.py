@@ -52,20 +52,34 @@ NORMS = {"norms_read_outputs": True}
         # Two experts of 48 for each token and, in Qwen2-MoE, a shared one of 96.
         ("qwen3_moe", WIDE | {"has_head_norms": True, "mlp": 96, "experts_per_token": 2, "compiles": False}),
         ("mixtral", {"mlp": 96, "experts_per_token": 2, "compiles": False}),
-        ("qwen2_moe", {"mlp": 192, "experts_per_token": 2, "compiles": False}),
+        ("qwen2_moe", {"mlp": 192, "experts_per_token": 2, "compiles": False, "passes_window": False}),
     ],
 )
 def test_layer_widths(kind, others, checkpoints):
-    config, family = read_config(checkpoints(kind))
-    assert asdict(layer_widths(build_on_meta(config, family), family)) == LLAMA | others
+    assert asdict(layer_widths_of(checkpoints(kind))) == LLAMA | others
+
+
+@pytest.mark.parametrize(("window", "expected"), [(0, 0), (16, 2 * 100**2 * (2 + 2))])
+def test_a_window_that_attention_does_not_get_has_masks(window, expected, checkpoints):
+    """Of two kinds, and one as a bias."""
+    widths = layer_widths_of(checkpoints("qwen2_moe"), sliding_window=window)
+    config, _ = parse(["--model_name", "any", "--batch_size", "2"])
+    precision = Precision(torch.bfloat16, torch.float32)
+    assert mask_bytes(config, precision, widths, find_gpu("H200"), 100) == expected
+
+
+def layer_widths_of(folder, **changes) -> LayerWidths:
+    """Return the widths of a checkpoint's layers, with changes to its config."""
+    config, family = read_config(folder)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return layer_widths(build_on_meta(config, family), family)
 
 
 @pytest.mark.parametrize(("dropout", "expected"), [(0.0, 0), (0.1, 2 * 100**2 * (1 + 2))])
 def test_packed_rows_have_masks_where_scores_are_dropped(dropout, expected, checkpoints):
     """Elsewhere the variable-length kernel needs none."""
-    model_config, family = read_config(checkpoints("seed_oss"))
-    model_config.attention_dropout = dropout
-    widths = layer_widths(build_on_meta(model_config, family), family)
+    widths = layer_widths_of(checkpoints("seed_oss"), attention_dropout=dropout)
     config, _ = parse(["--model_name", "any", "--packing", "--batch_size", "2"])
     assert (
         mask_bytes(config, Precision(torch.bfloat16, torch.float32), widths, find_gpu("H200"), 100)

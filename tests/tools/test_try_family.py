@@ -75,6 +75,12 @@ def test_what_cannot_be_derived_is_named():
     ]
 
 
+@pytest.mark.parametrize(("name", "expected"), [("qwen2_moe", False), ("qwen3_moe", True)])
+def test_a_window_that_attention_does_not_get_is_found(name, expected):
+    draft = derive(make_tiny_model(tiny_config(name)))
+    assert draft.settings.get("passes_window", True) == expected
+
+
 @pytest.mark.slow
 def test_parts_of_a_wrapper_that_text_does_not_need_are_named():
     found = derive(make_tiny_model(tiny_config("gemma3"))).missing
@@ -93,6 +99,7 @@ def test_a_tiny_model_has_what_a_family_could_leave_out():
     assert 1.0 not in [getattr(config, name) for name in multipliers]
     assert tiny_config("gemma3").text_config.sliding_window == 16
     assert tiny_config("qwen3").head_dim * 4 != 64
+    assert tiny_config("qwen2").layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
 
 
 def test_the_first_module_that_differs_is_named():

@@ -18,6 +18,7 @@ DIFFERENCES = {
     "identity_init": "norms after attention and MLP",
     "attention": "attention that PyTorch's kernels do not compute",
     "passes_row_bounds": "masks between packed rows",
+    "passes_window": "masks for a sliding window",
     "constant_buffers": "a constant of the config in a buffer",
     "logit_scale": "scaled logits",
     "logit_cap": "a cap on the logits",

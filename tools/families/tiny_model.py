@@ -160,9 +160,13 @@ def _switches(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _windows(config: PretrainedConfig) -> dict[str, Any]:
-    """Return a window for a config that has none by default."""
-    values = {name: _windows(part) for name, part in _parts(config).items()}
-    return values | ({"sliding_window": 16} if getattr(config, "sliding_window", 0) is None else {})
+    """Return a window for a config that has none by default, or one that a switch turns off."""
+    values: dict[str, Any] = {name: _windows(part) for name, part in _parts(config).items()}
+    if getattr(config, "sliding_window", 0) is None:
+        values["sliding_window"] = 16
+    if getattr(config, "use_sliding_window", None) is False:
+        values |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+    return values
 
 
 def _first(table: dict[str, Any], name: str) -> Any:
