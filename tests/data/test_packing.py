@@ -219,7 +219,7 @@ def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_fi
     for leaking in [found.pop(name) for name in list(found) if name.startswith("leaking")]:
         leaks = [(leaking[1][n] - gradient).norm() / gradient.norm() for n, gradient in gradients.items()]
         assert max(leaks) > 0.1, "rows that see one another would not show"
-    own_masks = {"nemotron": 4, "stablelm": 4, "qwen2_moe_window": 2}
+    own_masks = {"nemotron": 4, "nemotron_bias": 4, "stablelm": 4, "qwen2_moe_window": 2}
     assert len(found) == ({"gemma2": 2} | own_masks).get(kind, 5)
     for result in found.values():
         assert_equal(result, expected)

@@ -208,6 +208,19 @@ CONFIGS = {
 }
 # Settings of released or plausible configs that CONFIGS has not; their tests are slow. {kind: config}.
 VARIANTS = {
+    "granite_bias": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, attention_bias=True, mlp_bias=True),
+    "mistral3_of_ministral3": lambda: Mistral3Config(
+        text_config=Ministral3Config(
+            **_COMMON, pad_token_id=0, head_dim=32, rope_parameters=dict(SCALED_QUERIES)
+        ),
+        vision_config=_VISION | {"model_type": "pixtral", "image_size": 16, "head_dim": 8},
+        image_token_index=299,
+        tie_word_embeddings=False,
+    ),
+    "nemotron_bias": lambda: NemotronConfig(
+        **_COMMON | {"intermediate_size": 32}, head_dim=32, attention_bias=True, mlp_bias=True
+    ),
+    "phi_head_norms": lambda: PhiConfig(**_COMMON, qk_layernorm=True),
     "qwen2_moe_window": lambda: Qwen2MoeConfig(
         **_COMMON,
         **_EXPERTS,
@@ -216,6 +229,21 @@ VARIANTS = {
         use_sliding_window=True,
         qkv_bias=False,
     ),
+    "seed_oss_bias": lambda: SeedOssConfig(
+        **_COMMON,
+        pad_token_id=0,
+        head_dim=32,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        attention_bias=False,
+        attention_out_bias=True,
+        mlp_bias=True,
+    ),
+    # A bias of keys has a gradient only where they are rotated.
+    "smollm3_bias": lambda: SmolLM3Config(
+        **_COMMON, pad_token_id=0, no_rope_layers=[1, 1, 1], attention_bias=True, mlp_bias=True
+    ),
+    "starcoder2_no_bias": lambda: Starcoder2Config(**_COMMON, sliding_window=16, use_bias=False),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.

@@ -63,6 +63,7 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("nemotron", {"hidden_act": "relu"}),
         ("nemotron", {"rope_parameters": tiny.FULL_ROPE}),
         ("phi", {"rope_parameters": tiny.FULL_ROPE}),
+        ("phi_head_norms", {"qk_layernorm": False}),
         ("mixtral", {"num_experts_per_tok": 3}),
         ("hunyuan_v1_dense", {"rope_parameters": tiny.FULL_ROPE}),
         ("olmo", {"clip_qkv": None}),
