@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.adapter import check_adapter_tensors
 from files.base_model import STRUCTURE_KEY, check_base, tokenizer_remark
@@ -97,7 +97,7 @@ def adopt_adapter(
     where = adapter.path, files.folder, ADAPTER_CONFIG
     check_adapter_tensors(adapter.tensors, model, family, *where, optional=optional)
     if model_config.tie_word_embeddings:
-        _check_tied(adapter, family)
+        _check_tied(adapter, model, family)
     for _ in read_adapter_modules(adapter.path):  # raises for NaN
         pass
     template = adopt_template(config, adapter, files.folder, text_config(model_config).vocab_size)
@@ -203,10 +203,10 @@ def _check_untrained_vocabulary(adapter: SavedAdapter, config: Config, family: F
     )
 
 
-def _check_tied(adapter: SavedAdapter, family: Family) -> None:
+def _check_tied(adapter: SavedAdapter, model: PreTrainedModel, family: Family) -> None:
     """Raise UserError if the adapter has trained only one of two tied weights, or both apart.
 
-    PEFT unties them then, unless its ensure_weight_tying is set.
+    PEFT unties them then, unless its ensure_weight_tying is set. A head's bias is lost by that: refused too.
     """
     both = {f"{PEFT_PREFIX}{path}.weight" for path in (family.embedding, family.head)}
     # Without modules_to_save PEFT may have saved one of them, or both.
@@ -217,6 +217,12 @@ def _check_tied(adapter: SavedAdapter, family: Family) -> None:
         raise UserError(
             f"{file}: modules_to_save {names}: trained apart the embedding and the head, which the base ties;"
             " only adapters of PEFT's ensure_weight_tying are trained further"
+        )
+    bias = f"{PEFT_PREFIX}{family.head}.bias"
+    if saved and model.get_submodule(family.head).bias is not None and bias not in adapter.tensors:
+        raise UserError(
+            f"{adapter.path}: has no {bias}: PEFT has trained the head without its bias; train the base with"
+            " --train_embeddings true instead"
         )
 
 

@@ -221,6 +221,7 @@ VARIANTS = {
         **_COMMON | {"intermediate_size": 32}, head_dim=32, attention_bias=True, mlp_bias=True
     ),
     "phi_head_norms": lambda: PhiConfig(**_COMMON, qk_layernorm=True),
+    "phi_tied": lambda: PhiConfig(**_COMMON, tie_word_embeddings=True),
     "qwen2_moe_window": lambda: Qwen2MoeConfig(
         **_COMMON,
         **_EXPERTS,
