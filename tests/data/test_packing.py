@@ -226,7 +226,7 @@ def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_fi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["phi3", "llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("kind", ["phi3", "llama", "qwen2", "gemma2", "cohere2", "glm4", "nemotron"])
 def test_longrope_rotates_each_row_as_transformers_does_alone(kind, dtype):
     """In any family whose config has it: rows below, at and above 32 tokens, padded and packed."""
     config = CONFIGS[kind]()

@@ -208,6 +208,17 @@ CONFIGS = {
 }
 # Settings of released or plausible configs that CONFIGS has not; their tests are slow. {kind: config}.
 VARIANTS = {
+    "cohere2_longrope": lambda: Cohere2Config(
+        **_COMMON,
+        **_WINDOWS,
+        pad_token_id=0,
+        rope_parameters=LONG_ROPE
+        | {
+            "partial_rotary_factor": 1.0,
+            "short_factor": [1.0 + i / 10 for i in range(8)],
+            "long_factor": [1.0 + i for i in range(8)],
+        },
+    ),
     "granite_bias": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, attention_bias=True, mlp_bias=True),
     "mistral3_of_ministral3": lambda: Mistral3Config(
         text_config=Ministral3Config(
