@@ -66,8 +66,11 @@ from training.step_sizes import (
 )
 from training.warm_start import WarmStart, adopt_adapter
 
-# Values of config.json with which transformers' layers drop activations in training.
-DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout")
+# Values of config.json with which transformers' layers drop or change activations at random in training.
+NOISES = (
+    *("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout"),
+    "router_jitter_noise",
+)
 
 
 def check_run(config: Config) -> Job:
@@ -276,7 +279,7 @@ def _describe_token_training(config: Config) -> str:
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:
-    """Return lines on settings of config.json that training ignores, and on dropouts that it applies.
+    """Return lines on settings of config.json that training ignores, and on noise that it applies.
 
     was_untied: the head got its own weights.
     """
@@ -291,11 +294,11 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: b
             " alone, without the auxiliary loss of the router"
         )
     # A key of other families has no attribute in this config's class, and no effect.
-    known = (name for name in DROPOUTS if hasattr(type(model_config), name))
-    dropouts = [f"{name} {value:g}" for name in known if (value := getattr(model_config, name))]
-    if dropouts:
+    known = (name for name in NOISES if hasattr(type(model_config), name))
+    noises = [f"{name} {value:g}" for name in known if (value := getattr(model_config, name))]
+    if noises:
         masks = "; packed rows need masks for it" if getattr(model_config, "attention_dropout", 0) else ""
-        remarks.append(f"{folder}/config.json: {', '.join(dropouts)}: acts in training{masks}")
+        remarks.append(f"{folder}/config.json: {', '.join(noises)}: acts in training{masks}")
     return remarks
 
 

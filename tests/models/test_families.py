@@ -246,13 +246,18 @@ def test_exact_set_of_trained_names(kind, linears, checkpoints, alpaca_file, one
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "dropout"),
-    [("starcoder2", "residual_dropout"), ("starcoder2", "embedding_dropout"), ("phi", "resid_pdrop")],
+    ("kind", "noise"),
+    [
+        ("starcoder2", "residual_dropout"),
+        ("starcoder2", "embedding_dropout"),
+        ("phi", "resid_pdrop"),
+        ("mixtral", "router_jitter_noise"),
+    ],
 )
-def test_dropout_of_the_config_acts_in_training(kind, dropout, checkpoints, short_rows, one_rank, tmp_path):
-    """A layer that backward recomputes drops the same features as in forward."""
+def test_noise_of_the_config_acts_in_training(kind, noise, checkpoints, short_rows, one_rank, tmp_path):
+    """A layer that backward recomputes draws the same numbers as in forward."""
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
-    edit_config(folder, **{dropout: 0.1})
+    edit_config(folder, **{noise: 0.1})
     options = ["--batch_size", "4", "--use_gradient_checkpointing"]
     recomputed, saved = (
         one_rank(train_run, [*arguments(folder, short_rows, "lora"), *options, checkpointing])[0]
