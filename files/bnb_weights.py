@@ -72,6 +72,12 @@ class BnbWeight:
         offset = torch.tensor([self.quant_state["nested_offset"]], dtype=torch.float32)
         return PackedWeight(flat_bytes(codes), flat_bytes(self._read("nested_absmax"), offset, absmax))
 
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight in fp32, on the CPU. Raises as `read` does."""
+        packed = self.read()
+        table = self.quantizer.table(packed.codes.device)
+        return self.quantizer.dequantize(packed.codes, packed.scales, table, self.shape, torch.float32)
+
     def check(self) -> None:
         """Raise UserError unless block sizes, tables and sizes are those of NF4 in quantization/nf4.py."""
         double = self.is_double_quantized

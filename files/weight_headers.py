@@ -36,6 +36,7 @@ class WeightHeaders:
         folder: the model's folder. Of a model that is not on this disk, its name as a path, for messages.
         tensors: all tensors.
         packed: those of them that are stored packed, by bitsandbytes or in a cache.
+        dequantized: names of those of `packed` that no 4-bit layer holds: they are read dequantized.
         stored_names: {parameter's name: name in the files}, of tensors that `rename` renamed.
         apart: the tensors of the parts of the model that are not built, such as a vision tower, by the names
             in the files; None without any.
@@ -46,6 +47,7 @@ class WeightHeaders:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.packed: dict[str, StoredPackedWeight] = {}
+        self.dequantized: frozenset[str] = frozenset()
         self.stored_names: dict[str, str] = {}
         self.apart: WeightHeaders | None = None
         self.prequantized = False

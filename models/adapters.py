@@ -116,8 +116,11 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
     if files.prequantized and config.quantized_cache:
         raise UserError(f"--quantized_cache: {files.folder} is packed already; leave the option out")
     for name in files.packed:
-        if name.removesuffix(".weight") not in linears:
-            raise UserError(f"{files.folder}: {name} is packed; only linears of decoder layers can be")
+        if name.removesuffix(".weight") not in linears and name not in files.dequantized:
+            raise UserError(
+                f"{files.folder}: {files.stored_name(name)} is packed; only weights of decoder layers can be:"
+                f" {suggest_original(files.folder)}"
+            )
     if not config.method.quantizer or files.prequantized:
         return
     quantizer = quantizer_from_config(config)

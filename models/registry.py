@@ -225,6 +225,7 @@ def open_weights(
     if untied_head:
         config.tie_word_embeddings = False
         model = build_on_meta(config, family)
+    files.dequantized = find_packed_routers(model, family, files)
     check_extra_tensors(config, family, files)
     check_weights(model, files, family)
     return files, model, untied_head
@@ -266,9 +267,21 @@ def open_headers(
         model = build_on_meta(config, family)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     headers.set_packed(find_bnb_headers(headers.folder, headers.tensors, shapes))
+    headers.dequantized = find_packed_routers(model, family, headers)
     check_shapes(model, headers)
     remove_redundant(model, headers, family)
     return model
+
+
+def find_packed_routers(model: PreTrainedModel, family: Family, files: WeightHeaders) -> frozenset[str]:
+    """Return the names of packed weights of decoder layers that are no linears here: those of routers.
+
+    transformers 4 had linears as routers and as gates of shared experts, and bitsandbytes packed them, too.
+    """
+    linears = {f"{name}.weight" for name in family.layer_linear_names(model)} if files.packed else set()
+    return frozenset(
+        name for name in files.packed if name not in linears and family.locate_layer(name)[0] is not None
+    )
 
 
 def check_shapes(model: PreTrainedModel, files: WeightHeaders) -> None:

@@ -12,7 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Ministral3Config
 
 import export
@@ -21,7 +21,7 @@ from data.batches import Batch
 from data.rows import IGNORE
 from files.config_parts import eos_token_id
 from files.model_folder import CheckpointFiles
-from files.names import ADAPTER, BLOCKS, INDEX, SINGLE_FILE
+from files.names import ADAPTER, BLOCKS
 from files.weight_headers import WeightHeaders
 from finished.finished_run import load_model, open_run
 from models.family import unwrapped_name, wrap_family
@@ -48,6 +48,7 @@ from tests.helpers.runs import (
     transformers_model,
 )
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
+from tests.helpers.stored import write_dense
 from training.planned_model import open_planned_model
 
 KINDS = ["gemma3_wrapper", "mistral3"]
@@ -137,13 +138,6 @@ def test_files_that_bitsandbytes_packed(kind, spelling, checkpoints, alpaca_file
     merged = all_tensors(tmp_path / "out")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected if is_of_a_tower(name))
-
-
-def write_dense(folder, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace the weights of a checkpoint."""
-    for path in (*folder.glob("*.safetensors"), folder / INDEX):
-        path.unlink(missing_ok=True)
-    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("train_type", ["qlora", pytest.param("hqq_lora", marks=pytest.mark.slow)])
