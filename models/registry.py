@@ -115,7 +115,7 @@ CONFIG_ERRORS = (
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES."""
-    known = ", ".join(FAMILIES)
+    known, raw = ", ".join(FAMILIES), {}
     if (folder / CONFIG).is_file():
         raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
         _check_counts(raw, folder)
@@ -124,6 +124,11 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except CONFIG_ERRORS as e:
+        if _lacks_layer_types(raw):
+            raise UserError(
+                f"{folder}/{CONFIG}: has no layer_types: the kind of each layer, sliding_attention or"
+                f" full_attention, in a list; transformers does not derive it from this config ({_reason(e)})"
+            ) from None
         raise UserError(
             f"{folder}/{CONFIG}: not readable ({_reason(e)}); known architectures: {known}"
         ) from None
@@ -142,6 +147,18 @@ def family_of(config: PretrainedConfig) -> Family:
     """Return the family of a config that `read_config` accepts; in a wrapper, the text model decides too."""
     family = FAMILIES[config.model_type]
     return family.texts[text_config(config).model_type] if family.texts else family
+
+
+def _lacks_layer_types(raw: dict) -> bool:
+    """Return whether a config.json (`raw`) that is not readable would be so with a list of layer_types."""
+    layers = raw.get("num_hidden_layers")
+    if raw.get("layer_types") is not None or not isinstance(layers, int):
+        return False
+    try:
+        AutoConfig.for_model(**raw | {"layer_types": ["full_attention"] * layers})
+    except CONFIG_ERRORS:
+        return False
+    return True
 
 
 def _check_counts(raw: dict, folder: Path) -> None:

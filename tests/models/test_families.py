@@ -446,6 +446,17 @@ def run_and_experts_used(rank_info, args):
             "describes no mistral3 .*no llama_4_scaling_beta",
         ),
         ("mistral3", {"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers 0: must be positive"),
+        (
+            "exaone4",
+            {"layer_types": None, "sliding_window_pattern": "LLLG"},
+            "has no layer_types: the kind of each layer, .* from this config \\(unsupported operand",
+        ),
+        ("exaone4_small", {"layer_types": None}, "has no layer_types.* from this config .integer modulo"),
+        (
+            "exaone4",
+            {"layer_types": None, "sliding_window_pattern": "LLLG", "hidden_size": "x"},
+            "not readable",
+        ),
     ],
 )
 def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, tmp_path):
