@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from files.finite import check_finite
-from files.quantized_releases import find_foreign_quantization, quantized_release_error
 from files.tensors import StoredTensor, read_tensor
 from options.errors import UserError
 from quantization.nf4 import NF4, SCALE_BLOCK
@@ -193,14 +192,3 @@ def _pop_packed_weights(
         if name in found and suffix in SUFFIXES:
             found[name][2][suffix] = tensors.pop(key)
     return found
-
-
-def detect_bnb_packing(quantization_config: dict | None, folder: Path) -> bool:
-    """Return whether config.json says that bitsandbytes packed the model to 4 bits.
-
-    Raises UserError for another kind of quantization, which cannot be read.
-    """
-    kind = find_foreign_quantization(quantization_config, folder)
-    if kind is not None:
-        raise quantized_release_error(folder, kind)
-    return bool(quantization_config)

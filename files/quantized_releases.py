@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from files.config_parts import find_quantization
 from files.names import CARD, CONFIG
 from options.errors import UserError, join_names
 from options.limits import MAX_CARD_BYTES, MAX_CONFIG_BYTES, read_json, read_text
@@ -28,13 +29,16 @@ _ENDING = re.compile(
 )
 
 
-def find_foreign_quantization(quantization_config: dict | None, folder: Path) -> str | None:
+def find_foreign_quantization(raw: dict, folder: Path) -> str | None:
     """Return the format of a folder's weights if they are quantized, and not to 4 bits by bitsandbytes.
 
-    quantization_config: of config.json.
+    raw: the contents of the folder's config.json.
     """
-    if not quantization_config:
+    quantization_config = find_quantization(raw)
+    if quantization_config is None:
         return next((kind for file, kind in SIDE_FILES.items() if (folder / file).is_file()), None)
+    if not isinstance(quantization_config, dict):
+        return join_names([str(quantization_config)])
     method = quantization_config.get("quant_method")
     if method is None and "load_in_4bit" in quantization_config:
         method = "bitsandbytes"
@@ -49,10 +53,16 @@ def find_foreign_quantization(quantization_config: dict | None, folder: Path) ->
     return join_names([str(method or "unknown format")])
 
 
-def quantized_release_error(folder: Path, kind: str) -> UserError:
-    """Return the error for a folder of weights in a format that is not read. kind: the format."""
+def explain_quantization(folder: Path, kind: str) -> str:
+    """Return what is said of a folder whose weights are in a format that is not read. kind: the format."""
+    return f"the weights are quantized already ({kind}); {ONLY}: {suggest_original(folder)}"
+
+
+def packed_expansion_error(folder: Path) -> UserError:
+    """Return the error for new blocks (Llama-Pro) in a model that bitsandbytes packed."""
     return UserError(
-        f"{folder}/{CONFIG}: the weights are quantized already ({kind}); {ONLY}: {suggest_original(folder)}"
+        f"--model_name {folder}: is quantized; new blocks need the original weights:"
+        f" {suggest_original(folder)}"
     )
 
 
@@ -64,9 +74,7 @@ def is_gguf_release(folder: Path) -> bool:
 
 def gguf_error(folder: Path) -> UserError:
     """Return the error for a folder of GGUF files."""
-    return UserError(
-        f"--model_name {folder}: the weights are quantized already (GGUF); {ONLY}: {suggest_original(folder)}"
-    )
+    return UserError(f"--model_name {folder}: {explain_quantization(folder, 'GGUF')}")
 
 
 def suggest_original(folder: Path) -> str:

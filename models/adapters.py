@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from files.config_parts import text_config
+from files.config_parts import find_quantization, text_config
 from files.names import CONFIG
-from files.quantized_releases import suggest_original
+from files.quantized_releases import packed_expansion_error, suggest_original
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
@@ -102,12 +102,14 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         files: the model's weights, of which only names and dtypes are read.
     """
     linears = dict(family.layer_linears(model))
-    if getattr(model.config, "quantization_config", None) and not files.prequantized:
+    if find_quantization(model.config) and not files.prequantized:
         # A trained model saved with such a config.json could not be computed by transformers.
         raise UserError(
             f"{files.folder}/{CONFIG}: quantization_config says that the weights are packed, but no file"
             " holds a packed weight; if they are the original weights, delete it"
         )
+    if files.prequantized and config.method.expansion:
+        raise packed_expansion_error(files.folder)
     if files.prequantized and config.method.quantizer != "bnb":
         raise UserError(
             f"{files.folder}: is packed by bitsandbytes already, which --train_type {config.train_type}"

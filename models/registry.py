@@ -18,6 +18,7 @@ from files.bnb_weights import find_bnb_headers
 from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
+from files.quantized_releases import explain_quantization, find_foreign_quantization
 from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
 from models import (
@@ -114,13 +115,28 @@ CONFIG_ERRORS = (
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
-    """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES."""
-    known, raw = ", ".join(FAMILIES), {}
-    if (folder / CONFIG).is_file():
-        raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
-        _check_counts(raw, folder)
-        if unknown := explain_unknown_type(raw):
-            raise UserError(f"{folder}/{CONFIG}: {unknown}; known here: {known}")
+    """Return (a model folder's configuration, its family).
+
+    Raises UserError if config.json is unreadable, its model_type is not in FAMILIES, or the weights are
+    quantized, and not to 4 bits by bitsandbytes. The error names all of these that hold.
+    """
+    raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+    kind = find_foreign_quantization(raw, folder)
+    try:
+        config, family = _read_known_config(folder, raw)
+    except UserError as e:
+        raise UserError(f"{e}; besides, {explain_quantization(folder, kind)}") if kind else e from None
+    if kind:
+        raise UserError(f"{folder}/{CONFIG}: {explain_quantization(folder, kind)}")
+    return config, family
+
+
+def _read_known_config(folder: Path, raw: dict) -> tuple[PretrainedConfig, Family]:
+    """Do the same as `read_config` for weights of any format. raw: the contents of config.json."""
+    known = ", ".join(FAMILIES)
+    _check_counts(raw, folder)
+    if unknown := explain_unknown_type(raw):
+        raise UserError(f"{folder}/{CONFIG}: {unknown}; known here: {known}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except CONFIG_ERRORS as e:

@@ -24,12 +24,11 @@ from data.rows import TokenizedRows
 from data.stop_ids import collect_stop_ids, make_generation_config
 from data.template_choice import compare_with_base, read_template, use_template
 from files.base_model import BaseModel, digest_without_head, record_base
-from files.bnb_weights import detect_bnb_packing
-from files.config_parts import eos_token_id, text_config
+from files.config_parts import eos_token_id, find_quantization, text_config
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
-from files.quantized_releases import suggest_original
+from files.quantized_releases import packed_expansion_error
 from files.tokenizer import read_tokenizer
 from files.weight_cache import CachePlan, open_cache, plan_cache
 from launch.precision import has_bf16_gpu
@@ -192,13 +191,9 @@ def _check_model(config: Config) -> _Model:
             f"--compile true: a layer of {model_config.model_type} does not compile to one graph; choose auto"
             " or false"
         )
-    if detect_bnb_packing(getattr(model_config, "quantization_config", None), folder):
-        if config.method.expansion:
-            raise UserError(
-                f"{folder}: is packed by bitsandbytes; new blocks need the original weights:"
-                f" {suggest_original(folder)}"
-            )
-    elif config.method.expansion:
+    if config.method.expansion:
+        if find_quantization(model_config):
+            raise packed_expansion_error(folder)
         new_layers(model_config)
     name = pin_model_name(config.model_name, folder)
     fetch_weights(name, folder)

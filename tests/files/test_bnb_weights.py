@@ -27,6 +27,7 @@ from tests.helpers.bnb_checkpoints import (
     set_quantization_config,
     without_quantizing,
 )
+from tests.helpers.expansion import edit_config
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.products import slow
@@ -81,8 +82,12 @@ def test_a_packed_head_is_named(checkpoints, alpaca_file, tmp_path, monkeypatch)
         make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
-def test_it_cannot_be_expanded(checkpoints, alpaca_file, tmp_path):
-    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+@pytest.mark.parametrize("is_said", [True, False])
+def test_it_cannot_be_expanded(is_said, checkpoints, alpaca_file, tmp_path):
+    """Also if config.json does not say that the weights are packed."""
+    pack_like_the_hub(checkpoints("llama_bias_pro"), tmp_path / "4bit")
+    if not is_said:
+        edit_config(tmp_path / "4bit", quantization_config=None)
     with pytest.raises(UserError, match="new blocks need the original weights"):
         make_single_rank_job(tmp_path / "4bit", alpaca_file, "--train_type", "bnb_llama_pro")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -10,9 +11,10 @@ from huggingface_hub import constants
 from files.model_folder import find_model, list_weight_files
 from files.names import CONFIG
 from files.quantized_releases import suggest_original
+from models.registry import read_config
 from options.errors import UserError
 from tests.helpers.bnb_checkpoints import QLORA, make_single_rank_job, set_quantization_config
-from tests.helpers.expansion import edit_config
+from tests.helpers.expansion import edit_config, read_config_json
 from tests.helpers.hub_cache import FIRST, add_to_hub_cache
 
 CARD = "---\nlicense: mit\n{}\n---\n# A model\nbase_model: not/this\n"
@@ -45,6 +47,38 @@ def test_formats_named_by_the_config(quantization, kind, folder, alpaca_file):
         UserError, match=rf"quantized already \({kind}.*take the original, by the name Tiny-1B$"
     ):
         make_single_rank_job(folder, alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("part", ["whole", "text_config"])
+def test_formats_named_in_any_part_of_the_config(part, key, checkpoints, tmp_path):
+    """transformers reads text_config, too; older releases in compressed-tensors have another key."""
+    folder = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "Tiny-1B-W4A16")
+    values = {key: {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
+    if part == "text_config":
+        values = {part: read_config_json(folder)[part] | values}
+    edit_config(folder, **values)
+    with pytest.raises(UserError, match=r"\(compressed-tensors, pack-quantized\).*by the name Tiny-1B$"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("gpt_oss", "'gpt_oss' is unknown; known: llama"),
+        ("qwen3_5", "'qwen3_5' has linear attention"),
+        ("nonsense", "'nonsense' is unknown to the installed transformers"),
+    ],
+)
+def test_a_type_that_is_not_trained_either(model_type, words, tmp_path):
+    """Both are said: a type may be added, and the user would take the original for it."""
+    folder = tmp_path / "Tiny-1B-AWQ"
+    folder.mkdir()
+    (folder / CONFIG).write_text(
+        json.dumps({"model_type": model_type, "quantization_config": {"quant_method": "awq"}})
+    )
+    with pytest.raises(UserError, match=rf"{words}.*; besides, .*quantized already \(awq\).*name Tiny-1B$"):
+        read_config(folder)
 
 
 @pytest.mark.parametrize(

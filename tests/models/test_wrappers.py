@@ -34,7 +34,7 @@ from tests.helpers import tiny
 from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
-from tests.helpers.expansion import all_tensors, edit_config, expand
+from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.parity import arguments
@@ -122,11 +122,15 @@ def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, o
     ],
 )
 def test_files_that_bitsandbytes_packed(kind, spelling, checkpoints, alpaca_file, one_rank, tmp_path):
-    """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too."""
+    """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too.
+
+    The config of the text model says that they are packed, where transformers reads it, too.
+    """
     folder, dense = tmp_path / "4bit", tmp_path / "dense"
     base = respell(checkpoints(kind), dense, SPELLINGS[spelling])
     expected = pack_like_the_hub(base, folder)
     assert any(is_of_a_tower(name) and ".quant_state." in name for name in all_tensors(folder))
+    say_packed_in_text_config(folder)
     args = args_for(folder, alpaca_file, "qlora")
     ours = one_rank(without_quantizing, outputs, args, IDS, False)[0][0]
     write_dense(base, expected)
@@ -138,6 +142,13 @@ def test_files_that_bitsandbytes_packed(kind, spelling, checkpoints, alpaca_file
     merged = all_tensors(tmp_path / "out")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected if is_of_a_tower(name))
+
+
+def say_packed_in_text_config(folder) -> None:
+    """Move quantization_config of config.json into text_config."""
+    config = read_config_json(folder)
+    text = config["text_config"] | {"quantization_config": config["quantization_config"]}
+    edit_config(folder, quantization_config=None, text_config=text)
 
 
 @pytest.mark.parametrize("train_type", ["qlora", pytest.param("hqq_lora", marks=pytest.mark.slow)])
