@@ -128,17 +128,39 @@ def test_a_folder_of_weights_beside_gguf_files_is_no_release_of_them(folder):
         ("base_model: own/Tiny-1B", None, "take own/Tiny-1B, which README.md names as the original"),
         ("base_model:\n- 'own/Tiny-1B'\n- b/c", None, "take own/Tiny-1B, which README.md names"),
         ("base_model: [own/Tiny-1B]", None, "take own/Tiny-1B, which README.md names"),
-        ("base_model: https://x.y/z/w", "own/Tiny", "take own/Tiny, which config.json names as the original"),
+        (
+            "base_model: own/Tiny-1B\nbase_model_relation: finetune\r",
+            None,
+            "take own/Tiny-1B, which README",
+        ),
+        ("base_model:\n  - own/tiny-1b # x/y\ntags:\n- x/y", None, "take own/tiny-1b, which README.md names"),
+        ("base_model: https://x.y/z/w", "own/Tiny-1B", "take own/Tiny-1B, which config.json names as the"),
+        (
+            "base_model: own/Other\nbase_model_relation: quantized",
+            None,
+            "take own/Other, which README.md names",
+        ),
+        # Tuned from it, or merged of it: not the original.
+        ("base_model: own/Base\nbase_model_relation: finetune", "own/Base", "take the original, by the name"),
+        ("base_model: own/Base", "own/Base", "take the original, by the name Tiny-1B"),
+        (
+            "base_model: [own/A, own/B]\nbase_model_relation: quantized",
+            None,
+            "take the original, by the name",
+        ),
+        ("base_model:\nlicense: x/Tiny-1B", None, "take the original, by the name Tiny-1B"),
         ("", "/home/me/Tiny", "take the original, by the name Tiny-1B"),
         ("base_model: ../../x", "../..\n/x", "take the original, by the name Tiny-1B"),
         ("base_model: me/Tiny-1B-GPTQ-Int4", None, "take the original, by the name Tiny-1B"),  # itself
+        ("base_model: x/Tiny-1B-AWQ\nbase_model_relation: quantized", None, "take the original, by the name"),
     ],
 )
 def test_the_original_of_a_hub_repository(front, named, advice, folder, tmp_path):
     edit_config(folder, _name_or_path=named)
-    (folder / "README.md").write_text(CARD.format(front))
-    found = suggest_original(add_to_hub_cache(tmp_path / "hub", "me/Tiny-1B-GPTQ-Int4", folder, FIRST))
-    assert found.startswith(advice)
+    for newline in ("\n", "\r\n"):
+        (folder / "README.md").write_text(CARD.format(front), newline=newline)
+        found = add_to_hub_cache(tmp_path / repr(newline), "me/Tiny-1B-GPTQ-Int4", folder, FIRST)
+        assert suggest_original(found).startswith(advice)
 
 
 @pytest.mark.parametrize(
@@ -157,5 +179,10 @@ def test_usual_endings_of_names(name, plain, tmp_path):
     assert suggest_original(tmp_path / name) == f"take the original, by the name {plain}"
 
 
-def test_a_name_without_an_ending(tmp_path):
-    assert suggest_original(tmp_path / "gpt-oss-20b") == "take the model that it was made from"
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "own/Ministral-3-3B-Base-2512"])
+def test_a_name_without_an_ending(name, tmp_path):
+    """Ministral 3's fp8 release names the base that its original was tuned from, without a relation."""
+    folder = tmp_path / "Ministral-3-3B-Instruct-2512"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD.format(f"base_model:\n- {name}"))
+    assert suggest_original(folder) == "take the model that it was made from"
