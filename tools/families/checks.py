@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 import block_expansion
 import train
@@ -33,6 +32,7 @@ from monitoring.layer_memory import layer_widths
 from monitoring.tracking import NoTracker
 from options.errors import DONE, describe
 from tests.helpers.adapters import args_for, build_peft_model
+from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.distributed import RankPool
 from tests.helpers.packing import (
     KERNEL,
@@ -92,7 +92,7 @@ def run_checks(subject: Subject) -> Iterator[tuple[str, str | None]]:
 def check_forward(subject: Subject) -> str | None:
     """Compare logits and loss of the model with transformers' own, and name the first module that differs."""
     _, model = set_up(subject.rank_info, subject.arguments("full"), random_adapters=False)
-    theirs = AutoModelForCausalLM.from_pretrained(
+    theirs = load_transformers_model(
         subject.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
     logits, expected = record_calls(model.eval())[1], record_calls(theirs)[1]
@@ -227,7 +227,7 @@ def check_expansion(subject: Subject) -> str | None:
         if status != DONE:
             return f"block_expansion.py: {errors.getvalue().strip()}"
         base, expanded = (
-            AutoModelForCausalLM.from_pretrained(
+            load_transformers_model(
                 path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
             for path in (subject.folder, f"{folder}/out")

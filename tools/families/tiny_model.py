@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from models.registry import CONFIG_ERRORS
 from options.errors import UserError, describe
+from tests.helpers.auto_classes import auto_class
 from tools.families.calls import MAX_REASON
 
 # Pattern of a value's name: its tiny size. The first pattern that fits the whole name decides.
@@ -199,7 +200,7 @@ def make_tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     torch.manual_seed(0)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(config).from_config(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "norm" not in name:
