@@ -236,8 +236,8 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
         print(remark, flush=True)
     description = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
-        " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
-        + (f" {remark}." if remark else "")
+        " `PeftModel.from_pretrained(base, folder)` puts it over its base model, which"
+        f" `{_auto_class_name(run.model_config)}.from_pretrained` loads." + (f" {remark}." if remark else "")
     )
     write_card(run, options, folder, description, "peft")
     write_text(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2) + "\n")

@@ -30,7 +30,7 @@ from files.saved_adapter import (
     split_name,
 )
 from launch.precision import Precision
-from models.adapters import apply_method, target_linears
+from models.adapters import apply_method, peft_exclusions, target_linears
 from models.family import Family
 from models.registry import build_on_meta
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
@@ -150,6 +150,7 @@ def adopt_options(
     Raises UserError for an adapter of another kind, or an option that contradicts it.
     """
     _check_kind(adapter, config)
+    _check_unused_parts(adapter, family)
     file = adapter.path.parent / ADAPTER_CONFIG
     rank, alpha = adapter.settings.get("r"), adapter.settings.get("lora_alpha")
     values: dict[str, Any] = {"lora_rank": rank, "lora_alpha": alpha}
@@ -166,6 +167,17 @@ def adopt_options(
         raise _contradiction("train_embeddings", config, adapter, True)
     targets = _adopt_targets(config, adapter, model_config, family)
     return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
+
+
+def _check_unused_parts(adapter: SavedAdapter, family: Family) -> None:
+    """Raise UserError if the adapter acts on parts of a wrapper that are not built (a vision tower)."""
+    for name in adapter.tensors:
+        if family.is_unused(name.removeprefix(PEFT_PREFIX)):
+            parts = " and ".join(part.rpartition(".")[2] for part in family.unused)
+            raise UserError(
+                f"{adapter.path}: {name}: adapters on {parts} are not supported here; PEFT makes an adapter"
+                f" without them by exclude_modules {peft_exclusions(family)!r}"
+            )
 
 
 def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:

@@ -21,7 +21,7 @@ from data.batches import Batch
 from data.rows import IGNORE
 from files.config_parts import eos_token_id
 from files.model_folder import CheckpointFiles
-from files.names import ADAPTER, BLOCKS
+from files.names import ADAPTER, BLOCKS, CARD
 from files.weight_headers import WeightHeaders
 from finished.finished_run import load_model, open_run
 from models.family import unwrapped_name, wrap_family
@@ -33,7 +33,7 @@ from options.methods import METHODS
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter
 from tests.helpers.auto_classes import load_transformers_model
-from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
+from tests.helpers.bnb_checkpoints import make_single_rank_job, pack_like_the_hub, without_quantizing
 from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
@@ -107,6 +107,16 @@ def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, o
     more = ["--lora_target_modules", "q_proj,down_proj"]
     write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "lora", *more))
     assert load_file(tmp_path / "run" / ADAPTER).keys() == load_file(theirs / ADAPTER).keys()
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_an_adapter_of_peft_on_the_tower_is_refused(targets, checkpoints, alpaca_file, tmp_path):
+    """PEFT's names of linears match those of the tower, too, without exclude_modules."""
+    base = checkpoints("gemma3_wrapper")
+    theirs = save_peft_adapter(base, tmp_path / "peft", target_modules=targets)
+    words = rf"{ADAPTER}: .*\.vision_tower\..*: adapters on vision_tower and multi_modal_projector are not"
+    with pytest.raises(UserError, match=f"{words} .*exclude_modules"):
+        make_single_rank_job(base, alpaca_file, "--train_type", "lora", "--adapter", theirs)
 
 
 @pytest.mark.parametrize(
@@ -316,10 +326,13 @@ def test_a_trained_embedding(checkpoints, short_rows, one_rank, tmp_path):
     assert (embedding - state["model.language_model.embed_tokens.weight"]).abs().max() > 1e-3
 
 
-def test_the_processors_files_are_in_a_merged_folder(checkpoints, alpaca_file, one_rank, tmp_path):
-    base = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "base")
+def test_the_files_beside_an_exported_model(checkpoints, alpaca_file, one_rank, tmp_path):
+    """A merged folder has the processor's; the card of an adapter names the class that loads its base."""
+    base = shutil.copytree(checkpoints("mistral3"), tmp_path / "base")
     (base / "preprocessor_config.json").write_text("{}")
     write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "lora"))
-    exported = ["--to", "merged", "--out", tmp_path / "out", "--check", "false"]
-    assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
-    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
+    for to in ("merged", "adapter"):
+        exported = ["--to", to, "--out", tmp_path / to]
+        assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
+        assert "`AutoModelForImageTextToText.from_pretrained` loads" in (tmp_path / to / CARD).read_text()
+    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == "{}"
