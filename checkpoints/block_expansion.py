@@ -98,7 +98,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     files, _, untied_head = open_weights(folder, config, family)
     if files.prequantized:  # whatever config.json says
         raise packed_expansion_error(folder)
-    check_entries_finite(file_entries(files))
+    check_entries_finite(file_entries(files) | apart_entries(files))
     if untied_head:
         print(f"{folder}: {UNTIED}")
     return config, family, files, untied_head

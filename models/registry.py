@@ -63,6 +63,7 @@ from models.redundant import (
     rename_tied_head,
 )
 from models.unsupported import explain_unknown_type, explain_unlisted_type
+from models.unused_parts import check_unused_parts
 from models.wide_norms import widen_norms
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json
@@ -261,6 +262,7 @@ def open_weights(
     files.dequantized = find_packed_routers(model, family, files)
     check_extra_tensors(config, family, files)
     check_weights(model, files, family)
+    check_unused_parts(config, family, files)
     return files, model, untied_head
 
 
@@ -303,6 +305,7 @@ def open_headers(
     headers.dequantized = find_packed_routers(model, family, headers)
     check_shapes(model, headers)
     remove_redundant(model, headers, family)
+    check_unused_parts(config, family, headers)
     return model
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
+from checkpoints.model_writer import apart_entries, check_entries_finite
 from checkpoints.storage import Checkpoint
 from data.evaluation_data import EvaluationData
 from data.evaluation_sets import prepare_sets, rename_option_in_errors
@@ -46,6 +48,7 @@ from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
 from models.registry import build_on_meta, open_weights, read_config
+from models.unused_parts import absent_parts
 from monitoring.profiling import check_traces
 from monitoring.tensorboard_logger import check_tensorboard
 from monitoring.wandb_logger import check_wandb
@@ -95,7 +98,9 @@ def _make_job(config: Config) -> Job:
     folder_name = f"--model_name {model.folder}"
     tokenizer_use = compare_with_base(model.folder, folder_name, tokenizer, config.chat_template)
     learned = make_generation_config(model.folder, model.config, evaluation.stop_ids)
-    model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.untied_head))
+    model_remarks = remarks_on_model(
+        model.config, model.folder, bool(model.untied_head), absent_parts(model.family, model.files)
+    )
     job = Job(
         config=make_paths_absolute(config, model.name),
         model_config=model.config,
@@ -200,6 +205,9 @@ def _check_model(config: Config) -> _Model:
     files, model, untied_head = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
     check_quantization(model, family, config, files)
+    if config.method.saves != "adapter" and config.llama_pro_save != "blocks":
+        # The result gets a copy of them, which would fail after the training.
+        check_entries_finite(apart_entries(files))
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     return _Model(name, folder, model_config, family, files, base, untied_head, cache)
 
@@ -273,14 +281,25 @@ def _describe_token_training(config: Config) -> str:
     return f"; this run does not train these{remedy}"
 
 
-def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:
-    """Return lines on settings of config.json that training ignores, and on noise that it applies.
+def remarks_on_model(
+    model_config: PretrainedConfig, folder: Path, was_untied: bool, absent: Sequence[str] = ()
+) -> list[str]:
+    """Return lines on settings that training ignores, noise that it applies, and parts without weights.
 
-    was_untied: the head got its own weights.
+    Args:
+        model_config: the model's config.
+        folder: its folder.
+        was_untied: whether the head got its own weights.
+        absent: result of `absent_parts`.
     """
     remarks = []
     if was_untied:
         remarks.append(f"{folder}: {UNTIED}")
+    if absent:
+        remarks.append(
+            f"{folder}: the weights lack {' and '.join(absent)}, which text does not need; the result lacks"
+            " them, too"
+        )
     model_config = text_config(model_config)
     routed = getattr(model_config, "num_experts", 0) or getattr(model_config, "num_local_experts", 0)
     if routed and getattr(model_config, "output_router_logits", False):
