@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from files.names import INDEX
+from files.quantized_releases import suggest_original
 from files.tensors import StoredTensor
 from options.errors import UserError
 from quantization.quantizers import PackedWeight, Quantizer
@@ -92,7 +93,8 @@ class WeightHeaders:
             ):
                 raise UserError(
                     f"{self.folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
-                    " floating-point weights, or bitsandbytes' 4 bits"
+                    " floating-point weights, or bitsandbytes' 4 bits; if it is quantized,"
+                    f" {suggest_original(self.folder)}"
                 )
 
     def rename(self, parameter_name: Callable[[str], str], is_unused: Callable[[str], bool]) -> None:

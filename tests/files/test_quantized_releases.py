@@ -6,7 +6,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from files.model_folder import find_model, list_weight_files
 from files.names import CONFIG
@@ -14,7 +16,7 @@ from files.quantized_releases import suggest_original
 from models.registry import read_config
 from options.errors import UserError
 from tests.helpers.bnb_checkpoints import QLORA, make_single_rank_job, set_quantization_config
-from tests.helpers.expansion import edit_config, read_config_json
+from tests.helpers.expansion import all_tensors, edit_config, read_config_json
 from tests.helpers.hub_cache import FIRST, add_to_hub_cache
 
 CARD = "---\nlicense: mit\n{}\n---\n# A model\nbase_model: not/this\n"
@@ -87,6 +89,15 @@ def test_a_type_that_is_not_trained_either(model_type, words, tmp_path):
 def test_formats_named_by_another_file(file, kind, folder, alpaca_file):
     (folder / file).write_text("{}")
     with pytest.raises(UserError, match=rf"quantized already \({kind}\)"):
+        make_single_rank_job(folder, alpaca_file, *QLORA)
+
+
+def test_weights_of_which_no_file_says_that_they_are_quantized(folder, alpaca_file):
+    tensors = {name: t.to(torch.float8_e4m3fn) for name, t in all_tensors(folder).items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"stored as F8_E4M3; .*take the original, by the name Tiny-1B$"):
         make_single_rank_job(folder, alpaca_file, *QLORA)
 
 
