@@ -51,8 +51,9 @@ class Family:
         select_linears: returns the linears to quantize in the given decoder layer, relative to it. For layers
             that differ, or where more than `linears` is quantized.
         match_checkpoint: changes the meta text model (transformers' class without a head, whose config is the
-            text model's) in place so that its parameters are the files' tensors. It may raise ValueError for
-            a config that describes no such model.
+            text model's) in place so that its parameters are the files' tensors. It may replace a module by
+            one with the same parameters and a larger range (Nemotron). It may raise ValueError for a config
+            that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
         wide_linears: linears of a layer whose results, or products of them, may be beyond fp16's 65,504
