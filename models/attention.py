@@ -21,7 +21,8 @@ head, N rows.
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from transformers.masking_utils import sdpa_mask
 
 from files.config_parts import text_config
 from models.family import FUSED, Family
+from models.wide_linears import power_of_two_below
+from quantization.operators import compute_dtype
 
 # Our names in transformers' registry, beside FUSED.
 CAUSAL, VARLEN = "causal_lines", "varlen_rows"
@@ -113,6 +116,27 @@ def _takes_grouped_heads(device_type: str, dtype: torch.dtype, features: int) ->
     return takes_grouped_heads(device_type, dtype, features)
 
 
+def _with_wide_values(attend: Callable) -> Callable:
+    """Return an attention that also takes values in fp32 under autocast to fp16 (models/wide_linears.py).
+
+    The attention is computed in fp16, whose largest number is 65,504. A sequence's values are divided by a
+    power of two that makes them smaller than 2^15, and the result, in fp32, is multiplied by it: attention is
+    linear in the values. Values 2^29 times smaller than the largest lose precision; no others do.
+    """
+
+    @wraps(attend)
+    def attend_wide(module, query, key, value, attention_mask, **others):
+        if value.dtype != torch.float32 or compute_dtype(value) == torch.float32:
+            return attend(module, query, key, value, attention_mask, **others)
+        dtype = compute_dtype(value)
+        scale = power_of_two_below(value.detach().abs().amax((1, 2, 3), keepdim=True) / 2**14)
+        result, _ = attend(module, query, key, (value / scale).to(dtype), attention_mask, **others)
+        return result.float() * scale, None
+
+    return attend_wide
+
+
+@_with_wide_values
 def attend_fused(
     module: nn.Module,
     query: torch.Tensor,
@@ -187,6 +211,7 @@ def attend_causally(
     return attend_fused(module, query, key, value, attention_mask, **others)
 
 
+@_with_wide_values
 def attend_within_rows(
     module: nn.Module,
     query: torch.Tensor,

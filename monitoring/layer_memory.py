@@ -36,7 +36,9 @@ class LayerWidths:
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
         norms_read_outputs: norms follow attention and MLP (Gemma, GLM-4, OLMo, EXAONE 4), and so keep the
             results of the last projections.
-        widens_product: under autocast to fp16 the MLP's product is in fp32 (Gemma; models/wide_linears.py).
+        widens_product: under autocast to fp16 the MLP's product is in fp32 (Gemma, OLMo, EXAONE 4;
+            models/wide_linears.py).
+        widens_inputs: then query, key and gate are fp32, too (OLMo, EXAONE 4).
         has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
         has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo 2, EXAONE 4, HunYuan).
         has_fused_qkv: query, key and value are one linear (Phi-3, GPT-NeoX).
@@ -59,6 +61,7 @@ class LayerWidths:
     has_four_norms: bool = False
     norms_read_outputs: bool = False
     widens_product: bool = False
+    widens_inputs: bool = False
     has_one_norm: bool = False
     has_head_norms: bool = False
     has_fused_qkv: bool = False
@@ -91,6 +94,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         has_four_norms=norms > 2,
         norms_read_outputs=bool(family.identity_init),
         widens_product=any(name.startswith(f"{family.sublayers[1]}.") for name in family.wide_linears),
+        widens_inputs=any(name.endswith("q_proj") for name in family.wide_linears),
         has_one_norm=norms == 1,
         has_head_norms=any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name in names),
         has_fused_qkv=any(name.endswith(("qkv_proj", "query_key_value")) for name in names),
@@ -208,6 +212,8 @@ def layer_memory(
     widens = widths.widens_product and precision.autocast == torch.float16
     if widens:  # up in fp32; and DoRA's output of it in fp16
         saved += (2 if adapter == "dora" else 1) * mlp
+    if widens and widths.widens_inputs:  # the same of gate, query and key, and DoRA's output of values
+        saved += mlp + query + key + (mlp + query + 2 * key if adapter == "dora" else 0)
     if widths.is_eager or not _takes_grouped_heads(precision, gpu):
         saved += 2 * query - 2 * key  # keys and values, expanded to the query heads
     if widths.experts_per_token:

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from models import attention
-from models.attention import CAUSAL, VARLEN, attend_fused, choose_attention
+from models.attention import CAUSAL, VARLEN, attend_fused, attend_within_rows, choose_attention
 from models.causal_lm import loss_sum
 from models.family import FUSED
 from models.registry import FAMILIES, read_config
 from tests.helpers.logits import IDS
-from tests.helpers.packing import padded_batch
+from tests.helpers.packing import padded_batch, reference_attention
 from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
 from tests.helpers.tiny import CONFIGS, KINDS
@@ -171,6 +171,42 @@ def test_grouped_heads_without_a_kernel_for_them(compiled, length, monkeypatch):
     upstream = torch.randn_like(got)
     mine, theirs = (torch.autograd.grad(x, inputs, upstream) for x in (got, expected))
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("attend", [attend_fused, attend_within_rows])
+def test_values_beyond_fp16(attend, monkeypatch):
+    """Result and gradients under autocast to fp16 against fp32, for large values beside small ones.
+
+    The kernels get fp16.
+    """
+    dtypes = set()
+
+    def takes_none(_, dtype, features) -> bool:
+        dtypes.add(dtype)
+        return False
+
+    def varlen(q, k, v, *others, **options):
+        dtypes.update((q.dtype, k.dtype, v.dtype))
+        return reference_attention(q, k, v, *others, **options)
+
+    monkeypatch.setattr(attention, "takes_grouped_heads", takes_none)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    inputs = [torch.randn(2, heads, 64, 16) for heads in (6, 2, 2)]
+    size = torch.tensor([1.0, 1e7])[:, None, None, None]
+    inputs[2] *= size
+    upstream, found = torch.randn(2, 64, 6, 16) / size, []  # as small as behind a norm
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        dtypes.clear()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            result, _ = attend(module, *leaves, None, scaling=0.25)
+        found.append((result.detach(), *torch.autograd.grad(result, leaves, upstream)))
+    assert dtypes == {torch.float16} and found[1][0].dtype == torch.float32
+    for expected, got in zip(*found, strict=True):
+        errors = (got - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        assert errors.max() < 2e-3
 
 
 class SyncRecorder(TorchDispatchMode):

@@ -24,6 +24,7 @@ from tests.helpers.tiny import save_checkpoint
 LLAMA = asdict(LayerWidths(hidden=64, query=64, key=32, mlp=160, heads=4))
 WIDE = {"query": 128, "key": 64}  # heads of 32
 NORMS = {"norms_read_outputs": True}
+OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs": True}
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,8 @@ NORMS = {"norms_read_outputs": True}
         ("llama", {}),
         *((kind, {}) for kind in ("granite", "helium", "olmo", "smollm3")),
         *((kind, WIDE) for kind in ("ernie4_5", "ministral3", "seed_oss")),
-        *((kind, NORMS | {"has_head_norms": True}) for kind in ("exaone4_small", "olmo2")),
-        *((kind, NORMS | {"has_head_norms": True, "window": 16}) for kind in ("exaone4", "olmo3")),
+        *((kind, OLMO) for kind in ("exaone4_small", "olmo2")),
+        *((kind, OLMO | {"window": 16}) for kind in ("exaone4", "olmo3")),
         (
             "gemma2",
             NORMS
