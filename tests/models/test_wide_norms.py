@@ -35,8 +35,8 @@ SLOW = [
     *((kind, "residual stream", "bnb_dora", 200) for kind in ("olmo2", "olmo3", "exaone4", "glm4")),
     ("nemotron", "embeddings", "bnb_dora", 200),
     *(("gemma3", place, "lora", 20) for place in GEMMA_PLACES),
-    ("olmo2", "residual stream", "lora", 20),
-    ("olmo2", "residual stream", "full", 20),
+    ("olmo2", "residual stream", "lora", 60),
+    ("olmo2", "residual stream", "full", 60),
 ]
 
 
