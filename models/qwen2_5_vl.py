@@ -55,9 +55,8 @@ VISION = Vision(
 )
 
 FAMILY = wrap_family(
-    replace(qwen2.FAMILY, rotary_class=Qwen2_5_VLRotaryEmbedding),
+    {"qwen2_5_vl_text": replace(qwen2.FAMILY, rotary_class=Qwen2_5_VLRotaryEmbedding)},
     Qwen2_5_VLForConditionalGeneration,
-    text_types=("qwen2_5_vl_text",),
     unused=VISION.parts,
     vision=VISION,
 )

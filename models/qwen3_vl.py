@@ -40,9 +40,9 @@ def add_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tens
     return hidden.flatten(0, 1).index_add(0, where, features.to(hidden.dtype)).view_as(hidden)
 
 
-def find_tokens_by_index(model: PreTrainedModel) -> None:
+def find_tokens_by_index(text_model: PreTrainedModel) -> None:
     """Let the text model add features by the indices of tokens: by a mask the host waits in each layer."""
-    model.get_decoder()._deepstack_process = add_features
+    text_model._deepstack_process = add_features  # type: ignore[assignment] # a function in a method's place
 
 
 def tower_inputs(tower: Any, images: ImageBatch) -> dict[str, torch.Tensor]:
@@ -90,10 +90,7 @@ VISION = Vision(
     feature_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
 )
 
+TEXT = replace(qwen3.FAMILY, rotary_class=Qwen3VLTextRotaryEmbedding, match_checkpoint=find_tokens_by_index)
 FAMILY = wrap_family(
-    replace(qwen3.FAMILY, rotary_class=Qwen3VLTextRotaryEmbedding, match_checkpoint=find_tokens_by_index),
-    Qwen3VLForConditionalGeneration,
-    text_types=("qwen3_vl_text",),
-    unused=VISION.parts,
-    vision=VISION,
+    {"qwen3_vl_text": TEXT}, Qwen3VLForConditionalGeneration, unused=VISION.parts, vision=VISION
 )
