@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLRotaryEmbedding,
@@ -25,6 +27,22 @@ from models.family import wrap_family
 from models.image_grids import grid_inputs, rotary_buffers, send, text_inputs
 from models.image_settings import read_patch_images
 from models.vision import ImageFeatures, Vision
+
+
+def find_packed_rows(text_model: PreTrainedModel) -> None:
+    """Let transformers find the rows of packed text, where its masks separate them.
+
+    Without images, positions have one axis, [B, T]. transformers looks for rows only in the first of four.
+    """
+    text_model.register_forward_pre_hook(_add_axes, with_kwargs=True)
+
+
+def _add_axes(_: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+    """Return the inputs of the text model with positions of one axis as four equal ones, [4, B, T]."""
+    positions = inputs.get("position_ids")
+    if positions is not None and positions.dim() == 2:
+        inputs = inputs | {"position_ids": positions.expand(4, -1, -1)}
+    return args, inputs
 
 
 def tower_inputs(tower: Any, images: ImageBatch) -> dict[str, torch.Tensor]:
@@ -54,9 +72,7 @@ VISION = Vision(
     text_inputs=text_inputs,
 )
 
+TEXT = replace(qwen2.FAMILY, rotary_class=Qwen2_5_VLRotaryEmbedding, match_checkpoint=find_packed_rows)
 FAMILY = wrap_family(
-    {"qwen2_5_vl_text": replace(qwen2.FAMILY, rotary_class=Qwen2_5_VLRotaryEmbedding)},
-    Qwen2_5_VLForConditionalGeneration,
-    unused=VISION.parts,
-    vision=VISION,
+    {"qwen2_5_vl_text": TEXT}, Qwen2_5_VLForConditionalGeneration, unused=VISION.parts, vision=VISION
 )

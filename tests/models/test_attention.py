@@ -218,6 +218,8 @@ def test_forward_and_backward_do_not_sync(kind, checkpoints, alpaca_file, one_ra
     # Phi's longrope and HunYuan's RoPE of type dynamic sync in transformers 5.17, and not in 5.23.
     old = ("longrope_frequency_update", "dynamic_frequency_update")
     assert [frames for frames in without if not any(name in f for f in frames for name in old)] == []
+    if kind == "qwen2_5_vl":
+        return  # transformers looks for packed rows there only if it is given positions
     assert any("find_packed_sequence_indices" in frame for frame in with_masks[0])
 
 

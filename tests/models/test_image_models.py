@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from models.family import unwrapped_name
 from options.methods import METHODS
@@ -106,6 +107,24 @@ def test_loss_and_gradients_are_pefts(name, train_type, vision, checkpoints, alp
     for ours, our_gradients in ways.values():
         assert ours == pytest.approx(loss, rel=1e-5)
         assert_equal_gradients(our_gradients, gradients)
+
+
+def losses_of_texts(rank_info, args, of: TinyModel) -> tuple[float, float]:
+    """Return the losses of a row without images, twice in a pack, and twice alone."""
+    job, model = set_up(rank_info, args)
+    model.eval().set_attn_implementation(job.family.attention)
+    with torch.no_grad():
+        in_pack, alone = (model(**rows.inputs()) for rows in (packed([[2, 2]], of), padded([2, 2], of=of)))
+    return in_pack.item(), alone.item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("images", [True, False])
+def test_packed_texts_are_rows_alone(images, name, checkpoints, alpaca_file, one_rank):
+    """Where masks separate rows, in micro-batches without images; with and without the vision parts."""
+    args = args_for(checkpoints(MODELS[name].kind), alpaca_file, "lora", *(IMAGES if images else ()))
+    in_pack, alone = one_rank(losses_of_texts, args, MODELS[name])[0]
+    assert in_pack == pytest.approx(alone, rel=1e-6)
 
 
 def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:

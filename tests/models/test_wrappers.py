@@ -271,8 +271,8 @@ def test_another_text_model_is_refused(checkpoints, tmp_path):
 def test_a_wrapper_is_what_its_text_models_family_says(wrapper):
     """In all but names and classes, for each kind of text model; constant buffers get other names.
 
-    transformers has no text model alone of Qwen-VL's types. They differ in the rotary embedding, and
-    Qwen3-VL's in how it adds features of images.
+    transformers has no text model alone of Qwen-VL's types. They differ in the rotary embedding, and in how
+    they get packed rows or features of images.
     """
     differing = {
         "model_class",
