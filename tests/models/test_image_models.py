@@ -118,8 +118,10 @@ def losses_of_texts(rank_info, args, of: TinyModel) -> tuple[float, float]:
     return in_pack.item(), alone.item()
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize(
+    ("images", "name"),
+    products([True, False], MODELS, always=[(False, "qwen2_5_vl"), (True, "qwen3_vl")], left_out=["gemma3"]),
+)
 def test_packed_texts_are_rows_alone(images, name, checkpoints, alpaca_file, one_rank):
     """Where masks separate rows, in micro-batches without images; with and without the vision parts."""
     args = args_for(checkpoints(MODELS[name].kind), alpaca_file, "lora", *(IMAGES if images else ()))
@@ -137,7 +139,8 @@ def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
     ("name", "train_type", "options", "sharding"),
     [
         ("gemma3", "bnb_dora", [], ""),
-        *[(name, "bnb_dora", [*TOWER, *PACKED], "") for name in MODELS],
+        *[(name, "bnb_dora", [*TOWER, *PACKED], "") for name in ("gemma3", "qwen3_vl")],
+        *slow([("qwen2_5_vl", "bnb_dora", [*TOWER, *PACKED], "")]),
         *slow(
             (name, *case)
             for name in MODELS
