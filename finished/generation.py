@@ -24,7 +24,15 @@ from data.image_files import ImageFiles
 from data.reading import ReadingOptions, find_format
 from data.stop_ids import collect_stop_ids
 from files.config_parts import eos_token_id, text_config
-from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
+from finished.finished_run import (
+    Run,
+    load_model,
+    load_tokenizer,
+    open_base,
+    open_run,
+    read_run_image_format,
+    set_adapter,
+)
 from finished.prompt_images import PromptImages, read_image_arguments, without_dataset_option
 from finished.prompt_template import (
     Answer,
@@ -40,7 +48,6 @@ from models.lora import adapters_off
 from options.data_files import file_suffix
 from options.errors import UserError
 from options.generate import Sampling
-from training.run_images import read_image_format
 
 BASE = "base"
 
@@ -112,7 +119,7 @@ def make_template(
             ) from None
         name, markers = format_name, list(GUANACO_MARKERS)
     empty_thinking = {"auto": run.config.empty_thinking, "true": "auto", "false": "prompt"}[thinking]
-    images = read_prompt_images(run, image_folder)
+    images = PromptImages(*read_run_image_format(run), ImageFiles(image_folder))
     context = RenderContext(tokenizer, markers, run.config.chat_date, empty_thinking, images.placeholder)
     if thinking != "auto" and not (name == "chat" and context.chat.shows_empty_thought()):
         raise UserError(
@@ -131,15 +138,6 @@ def make_template(
         except UserError as e:
             raise UserError(f"--system: has no effect on {run.folder}: {e}") from None
     return template
-
-
-def read_prompt_images(run: Run, image_folder: str | None) -> PromptImages:
-    """Return how the prompts of a run show images. image_folder: --image_folder. Raises UserError."""
-    files = ImageFiles(image_folder)
-    if not run.config.has_images:
-        return PromptImages(None, f"{run.folder} was trained on texts, and takes no image", files)
-    image_format, reason = read_image_format(run.config, run.model_config, run.family, run.base)
-    return PromptImages(image_format, reason, files)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from finished.finished_run import open_run
 from finished.prompt_template import Answer
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import write_random_run
-from tests.helpers.image_folders import write_gemma_folder, write_gemma_model
+from tests.helpers.image_folders import write_gemma_folder, write_talkative_gemma
 from tests.helpers.images import TEMPLATE, write_image
 from tests.helpers.pictures import draw
 from tests.helpers.runs import dense_state, transformers_model
@@ -33,9 +33,7 @@ ASKED = ["--max_new_tokens", str(NEW), "--repetition_penalty", str(PENALTY)]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny Gemma 3 with a chat template, whose sliding layers see 16 tokens."""
-    folder = write_gemma_model(tmp_path_factory.mktemp("gemma") / "model")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return write_talkative_gemma(tmp_path_factory.mktemp("gemma") / "model", TEMPLATE)
 
 
 @pytest.fixture(scope="module")
