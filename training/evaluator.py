@@ -31,6 +31,7 @@ from files.names import BEST, SCORE
 from launch.ranks import RankInfo
 from models.family import longrope_threshold
 from monitoring.metrics import Meter, Metrics
+from monitoring.sample_images import write_copies
 from monitoring.tracking import NoTracker
 from options.errors import describe
 from training.evaluation import (
@@ -232,7 +233,7 @@ class Evaluator:
             texts.append((prompt.text, text))
             line = {"step": step, "prompt": prompt.text, "text": text}
             line |= {"reference": prompt.answer} if prompt.answer else {}
-            line |= {"images": [ref.label for ref in prompt.images]} if prompt.images else {}
+            line |= {"images": write_copies(self.folder, prompt.images)} if prompt.images else {}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
             self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {cut_repetition(text)!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)

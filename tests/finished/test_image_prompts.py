@@ -12,7 +12,9 @@ import peft
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
+import export
 import generate
 from finished import generation
 from finished.finished_run import open_run
@@ -87,7 +89,7 @@ def peft_answers(model, args, run, one_rank, tmp_path_factory):
     tuned = peft.PeftModel.from_pretrained(base, run).eval()
     _, processor = write_gemma_folder(tmp_path_factory.mktemp("processor"))
 
-    def generate_text(text: str, paths) -> str:
+    def generate_text(model, text: str, paths) -> str:
         images = [[Image.open(path).convert("RGB") for path in paths]] if paths else None
         inputs = processor(
             text=[text], images=images, return_tensors="pt", add_special_tokens=False,
@@ -95,7 +97,7 @@ def peft_answers(model, args, run, one_rank, tmp_path_factory):
         )  # fmt: skip
         start = inputs["input_ids"].shape[1]
         with torch.no_grad():
-            out = tuned.generate(
+            out = model.generate(
                 **inputs, max_new_tokens=NEW, do_sample=False, use_cache=False,
                 repetition_penalty=PENALTY, pad_token_id=0,
             )  # fmt: skip
@@ -103,9 +105,10 @@ def peft_answers(model, args, run, one_rank, tmp_path_factory):
 
     def peft_answers(text: str, paths) -> list[str]:
         with tuned.disable_adapter():
-            base_answer = generate_text(text, paths)
-        return [base_answer, generate_text(text, paths)]
+            base_answer = generate_text(tuned, text, paths)
+        return [base_answer, generate_text(tuned, text, paths)]
 
+    peft_answers.generate_text = generate_text
     return peft_answers
 
 
@@ -138,6 +141,16 @@ def test_answers_are_those_of_peft(run, pictures, ask, peft_answers):
     [none] = ask(run, "--prompt", QUESTION, *ASKED)
     assert texts_of(none) == peft_answers(as_asked(QUESTION), [])
     assert len({*texts_of(both), *texts_of(none)}) == 4
+
+
+def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, tmp_path):
+    """transformers loads it with its vision parts, in which the adapters of the tower are merged."""
+    assert (
+        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+    )
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    text = as_asked(MARKED + QUESTION)
+    assert peft_answers.generate_text(merged, text, pictures[:1]) == peft_answers(text, pictures[:1])[1]
 
 
 @pytest.fixture

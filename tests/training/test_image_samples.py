@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
+import re
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import generate
@@ -73,7 +77,20 @@ def test_samples_are_the_answers_of_generate(trained, capsys):
         assert found == [line["answers"][model]["text"] for line in asked]
     assert len({sample["text"] for sample in samples}) > 5
     assert [sample["reference"] for sample in samples[:2]] == ["It is 0.", "It is 1."]
-    assert samples[1]["images"] == ["1.png 41x30", "2.png 42x30"] and "images" not in samples[2]
+    assert [image["label"] for image in samples[1]["images"]] == ["1.png 41x30", "2.png 42x30"]
+    assert "images" not in samples[2]
+    copies = {image["copy"] for sample in samples for image in sample.get("images", ())}
+    assert copies == {path.name for path in (folder / "sample_images").iterdir()} and len(copies) == 3
+    pictures = re.findall(
+        r'<img src="data:image/jpeg;base64,([^"]*)" alt="(\d)', (folder / "report.html").read_text()
+    )
+    assert [number for _, number in pictures] == ["0", "1", "2", "2", "1"]
+    with (
+        Image.open(io.BytesIO(base64.b64decode(pictures[2][0]))) as copy,
+        Image.open(rows.parent / "2.png") as own,
+    ):
+        difference = torch.tensor(list(copy.tobytes())).float() - torch.tensor(list(own.tobytes())).float()
+    assert copy.size == own.size and difference.abs().mean() < 60
 
 
 def test_evaluation_is_that_of_the_command(trained, capsys, tmp_path):
