@@ -183,7 +183,20 @@ def read_prompts(path: Path) -> list[Prompt]:
     if suffix not in JSON_LINES:
         return [Prompt(origin, line.rstrip("\r")) for origin, line in lines]
     folder = os.path.dirname(os.path.abspath(path))
-    return [Prompt(origin, _parse_row(origin, line), folder=folder) for origin, line in lines]
+    rows = (Prompt(origin, _parse_row(origin, line), folder=folder) for origin, line in lines)
+    return [prompt for row in rows for prompt in _explode(row)]
+
+
+def _explode(prompt: Prompt) -> list[Prompt]:
+    """Return a prompt for each question of a row with a list `questions`, as training reads it."""
+    row = prompt.content
+    if not isinstance(row, dict) or not isinstance(row.get("questions"), list):
+        return [prompt]
+    others = {name: value for name, value in row.items() if name not in ("questions", "answers")}
+    return [
+        replace(prompt, origin=f"{prompt.origin} question {i}", content={**others, "question": question})
+        for i, question in enumerate(row["questions"], 1)
+    ]
 
 
 def _parse_row(origin: str, line: str) -> str | dict:

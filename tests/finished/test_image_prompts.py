@@ -135,9 +135,10 @@ def test_answers_are_those_of_peft(run, pictures, ask, peft_answers):
     assert texts_of(placed) == peft_answers(as_asked(f"A{MARKED}b?"), [one])
     inputs = {"image": "0.png", "question": QUESTION}
     file = one.parent / "asked.jsonl"
-    file.write_text(json.dumps(inputs) + "\n" + json.dumps(messages_of(one)) + "\n")
+    grouped = {"image": "0.png", "questions": [QUESTION] * 2, "answers": ["No.", "Yes."]}
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in (inputs, messages_of(one), grouped)))
     rows = ask(run, "--prompts", file, *ASKED)
-    assert [texts_of(row) for row in rows] == [peft_answers(as_asked(MARKED + QUESTION), [one])] * 2
+    assert [texts_of(row) for row in rows] == [peft_answers(as_asked(MARKED + QUESTION), [one])] * 4
     [none] = ask(run, "--prompt", QUESTION, *ASKED)
     assert texts_of(none) == peft_answers(as_asked(QUESTION), [])
     assert len({*texts_of(both), *texts_of(none)}) == 4
@@ -146,7 +147,8 @@ def test_answers_are_those_of_peft(run, pictures, ask, peft_answers):
 def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, tmp_path):
     """transformers loads it with its vision parts, in which the adapters of the tower are merged."""
     assert (
-        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "merged"), "--dtype", "float32"])
+        == 0
     )
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     text = as_asked(MARKED + QUESTION)
