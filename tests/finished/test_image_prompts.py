@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import evaluate
 import export
 import generate
 from finished import generation
@@ -202,6 +203,24 @@ def test_rows_of_prompts_whose_images_are_wrong(run, runs, pictures, refused, tm
     assert "--image_folder: has no effect" in refused(run, "--prompt", "Hi", "--image_folder", none)
     found = refused(runs[0], "--prompts", file, "--image_folder", pictures[0].parent)
     assert "ask.jsonl:1: has an image:" in found and "takes no image" in found
+
+
+def test_rows_to_score_whose_images_are_wrong(run, runs, pictures, capsys, tmp_path):
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"image": "0.png", "question": QUESTION, "answer": "No."}))
+    for folder, options, words in (
+        (
+            runs[0],
+            [],
+            f"has an image, but the model takes texts only; name a model with images by --model_name"
+            f", or leave the column or part out; {runs[0]} was trained on texts, and takes no image",
+        ),
+        (run, [], "image 0.png: no such file in"),
+        (run, ["--image_folder", tmp_path / "none"], "no such folder"),
+    ):
+        assert evaluate.main([*map(str, [folder, "--dataset", file, *options])]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: --") and words in err and err.count("\n") == 1
 
 
 def test_a_run_with_images_and_one_without_share_no_base(runs, refused, monkeypatch):
