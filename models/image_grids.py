@@ -78,6 +78,20 @@ def text_inputs(config: Any, images: ImageBatch, features: ImageFeatures, inputs
     return inputs | {"position_ids": positions}
 
 
+def forward_inputs(images: ImageBatch, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments of transformers' forward (Vision.forward_inputs), which reads the grids.
+
+    By mm_token_type_ids it makes the positions of three axes.
+    """
+    grids = torch.tensor([(1, *grid) for grid in images.grids])
+    kinds = (images.owners > 0).int()
+    return {
+        "pixel_values": pixels,
+        "image_grid_thw": send(grids, pixels.device),
+        "mm_token_type_ids": kinds,
+    }
+
+
 def rotary_buffers(rotary_class: Any, config: Any) -> dict[str, torch.Tensor]:
     """Return the frequencies of the tower's rotary embedding, and their copy. config: the wrapper's."""
     frequencies, _ = rotary_class.compute_axial_rope_parameters(config.vision_config)

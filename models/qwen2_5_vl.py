@@ -24,7 +24,7 @@ from transformers.vision_utils import get_vision_window_index
 from data.image_batches import ImageBatch
 from models import qwen2
 from models.family import wrap_family
-from models.image_grids import grid_inputs, rotary_buffers, send, text_inputs
+from models.image_grids import forward_inputs, grid_inputs, rotary_buffers, send, text_inputs
 from models.image_settings import read_patch_images
 from models.vision import ImageFeatures, Vision
 
@@ -67,6 +67,7 @@ VISION = Vision(
     linears=("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     projector=("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
     embed=embed_images,
+    forward_inputs=forward_inputs,
     read_format=read_patch_images,
     constant_buffers=partial(rotary_buffers, Qwen2_5_VLVisionRotaryEmbedding),
     text_inputs=text_inputs,

@@ -24,7 +24,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from data.image_batches import ImageBatch
 from models import image_grids, qwen3
 from models.family import wrap_family
-from models.image_grids import grid_inputs, rotary_buffers, send
+from models.image_grids import forward_inputs, grid_inputs, rotary_buffers, send
 from models.image_settings import read_patch_images
 from models.vision import ImageFeatures, Vision
 
@@ -84,6 +84,7 @@ VISION = Vision(
     linears=("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     projector=tuple(f"{merger}.{linear}" for merger in MERGERS for linear in ("linear_fc1", "linear_fc2")),
     embed=embed_images,
+    forward_inputs=forward_inputs,
     read_format=read_patch_images,
     constant_buffers=partial(rotary_buffers, Qwen3VLVisionRotaryEmbedding),
     text_inputs=text_inputs,

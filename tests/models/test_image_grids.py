@@ -68,6 +68,6 @@ def test_the_host_reads_nothing_of_the_device(implementation, name, checkpoints,
     rows = padded(ROWS, of=of) if implementation == CAUSAL else packed([[0, 1], [2, 3, 4]], of)
     batch, images = rows.batch.to(META), rows.images.map_tensors(lambda tensor: tensor.to(META))
     given = {key: value for key, value in batch.model_inputs().items() if key != "row_lengths"}
-    inputs = model.image_inputs(images, **given)
+    inputs, _ = model.image_inputs(images, None, **given)
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     assert hidden.shape[:2] == batch.ids.shape

@@ -109,6 +109,26 @@ def test_loss_and_gradients_are_pefts(name, train_type, vision, checkpoints, alp
         assert_equal_gradients(our_gradients, gradients)
 
 
+def logits_both_ways(rank_info, args, of: TinyModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of a row with two images, of our forward and of transformers'."""
+    job, model = set_up(rank_info, args)
+    model.eval().set_attn_implementation(job.family.attention)
+    rows = padded([1], of=of)
+    ids = rows.batch.ids
+    with torch.no_grad():
+        ours = model(input_ids=ids, images=rows.images).logits
+        theirs = model(input_ids=ids, use_cache=False, **model.generation_inputs(rows.images)).logits
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", *slow(["gemma3", "qwen2_5_vl"])])
+def test_transformers_forward_takes_the_images(name, checkpoints, alpaca_file, one_rank):
+    """As generation does it: its own masks, positions and places of features."""
+    args = args_for(checkpoints(MODELS[name].kind), alpaca_file, "lora", *IMAGES)
+    ours, theirs = one_rank(logits_both_ways, args, MODELS[name])[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def losses_of_texts(rank_info, args, of: TinyModel) -> tuple[float, float]:
     """Return the losses of a row without images, twice in a pack, and twice alone."""
     job, model = set_up(rank_info, args)
