@@ -126,13 +126,24 @@ def read_config(folder: Path, images: bool = False) -> tuple[PretrainedConfig, F
             f"{folder}/{CONFIG}: text_config has the model_type {text!r}; in {config.model_type} known:"
             f" {', '.join(family.text_types)}"
         )
-    if images and family.vision is None:
+    return config, with_images(family, config.model_type, f"{folder}/{CONFIG}") if images else family
+
+
+def with_images(family: Family, model_type: str, where: str) -> Family:
+    """Return the family with its vision parts. Raises UserError if it has none.
+
+    Args:
+        family: of the model.
+        model_type: its name in FAMILIES.
+        where: what says so, for the message.
+    """
+    if family.vision is None:
         with_vision = ", ".join(name for name, known in FAMILIES.items() if known.vision)
         raise UserError(
-            f"{folder}/{CONFIG}: {config.model_type} is trained on text alone, and the rows have images;"
+            f"{where}: {model_type} is trained on text alone, and the rows have images;"
             f" trained with images: {with_vision}"
         )
-    return config, family.with_images() if images else family
+    return family.with_images()
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
