@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from files.names import INDEX, PROCESSOR_FILES
 from files.tensors import write_header
-from models.registry import FAMILIES, build_on_meta
+from models.registry import build_on_meta, family_of
 from models.shapes import SHAPES, Gemma3Shape
 
 SHARD_BYTES = 4 * 10**9
@@ -80,8 +80,7 @@ def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
     """Write a checkpoint of SHAPES[shape] with random weights; empty: sparse files in their place."""
     sizes = SHAPES[shape]
     config = sizes.model_config()
-    family = FAMILIES[config.model_type]
-    model = build_on_meta(config, family.with_images() if family.vision else family)
+    model = build_on_meta(config, family_of(config, images=isinstance(sizes, Gemma3Shape)))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,7 +20,7 @@ from training.batch_table import LARGEST_BATCH, SHORTEST_CONTEXT, BatchTable, ma
 from training.fitting import MOST_GPUS, Proposal, Search
 from training.image_plan import assume_images
 from training.machine import RESERVED_GIB, Machine, find_largest, fits
-from training.memory_changes import CONTEXT_STEP, as_arguments
+from training.memory_changes import PLANNED_CONTEXT_STEP, as_arguments
 from training.plan import Plan
 from training.plan_curve import MemoryCurve, trace_peak
 from training.planned_model import open_planned_model
@@ -93,7 +93,8 @@ def search_sizes(
     one_row, least = _split_batch(config), estimator.images.least_tokens if estimator.images else 1
     longest = longest_context(one_row, estimator, machine)
     if not longest:
-        default = min(max(Config.context_length, -(-least // CONTEXT_STEP) * CONTEXT_STEP), limit)
+        shortest = -(-least // PLANNED_CONTEXT_STEP) * PLANNED_CONTEXT_STEP
+        default = min(max(Config.context_length, shortest), limit)
         return _changes(config, one_row) | {"context_length": default}, None
 
     def estimate_batch(batch: int, tokens: int) -> MemoryEstimate:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.gpus import GPUS
 from launch.precision import Precision, choose_precision
 from models.adapters import apply_method
-from models.registry import FAMILIES, build_on_meta
+from models.registry import build_on_meta, family_of
 from models.shapes import SHAPES, Gemma3Shape, Shape, Tower
 from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
@@ -34,8 +34,9 @@ FP16 = "fp16_autocast"
 
 def parts(shape: Gemma3Shape, options: str, precision: str, images: bool = True) -> tuple:
     """Return (meta model, family, options, dtypes, headers) of a run on a shape."""
-    family = FAMILIES["gemma3"].with_images() if images else FAMILIES["gemma3"]
-    model = build_on_meta(shape.model_config(), family)
+    model_config = shape.model_config()
+    family = family_of(model_config, images)
+    model = build_on_meta(model_config, family)
     stored = {
         name: SimpleNamespace(shape=tuple(p.shape), dtype=torch.bfloat16, torch_dtype=torch.bfloat16, file="")
         for name, p in model.named_parameters()
