@@ -75,14 +75,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def write_rows(folder: Path, count: int, side: int, text_tokens: int) -> Path:
     """Write so many JPEGs and rows, which the byte tokenizer makes `text_tokens` long beside their image."""
     generator, path = np.random.default_rng(0), folder / "rows.jsonl"
-    answer = "x" * (text_tokens // 2)
-    question = "y" * max(text_tokens - len(answer) - FRAME_TOKENS, 1)
     lines = []
     for i in range(count):
         name = f"{i}.jpg"
         coarse = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
         coarse.resize((side, side)).save(folder / name)
-        lines.append(json.dumps({"image": name, "question": question, "answer": answer}))
+        lines.append(json.dumps({"image": name, "text": "x" * text_tokens}))
     path.write_text("\n".join(lines) + "\n")
     return path
 
