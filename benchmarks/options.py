@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import WARMUP_STEPS
 from files.disk_room import check_writable
-from models.shapes import SHAPES
+from models.shapes import SHAPES, Shape
 from options.command_line import Command
 from options.config import FIELDS
 from options.declaration import option
@@ -87,7 +87,8 @@ class Options:
     """
 
     # fmt: off
-    shape: str = option("8b", "Runs", "8b takes 16 GB of disk, 70b 141 GB", choices=tuple(SHAPES))
+    shape: str = option("8b", "Runs", "8b takes 16 GB of disk, 70b 141 GB",
+        choices=tuple(name for name, shape in SHAPES.items() if isinstance(shape, Shape)))
     gpus: tuple[int, ...] = option((1,), "Runs", "GPUs of a run; without any, CPU processes. One number, or"
         " several: 1,2", convert=_parse_gpus)
     train_types: tuple[str, ...] = option(("qlora",), "Runs", f"of {', '.join(TRAIN_TYPES)}",

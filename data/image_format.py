@@ -58,6 +58,10 @@ class ImageFormat(ABC):
         """Return the number of tokens `token_id` in that text."""
 
     @abstractmethod
+    def count_pixels(self, width: int, height: int) -> int:
+        """Return the number of pixels to which an image of these pixels is resized."""
+
+    @abstractmethod
     def limit_side(self, side: int) -> ImageFormat:
         """Return the format with images of at most side x side pixels, for --image_size.
 

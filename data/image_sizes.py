@@ -48,6 +48,9 @@ class FixedImages(ImageFormat):
     def count_tokens(self, width: int, height: int) -> int:
         return self.n_tokens
 
+    def count_pixels(self, width: int, height: int) -> int:
+        return self.side**2
+
     def limit_side(self, side: int) -> ImageFormat:
         if side != self.side:
             raise UserError(
@@ -94,6 +97,9 @@ class PatchImages(ImageFormat):
     def count_tokens(self, width: int, height: int) -> int:
         new_width, new_height = self.choose_size(width, height)
         return (new_width // self._unit) * (new_height // self._unit)
+
+    def count_pixels(self, width: int, height: int) -> int:
+        return math.prod(self.choose_size(width, height))
 
     def limit_side(self, side: int) -> ImageFormat:
         if side < self._unit:

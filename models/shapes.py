@@ -1,4 +1,4 @@
-"""Named shapes of Llama's architecture, for plans and measurements without a download."""
+"""Named shapes of models, for plans and measurements without a download."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import Gemma3Config, LlamaConfig
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model.
+    """Sizes of one model of Llama's architecture.
 
     Attributes:
         hidden: features of a token.
@@ -60,9 +60,103 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a SigLIP tower, which makes an embedding of each patch of an image.
+
+    Attributes:
+        hidden: features of a patch.
+        mlp: features within the MLP.
+        layers: blocks.
+        heads: attention heads.
+        side: pixels of an image's side.
+        patch: pixels of a patch's side.
+    """
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    side: int
+    patch: int
+
+    def parameters(self) -> int:
+        """Count the weights: patches and positions, blocks with biases and two norms, and a final norm."""
+        embeddings = self.hidden * (3 * self.patch**2 + 1 + (self.side // self.patch) ** 2)
+        attention, mlp = 4 * self.hidden * (self.hidden + 1), 2 * self.hidden * self.mlp
+        block = attention + mlp + self.mlp + self.hidden + 4 * self.hidden
+        return embeddings + self.layers * block + 2 * self.hidden
+
+
+@dataclass(frozen=True)
+class Gemma3Shape:
+    """Sizes of a Gemma 3 that takes images.
+
+    Attributes:
+        text: of the text model, whose head is the embedding.
+        head_dim: features of an attention head.
+        tower: of the vision tower.
+        image_tokens: tokens of an image.
+    """
+
+    text: Shape
+    head_dim: int
+    tower: Tower
+    image_tokens: int = 256
+
+    def parameters(self) -> int:
+        """Count the weights: a layer has four norms, and one each of queries and keys."""
+        text, width = self.text, self.head_dim
+        attention = 2 * text.hidden * width * (text.heads + text.kv_heads)
+        layer = attention + 3 * text.hidden * text.mlp + 4 * text.hidden + 2 * width
+        projector = self.tower.hidden * (text.hidden + 1)
+        vocabulary = text.vocabulary * text.hidden
+        return text.layers * layer + vocabulary + text.hidden + projector + self.tower.parameters()
+
+    def model_config(self) -> Gemma3Config:
+        """Return transformers' config of a model of this shape, in bf16."""
+        from transformers import Gemma3Config  # slow to import, and not needed to list the shapes
+
+        text, tower = self.text, self.tower
+        return Gemma3Config(
+            text_config={
+                "hidden_size": text.hidden,
+                "intermediate_size": text.mlp,
+                "num_hidden_layers": text.layers,
+                "num_attention_heads": text.heads,
+                "num_key_value_heads": text.kv_heads,
+                "head_dim": self.head_dim,
+                "query_pre_attn_scalar": self.head_dim,
+                "sliding_window": 1024,
+                "vocab_size": text.vocabulary,
+                "max_position_embeddings": text.context,
+                "bos_token_id": 256,
+                "eos_token_id": 257,
+                "pad_token_id": 0,
+                "dtype": "bfloat16",
+            },
+            vision_config={
+                "hidden_size": tower.hidden,
+                "intermediate_size": tower.mlp,
+                "num_hidden_layers": tower.layers,
+                "num_attention_heads": tower.heads,
+                "image_size": tower.side,
+                "patch_size": tower.patch,
+                "vision_use_head": False,
+                "dtype": "bfloat16",
+            },
+            mm_tokens_per_image=self.image_tokens,
+            boi_token_index=258,
+            image_token_index=259,
+            eoi_token_index=260,
+            dtype="bfloat16",
+            architectures=["Gemma3ForConditionalGeneration"],
+        )
+
+
 # 1b and 3b: Llama 3.2; 7b and 13b: Llama 2; 8b and 70b: Llama 3; 405b: Llama 3.1. 14b and 32b: Qwen2.5's
-# instruct models without their biases; their base models have 131,072 tokens.
-SHAPES = {
+# instruct models without their biases; their base models have 131,072 tokens. gemma3-4b is google/gemma-3-4b.
+SHAPES: dict[str, Shape | Gemma3Shape] = {
     "tiny": Shape(64, 160, 4, 4, 2, 300, 8192),
     "1b": Shape(2048, 8192, 16, 32, 8, 128256, 131072),  # with a head of its own
     "3b": Shape(3072, 8192, 28, 24, 8, 128256, 131072, tied=True),
@@ -73,4 +167,10 @@ SHAPES = {
     "32b": Shape(5120, 27648, 64, 40, 8, 152064, 32768),
     "70b": Shape(8192, 28672, 80, 64, 8, 128256, 8192),
     "405b": Shape(16384, 53248, 126, 128, 8, 128256, 131072),
+    "tiny-gemma3": Gemma3Shape(
+        Shape(64, 160, 4, 4, 2, 300, 8192, tied=True), 16, Tower(32, 48, 2, 2, 28, 7), 4
+    ),
+    "gemma3-4b": Gemma3Shape(
+        Shape(2560, 10240, 34, 8, 4, 262208, 131072, tied=True), 256, Tower(1152, 4304, 27, 16, 896, 14)
+    ),
 }

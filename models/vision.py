@@ -94,6 +94,16 @@ class Vision:
             for i in range(len(modules)):
                 yield f"{path}.{i}.{rest}"
 
+    def unit_of(self, name: str) -> str:
+        """Return the FSDP unit, a block or a part, of a tensor or module of the vision parts.
+
+        Raises StopIteration for another name.
+        """
+        below = name.removeprefix(f"{self.blocks}.")
+        if below != name:
+            return f"{self.blocks}.{below.partition('.')[0]}"
+        return next(part for part in self.parts if name.startswith(f"{part}."))
+
     def is_trained(self, model: nn.Module) -> bool:
         """Return whether a parameter of the parts is trained."""
         parts = (model.get_submodule(part) for part in self.parts)

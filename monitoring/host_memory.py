@@ -8,6 +8,7 @@ from launch.precision import Precision
 from models.loss import LOGITS_BYTES
 from monitoring.layer_memory import is_compiled
 from monitoring.sizes import RunSizes, optimizer_state_bytes, round_up_to_power
+from monitoring.vision_memory import pixel_bytes
 from options.config import Config
 from options.strategies import shards_of
 
@@ -40,9 +41,14 @@ def host_bytes(
         peak: bytes that a rank's tensors take at the peak of a step; on a CPU they are host memory too.
         cpus: CPUs of a rank: as many processes compile for it.
     """
+    # A step's pixels are decoded while those of two others are in use, or wait for it (data/prefetch.py).
+    micro_batch, accumulation = pixel_bytes(config, sizes.pixels), config.gradient_accumulation_steps
     if gpu is None:
-        return LAUNCHER_BYTES + config.world_size * (CPU_RANK_BYTES + peak)
+        pixels = 3 * accumulation * micro_batch
+        return LAUNCHER_BYTES + config.world_size * (CPU_RANK_BYTES + peak + pixels)
     rank = RANK_BYTES + sizes.page_locked
+    if micro_batch:  # page-locked but for the step that is decoded
+        rank += accumulation * (micro_batch + 2 * round_up_to_power(micro_batch))
     if not config.use_cpu_offload:  # which releases them before it page-locks the weights
         rank += BUFFER_BYTES
     compiled = is_compiled(config, sizes.widths, gpu)

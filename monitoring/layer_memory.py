@@ -48,6 +48,8 @@ class LayerWidths:
         window: tokens of a sliding window; 0 without.
         compiles: whether --compile auto compiles the layers.
         passes_row_bounds: whether packed rows need no masks where the variable-length kernel runs.
+        sees_whole_image: whether the tokens of an image see each other both ways (Gemma 3). That takes masks
+            where the kernel does not run.
         passes_window: whether a sliding window needs no masks there.
     """
 
@@ -71,6 +73,7 @@ class LayerWidths:
     window: int = 0
     compiles: bool = True
     passes_row_bounds: bool = True
+    sees_whole_image: bool = False
     passes_window: bool = True
 
 
@@ -79,6 +82,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     config, layers = text_config(model.config), family.decoder_layers(model)
     layer = next(filter(_has_experts, layers), layers[0])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    vision = family.built_vision()
     names = [name for name, _ in layer.named_modules()]
     norms = sum("norm" in name for name, _ in layer.named_children())
     experts = getattr(config, "num_experts_per_tok", 0) if _has_experts(layer) else 0
@@ -104,6 +108,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         window=getattr(config, "sliding_window", None) or 0,
         compiles=family.compiles,
         passes_row_bounds=family.passes_row_bounds,
+        sees_whole_image=bool(vision and vision.sees_whole_image),
         passes_window=family.passes_window,
     )
 
@@ -268,19 +273,31 @@ def _takes_grouped_heads(precision: Precision, gpu: Gpu | None) -> bool:
 
 
 def mask_bytes(
-    config: Config, precision: Precision, widths: LayerWidths, gpu: Gpu | None, tokens: int
+    config: Config,
+    precision: Precision,
+    widths: LayerWidths,
+    gpu: Gpu | None,
+    tokens: int,
+    has_images: bool = False,
 ) -> int:
     """Return the bytes of attention's masks [B, 1, T, T]: one of each kind of layer, and one as a bias.
 
-    Only eager attention has them and, where the variable-length kernel does not run, packed rows and
-    windows shorter than a sequence.
+    Only eager attention has them and, where the variable-length kernel does not run, packed rows, windows
+    shorter than a sequence, and images whose tokens see each other.
+
+    Args:
+        config, precision, widths, gpu: as for `layer_memory`.
+        tokens: T.
+        has_images: whether a sequence may have images.
     """
     has_window = 0 < widths.window < tokens
     # The kernel runs on the GPUs, and in the dtypes, in which others take grouped heads.
     has_kernel = _takes_grouped_heads(precision, gpu) and not widths.drops_scores
     has_kernel = has_kernel and (widths.passes_row_bounds or not config.packing)
     has_kernel = has_kernel and (widths.passes_window or not widths.window)
-    if not widths.is_eager and (has_kernel or not (config.packing or has_window)):
+    marks_images = has_images and widths.sees_whole_image
+    if not widths.is_eager and (has_kernel or not (config.packing or has_window or marks_images)):
         return 0
-    kinds = 2 if widths.window else 1
+    # Masks with images are ours (models/image_attention.py): both kinds share one that no window cuts.
+    kinds = 2 if has_window or (widths.window and not marks_images) else 1
     return config.batch_size * tokens**2 * (kinds + precision.matmul_dtype.itemsize)

@@ -19,6 +19,7 @@ from models.loss import HIDDEN_BYTES, LOGITS_BYTES, TILE
 from monitoring.host_memory import host_bytes
 from monitoring.layer_memory import LayerMemory, is_compiled, layer_memory, mask_bytes
 from monitoring.sizes import RunSizes, optimizer_state_bytes
+from monitoring.vision_memory import vision_memory
 from options.config import Config
 from options.strategies import STRATEGIES, shards_of
 from parallel.optimizers import UNPAGED
@@ -96,7 +97,8 @@ def estimate_memory(
         tokens=sizes.tokens,
         branches=sizes.branches,
     )
-    masks = mask_bytes(config, precision, sizes.widths, gpu, sizes.tokens)
+    masks = mask_bytes(config, precision, sizes.widths, gpu, sizes.tokens, sizes.pixels > 0)
+    images = vision_memory(config, precision, sizes.vision, sizes.pixels)
     saved, waiting = _saved_bytes(config, precision, sizes, layer)
     rows = config.batch_size * sizes.tokens
     # The last norm's input and the gradient of the hidden states, which the loss forms.
@@ -107,21 +109,27 @@ def estimate_memory(
     # With --no_sync FSDP reduces them only in the last one; until then `kept` has them.
     holds_gradients = config.gradient_accumulation_steps > 1 and not (config.no_sync and shared.reduced)
     accumulated = shared.gradients if holds_gradients else 0
-    before = shared.resident + shared.kept + masks + accumulated
+    before_masks = shared.resident + shared.kept + accumulated + images.held
+    before = before_masks + masks
     after_forward = before + saved + ends + vocabulary_gradient
     forward = max(
         after_forward + loss,
         before + saved + waiting + layer.forward + shared.unit if config.use_gradient_checkpointing else 0,
+        # The vision parts run after the embedding, and before the masks are made.
+        before_masks + layer.input + shared.unit + images.forward,
     )
     one_layer = layer.backward if config.use_gradient_checkpointing else layer.last_backward
     one_layer = shared.unit + max(one_layer + shared.unit_gradients, shared.reduced)
     growing = shared.gradients - accumulated
+    of_images = shared.unit + max(images.backward + shared.unit_gradients, shared.reduced)
+    of_images = of_images if images.backward else 0
     own = _vocabulary_backward_bytes(config, precision, sizes)
     backward = max(
         after_forward + (2 if shared.reduced else 1.5) * vocabulary_gradient,  # the head's gradient
         before + saved + waiting + one_layer,  # the last layer
         before + growing + layer.input + one_layer - own.gradient,  # the first layer
         before + growing + layer.input + own.extra,  # the embedding
+        before + growing + layer.input + of_images,
     )
     after_load, after_backward = shared.weights, shared.resident + shared.gradients
     step = after_backward + _update_ratio(config) * shared.gradients
@@ -164,7 +172,7 @@ def _shared_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gp
     elif shards > 1:
         ahead = unit  # the next unit's gathered bytes
     keeps = shards > 1 and not strategy.reshard_after_forward
-    kept = unit * sizes.layers if keeps else 0.0
+    kept = unit * sizes.layers + (sizes.vision.weights if sizes.vision else 0) if keeps else 0.0
     if is_wrapped and config.no_sync and config.gradient_accumulation_steps > 1:
         kept += trained  # gradients that are not reduced yet
     unit_gradients = sizes.trained_unit * ratio if is_wrapped else 0

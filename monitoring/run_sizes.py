@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
@@ -16,8 +17,10 @@ from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.adapters import target_linears
 from models.family import Family
+from models.vision_parts import vision_targets
 from monitoring.layer_memory import layer_widths
 from monitoring.sizes import RunSizes, round_up_to_power
+from monitoring.vision_memory import VisionSizes
 from monitoring.weight_memory import (
     PlannedParameter,
     host_parameters,
@@ -41,6 +44,7 @@ def run_sizes(
     precision: Precision,
     files: WeightHeaders,
     tokens: int,
+    pixels: int = 0,
 ) -> RunSizes:
     """Return the sizes that determine the memory of a run with the options `config`; loads no weights.
 
@@ -51,16 +55,19 @@ def run_sizes(
         precision: dtypes of frozen and trained weights.
         files: shapes of the weights, and which of them are packed already.
         tokens: T, tokens of the longest sequence: a row or, with --packing, a pack.
+        pixels: of the resized images of the sequence that has most of them (data/fullest_images.py).
     """
     planned = plan_parameters(model, family, config, precision, files)
     vocabulary = [p for p in planned if p.name in vocabulary_weights(family)]
-    in_layers = [(place, p) for p in planned if (place := family.locate_layer(p.name))[0] is not None]
     units, trained_units = Counter[tuple](), Counter[tuple]()
-    for (layer, name), parameter in in_layers:
-        unit = layer, _sublayer(name, family) if config.wrap_policy == "sublayer" else ""
-        units[unit] += parameter.nbytes()
-        trained_units[unit] += parameter.nbytes() * (parameter.kind == "trained")
-    trained_layers = [layer for (layer, _), n_bytes in trained_units.items() if n_bytes]
+    for parameter in planned:
+        if (unit := _unit_of(parameter.name, family, config)) is not None:
+            units[unit] += parameter.nbytes()
+            trained_units[unit] += parameter.nbytes() * (parameter.kind == "trained")
+    trained_layers = [layer for (layer, _), n_bytes in trained_units.items() if n_bytes and layer is not None]
+    vision = _vision_sizes(model, family, config, planned)
+    # Through the embeddings of images, backward goes on to the vision parts.
+    reaches_all = _trains_embedding(vocabulary) or bool(vision and vision.is_trained)
     layers = len(family.decoder_layers(model))
     on_host = host_parameters(planned, family, model.config.tie_word_embeddings)
     adapted = target_linears(model, family, config.lora_target_modules) if config.method.adapter else []
@@ -72,7 +79,7 @@ def run_sizes(
         tokens=tokens,
         vocabulary=text_config(model.config).vocab_size,
         layers=layers,
-        saved_layers=layers - (0 if _trains_embedding(vocabulary) else min(trained_layers, default=0)),
+        saved_layers=layers - (0 if reaches_all else min(trained_layers, default=0)),
         widths=layer_widths(model, family),
         branches=max(per_layer.values(), default=0),
         weights=weight_bytes(planned),
@@ -85,6 +92,53 @@ def run_sizes(
         page_locked=_page_locked_bytes(planned if config.use_cpu_offload else on_host, config),
         largest_tensor=largest.nbytes(),
         largest_in_file=math.prod(largest.shape) * _itemsize(files.tensors[largest.name]),
+        vision=vision,
+        pixels=pixels,
+    )
+
+
+def _unit_of(name: str, family: Family, config: Config) -> tuple[int | None, str] | None:
+    """Return (layer, part) of the FSDP unit of a tensor; the layer is None in the vision parts.
+
+    The result is None for the units of embedding, head and last norm.
+    """
+    vision = family.built_vision()
+    if vision and family.is_of_vision(name):
+        return None, vision.unit_of(name)
+    layer, below = family.locate_layer(name)
+    if layer is None:
+        return None
+    return layer, _sublayer(below, family) if config.wrap_policy == "sublayer" else ""
+
+
+def _vision_sizes(
+    model: PreTrainedModel, family: Family, config: Config, planned: Iterable[PlannedParameter]
+) -> VisionSizes | None:
+    """Return the sizes of a model's tower; None if the model is built without vision parts.
+
+    Args:
+        model: from build_on_meta, before a method changes it.
+        family: the model's family.
+        config: the run's options.
+        planned: the parameters of the model.
+    """
+    vision = family.built_vision()
+    if vision is None:
+        return None
+    tower = getattr(model.config, vision.config)
+    own = [p for p in planned if family.is_of_vision(p.name)]
+    targets = vision_targets(model, family, config) if config.method.adapter else []
+    of_blocks = Counter(vision.unit_of(name) for name in targets if name.startswith(f"{vision.blocks}."))
+    return VisionSizes(
+        hidden=tower.hidden_size,
+        mlp=tower.intermediate_size,
+        heads=getattr(tower, "num_attention_heads", None) or tower.num_heads,
+        blocks=len(vision.tower_blocks(model)),
+        patch=tower.patch_size,
+        weights=sum(p.nbytes() for p in own),
+        is_packed=any(p.kind == "codes" for p in own),
+        branches=max(of_blocks.values(), default=0),
+        is_trained=any(p.kind == "trained" for p in own),
     )
 
 

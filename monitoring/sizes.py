@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from launch.memory import format_bytes
 from monitoring.layer_memory import LayerWidths
+from monitoring.vision_memory import VisionSizes
 
 STATE_BYTES_8BIT = 2.03  # per trained weight: two 8-bit codes, and two fp32 scales for 256 weights
 
@@ -60,6 +61,8 @@ class RunSizes:
             --use_cpu_offload, all. torch rounds each tensor up to a power of two.
         largest_tensor: bytes of the largest weight that is not packed, in the dtype of the run.
         largest_in_file: bytes of the same in its file.
+        vision: of the vision tower; None if the model is built without.
+        pixels: of the resized images of the sequence that has most of them.
     """
 
     tokens: int
@@ -78,6 +81,8 @@ class RunSizes:
     page_locked: int
     largest_tensor: int
     largest_in_file: int
+    vision: VisionSizes | None = None
+    pixels: int = 0
 
 
 def round_up_to_power(n_bytes: int) -> int:

@@ -20,7 +20,9 @@ from files.weight_headers import WeightHeaders
 from launch.gpus import Gpu
 from launch.precision import Precision
 from models.family import Family
+from models.vision import Vision
 from monitoring.layer_memory import is_compiled, layer_widths
+from monitoring.vision_memory import pixel_bytes
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights
 from options.config import Config
 from options.strategies import STRATEGIES, shards_of
@@ -101,6 +103,7 @@ def step_traffic(
     tokens: int,
     targets: int | None = None,
     gpu: Gpu | None = None,
+    pixels: int = 0,
 ) -> Traffic:
     """Return the traffic of one optimizer step of a rank.
 
@@ -113,6 +116,7 @@ def step_traffic(
         tokens: T of each micro-batch, with padding.
         targets: learned tokens of a micro-batch of a rank; None: all of its B * T.
         gpu: the kind of the GPUs; None: CPU ranks, which have no memory but the host's.
+        pixels: of the resized images of a sequence.
     """
     planned = plan_parameters(model, family, config, precision, files)
     shards = shards_of(config)
@@ -131,7 +135,10 @@ def step_traffic(
     )
     units = list_units(planned, family, config, precision, tied)
     frozen = {p.name: p for p in planned if p.name in vocabulary_weights(family) and p.kind != "trained"}
+    if not pixels:  # in a micro-batch without an image the tower is not gathered
+        units = [unit for unit in units if not family.is_of_vision(unit.parameters[0].name)]
     micro_batch = step.gathers(units) + step.vocabulary(frozen, family)
+    micro_batch += Traffic(to_gpu=pixel_bytes(config, pixels) if gpu else 0)
     micro_batch += step.activations(_count_backward_layers(planned, family))
     syncs = 1 if config.no_sync else config.gradient_accumulation_steps
     return micro_batch * config.gradient_accumulation_steps + step.gradients(units) * syncs
@@ -153,14 +160,17 @@ def list_units(
     planned = list(planned)
     trains_head = any(p.name == head and p.kind == "trained" for p in planned)
     inner = family.sublayers if config.wrap_policy == "sublayer" else ()
+    vision = family.built_vision()
     units: dict[tuple, Unit] = {}
     for p in planned:
         layer, name = family.locate_layer(p.name)
         if p.name in (embedding, head) and p.kind != "trained":
             continue
-        if layer is not None:
+        if vision and family.is_of_vision(p.name):
+            key: tuple = (0, *_place_in_tower(p.name, vision))  # between embedding and layers
+        elif layer is not None:
             part = next((i for i, each in enumerate(inner) if name.startswith(f"{each}.")), len(inner))
-            key: tuple = (1, layer, part)
+            key = (1, layer, part)
         else:
             with_head = p.name == head or (trains_head and p.name == f"{family.head}.bias")
             key = (3,) if tied else (0,) if p.name == embedding else (2,) if with_head else (3,)
@@ -179,13 +189,21 @@ def list_units(
     return ordered
 
 
+def _place_in_tower(name: str, vision: Vision) -> tuple[int, int]:
+    """Return the place, in forward, of the unit of a tensor of the vision parts: blocks come first."""
+    unit = vision.unit_of(name)
+    if unit in vision.parts:
+        return 1, vision.parts.index(unit)
+    return 0, int(unit.rpartition(".")[2])
+
+
 def _count_backward_layers(planned: Iterable[PlannedParameter], family: Family) -> int:
     """Return the number of decoder layers that backward reaches: those from the first trained one on."""
     embedding, _ = vocabulary_weights(family)
     trained = [(p.name, family.locate_layer(p.name)[0]) for p in planned if p.kind == "trained"]
     count = 1 + max(i for p in planned if (i := family.locate_layer(p.name)[0]) is not None)
-    trains_embedding = any(name == embedding for name, _ in trained)
-    return count if trains_embedding else count - min(i for _, i in trained if i is not None)
+    reaches_all = any(name == embedding or family.is_of_vision(name) for name, _ in trained)
+    return count if reaches_all else count - min(i for _, i in trained if i is not None)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class PlanOptions:
         " compile; unset = 4 per rank", ge=1)
     new_blocks: int | None = option(None, "Plan", "number of new blocks of a Llama-Pro train type, for a"
         " model that block_expansion.py has not expanded yet", ge=1)
+    images_per_row: int | None = option(None, "Plan", "images of a row, for a model that takes images; a pack"
+        " has more, up to --images_per_pack; unset = 1 with --images true, else none", ge=1)
     curve: str | None = option(None, "Plan", "draw the peak against this, in the terminal and as a picture",
         choices=("context", "batch"))
     curve_file: Path | None = option(None, "Plan", "file of that picture, .png, .pdf or .svg; unset ="
@@ -99,6 +101,10 @@ def parse(argv: list[str]) -> Request:
     file = own.get("curve_file")
     if file and file.suffix.lower() not in PICTURES:
         raise UserError(f"--curve_file {file}: must end in one of {', '.join(PICTURES)}")
+    if "images_per_row" in own:
+        if given.get("images") == "false":
+            raise UserError("--images_per_row: contradicts --images false; leave one of them out")
+        given["images"] = "true"  # as train.py finds it in the rows
     config, remarks = resolve(given)
     if "new_blocks" in own and not config.method.expansion:
         raise UserError(f"--new_blocks: has no effect with --train_type {config.train_type}")

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 
 from transformers import PreTrainedModel
 
+from data.fullest_images import fullest_images, max_sequence_pixels
 from data.packing import make_sampler, max_sequence_length
 from launch.apart import Launcher
 from launch.memory import GIB
@@ -132,7 +133,17 @@ class _SizeFinder:
             _print(f"--{self.option} auto: trying {_describe_rows(config, tokens)}")
             job, expected = self.job, self._estimate(config, tokens)
             rows = job.rows if config.packing else None
-            trial = Trial(config, job.model_config, job.files, tokens, rows, expected=expected)
+            images = () if rows else fullest_images(job.rows, tokens)
+            trial = Trial(
+                config,
+                job.model_config,
+                job.files,
+                tokens,
+                rows,
+                images,
+                job.rows.image_format,
+                expected=expected,
+            )
             return run_trial(trial, self.try_rank, self.launcher)
 
         value = search.run(attempt, agree=lambda index: self.launcher.gather(index)[0])
@@ -154,7 +165,8 @@ class _SizeFinder:
         job = self.job
         if job.gpu is None:
             return 0.0
-        sizes = run_sizes(self._model, job.family, config, job.precision, job.files, tokens)
+        pixels = max_sequence_pixels(config, job.rows, tokens)
+        sizes = run_sizes(self._model, job.family, config, job.precision, job.files, tokens, pixels)
         return estimate_memory(config, job.precision, sizes, job.gpu).peak
 
 

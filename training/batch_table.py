@@ -31,7 +31,7 @@ class BatchTable:
 
 
 def make_batch_table(
-    estimate: Callable[[int, int], MemoryEstimate], machine: Machine, longest: int, limit: int
+    estimate: Callable[[int, int], MemoryEstimate], machine: Machine, longest: int, limit: int, least: int = 1
 ) -> BatchTable:
     """Return the table, up to the first batch that fits with no context.
 
@@ -40,8 +40,10 @@ def make_batch_table(
         machine: the GPUs.
         longest: tokens of the longest row that fits. Columns go on to the next power of two,
         limit: unless that is more than the model is made for.
+        least: tokens of a row at least.
     """
     shortest = min(SHORTEST_CONTEXT, 2 ** (longest.bit_length() - 1))
+    shortest = max(shortest, least)
     contexts = [2**i for i in range(31) if shortest <= 2**i <= min(limit, 2 * longest)]
     table = BatchTable(contexts, [], [], [])
     batch = 1

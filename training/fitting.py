@@ -14,7 +14,7 @@ from monitoring.memory_model import MemoryEstimate
 from options.config import Config
 from options.errors import UserError
 from training.machine import Machine, find_largest, fits
-from training.memory_changes import CHANGES, SHORTER_CONTEXT, Change, Situation
+from training.memory_changes import CHANGES, SHORTER_CONTEXT, SHORTEST_CONTEXT, Change, Situation
 
 ORDER = (*CHANGES, SHORTER_CONTEXT)  # from the cheapest
 MAX_COMBINATIONS = 3
@@ -47,6 +47,7 @@ class Search:
         resolve: resolve(machine, {option: new value}) returns the options of the run on a machine. Raises
             UserError if they do not go together, or not with the model.
         estimate: estimate(options, tokens) returns the memory that a run takes.
+        shortest: tokens of the shortest context to propose.
         known: estimates so far, by their changes: one takes milliseconds for a large model.
     """
 
@@ -55,6 +56,7 @@ class Search:
     prequantized: bool
     resolve: Callable[[Machine, dict], Config]
     estimate: Callable[[Config, int], MemoryEstimate]
+    shortest: int = SHORTEST_CONTEXT
     known: dict = field(default_factory=dict)
 
     def find(self) -> list[Proposal]:
@@ -159,7 +161,8 @@ class Search:
     def _values(self, change: Change, options: dict) -> list[dict]:
         """Return the values of a change beside `options`, from the mildest; [] if it is not possible."""
         tokens = options.get("context_length", self.tokens)
-        situation = Situation(self.resolve(self.machine, options), tokens, self.prequantized)
+        config = self.resolve(self.machine, options)
+        situation = Situation(config, tokens, self.prequantized, self.shortest)
         values = list(change.find_values(situation))
         try:
             for value in values[-1:]:  # milder ones are possible if the strongest is

@@ -18,8 +18,9 @@ from options.plan import PlanOptions, Request
 from options.resolve import resolve
 from training.batch_table import LARGEST_BATCH, SHORTEST_CONTEXT, BatchTable, make_batch_table
 from training.fitting import MOST_GPUS, Proposal, Search
+from training.image_plan import assume_images
 from training.machine import RESERVED_GIB, Machine, find_largest, fits
-from training.memory_changes import as_arguments
+from training.memory_changes import PLANNED_CONTEXT_STEP, as_arguments
 from training.plan import Plan
 from training.plan_curve import MemoryCurve, trace_peak
 from training.planned_model import open_planned_model
@@ -32,17 +33,20 @@ DEFAULT_GPU = "4090"  # 24 GB and bf16: what most people have or rent first
 def make_plan(request: Request) -> Plan:
     """Return the plan of a run. Raises UserError if it is not possible, or if no change makes it fit."""
     machine, assumption = choose_machine(request.plan)
-    planned = open_planned_model(request.config.model_name)
+    planned = open_planned_model(request.config.model_name, request.config.has_images)
     if request.plan.new_blocks:
         from training.expanded_model import expand_planned  # with the packages that write models
 
         planned = expand_planned(planned, request.plan.new_blocks)
     config = resolve_on(machine, request.config, planned)
     check_model(config, planned)
-    estimator = Estimator(planned, machine.gpu, machine.cpus)
+    images = assume_images(planned, config, request.plan.images_per_row)
+    estimator = Estimator(planned, machine.gpu, machine.cpus, images)
     searched, table = search_sizes(config, "context_length" not in request.given, estimator, machine)
     config = dataclasses.replace(config, **searched)
     tokens = config.context_length
+    if images:
+        images.check_context(tokens)
     estimated, precision = estimator(config, tokens), precision_on(machine.gpu, config)
     is_enough = fits(estimated, machine)
     parts = planned.model, planned.family, config, precision, planned.files
@@ -54,12 +58,15 @@ def make_plan(request: Request) -> Plan:
         config=config,
         precision=precision,
         tokens=tokens,
+        images=images,
         estimate=estimated,
         fits=is_enough,
         proposals=[] if is_enough else propose(request.given | searched, estimator, machine, tokens),
         searched=searched,
         disk=disk_sizes(*parts),
-        traffic=step_traffic(*parts, tokens, gpu=machine.gpu),
+        traffic=step_traffic(
+            *parts, tokens, gpu=machine.gpu, pixels=images.pixels(config, tokens) if images else 0
+        ),
         table=table,
         curve=trace(request.plan.curve, config, estimator, machine, tokens) if request.plan.curve else None,
     )
@@ -83,17 +90,18 @@ def search_sizes(
     if not any_context and config.context_length != AUTO:
         settled = search_batch(config, estimator, machine) if config.batch_size == AUTO else config
         return _changes(config, settled), None
-    one_row = _split_batch(config)
+    one_row, least = _split_batch(config), estimator.images.least_tokens if estimator.images else 1
     longest = longest_context(one_row, estimator, machine)
     if not longest:
-        default = min(Config.context_length, limit)
+        shortest = -(-least // PLANNED_CONTEXT_STEP) * PLANNED_CONTEXT_STEP
+        default = min(max(Config.context_length, shortest), limit)
         return _changes(config, one_row) | {"context_length": default}, None
 
     def estimate_batch(batch: int, tokens: int) -> MemoryEstimate:
         return estimator(dataclasses.replace(one_row, batch_size=batch), tokens)
 
     searched = _changes(config, one_row) | {"context_length": longest}
-    return searched, make_batch_table(estimate_batch, machine, longest, limit)
+    return searched, make_batch_table(estimate_batch, machine, longest, limit, least)
 
 
 def search_batch(config: Config, estimator: Estimator, machine: Machine) -> Config:
@@ -140,7 +148,9 @@ def trace(varied: str, config: Config, estimator: Estimator, machine: Machine, t
     limit, longest = machine.usable_gib, estimator.planned.context_limit
     if varied == "context":
         label = f"context of {config.batch_size} per GPU, tokens"
-        points = trace_peak(peak_of_context, min(SHORTEST_CONTEXT, longest), limit, longest)
+        least = estimator.images.least_tokens if estimator.images else 1
+        start = max(SHORTEST_CONTEXT, 2 ** (least - 1).bit_length())
+        points = trace_peak(peak_of_context, min(start, longest), limit, longest)
     else:
         label = f"batch of {tokens:,} tokens, rows"
         points = trace_peak(peak_of_batch, 1, limit, LARGEST_BATCH)
@@ -181,7 +191,8 @@ def propose(given: dict, estimator: Estimator, machine: Machine, tokens: int) ->
             check_model(config, planned)
         return config
 
-    search = Search(machine, tokens, planned.files.prequantized, resolve_with, estimator)
+    shortest = max(SHORTEST_CONTEXT, estimator.images.least_tokens if estimator.images else 1)
+    search = Search(machine, tokens, planned.files.prequantized, resolve_with, estimator, shortest)
     if proposals := search.find():
         return proposals
     strongest, gpus = search.strongest(), search.least_gpus()

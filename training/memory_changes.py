@@ -28,7 +28,7 @@ MEMORY_OPTIONS = frozenset({
     "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
     "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",
     "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size", "save_every",
-    "save_minutes", "wd",
+    "save_minutes", "wd", "images", "image_size", "images_per_pack", "vision_bits", "vision_targets",
 })  # fmt: skip
 
 # Options that take some memory, which the model of memory does not count: for the input of dropout, for
@@ -46,11 +46,13 @@ class Situation:
         config: the options in use, resolved: sharding_strategy is not auto.
         tokens: of the longest row or, with --packing, of a pack.
         prequantized: whether the files hold packed weights.
+        shortest: tokens of the shortest context to propose.
     """
 
     config: Config
     tokens: int
     prequantized: bool = False
+    shortest: int = SHORTEST_CONTEXT
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,15 @@ def _smaller_ranks(situation: Situation) -> Iterator[dict]:
         rank //= 2
 
 
+def _fewer_images(situation: Situation) -> Iterator[dict]:
+    """Yield half of the images of a pack, a quarter and so on: there are more packs, of the same rows."""
+    config = situation.config
+    images = config.images_per_pack // 2 if config.packing and config.has_images else 0
+    while images > 0:
+        yield {"images_per_pack": images}
+        images //= 2
+
+
 def _full_shard(situation: Situation) -> Iterator[dict]:
     """Yield --sharding_strategy full_shard, without the size of groups that it does not have."""
     strategy = situation.config.sharding_strategy
@@ -116,6 +127,14 @@ def _packed_weights(situation: Situation) -> Iterator[dict]:
         yield {"train_type": similar}
 
 
+def _packed_tower(situation: Situation) -> Iterator[dict]:
+    """Yield --vision_bits 4, for a tower that is not packed beside decoder layers that are."""
+    config = situation.config
+    can_pack = config.method.quantizer and not situation.prequantized and config.n_bits in (None, 4)
+    if config.has_images and config.vision_bits == 16 and can_pack:
+        yield {"vision_bits": 4}
+
+
 def _host_weights(situation: Situation) -> Iterator[dict]:
     """Yield --use_cpu_offload, with an optimizer that is not paged: its states are in host memory anyway."""
     config = situation.config
@@ -127,7 +146,7 @@ def _host_weights(situation: Situation) -> Iterator[dict]:
 def _shorter_contexts(situation: Situation) -> Iterator[dict]:
     """Yield shorter contexts, in steps of PLANNED_CONTEXT_STEP."""
     longest = (situation.tokens - 1) // PLANNED_CONTEXT_STEP * PLANNED_CONTEXT_STEP
-    for tokens in range(longest, SHORTEST_CONTEXT - 1, -PLANNED_CONTEXT_STEP):
+    for tokens in range(longest, situation.shortest - 1, -PLANNED_CONTEXT_STEP):
         yield {"context_length": tokens}
 
 
@@ -139,6 +158,7 @@ CHANGES = (
         "smaller matmuls and, on several GPUs, gathers in every micro-batch; trains the same",
         _smaller_batches,
     ),
+    Change("images_per_pack", "more packs, with fewer images and tokens each", _fewer_images, alters=True),
     Change("sharding_strategy", "more traffic: weights are gathered in forward and in backward", _full_shard),
     Change("wrap_policy", "twice as many gathers, each half as large", _set("wrap_policy", "sublayer")),
     Change(
@@ -162,6 +182,12 @@ CHANGES = (
         "copies of layer inputs to the host and back, while the GPU computes",
         _set("use_activation_cpu_offload", True, lambda config: config.use_gradient_checkpointing),
         on_host=True,
+    ),
+    Change(
+        "vision_bits",
+        "the vision tower's weights have 4 bits, dequantized in each block",
+        _packed_tower,
+        alters=True,
     ),
     Change("lora_rank", "no time; the adapter can learn less", _smaller_ranks, alters=True),
     Change(

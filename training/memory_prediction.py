@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
+from data.fullest_images import max_sequence_pixels
 from data.packing import max_sequence_length
 from launch.memory import GIB, format_bytes
 from models.registry import build_on_meta
@@ -25,7 +26,8 @@ def predict_memory(job: Job, cpus: int) -> MemoryEstimate | None:
     if job.gpu is None:
         return None
     model, tokens = build_on_meta(job.model_config, job.family), max_sequence_length(job.config, job.rows)
-    sizes = run_sizes(model, job.family, job.config, job.precision, job.files, tokens)
+    pixels = max_sequence_pixels(job.config, job.rows, tokens)
+    sizes = run_sizes(model, job.family, job.config, job.precision, job.files, tokens, pixels)
     threads = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "")
     compilers = int(threads) if threads.isdecimal() else cpus
     return estimate_memory(job.config, job.precision, sizes, job.gpu, compilers)

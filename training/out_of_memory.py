@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Callable
 
+from data.fullest_images import max_sequence_pixels
 from data.packing import max_sequence_length
 from launch.memory import PEAK_MEMORY, format_bytes, is_out_of_memory
 from launch.ranks import RankInfo
@@ -61,7 +62,8 @@ def measure_job_sizes(job: Job, config: Config) -> RunSizes:
     """Return the sizes of the job's model and data that its memory depends on, under other options."""
     tokens = max_sequence_length(config, job.rows)
     model = build_on_meta(job.model_config, job.family)
-    return run_sizes(model, job.family, config, job.precision, job.files, tokens)
+    pixels = max_sequence_pixels(config, job.rows, tokens)
+    return run_sizes(model, job.family, config, job.precision, job.files, tokens, pixels)
 
 
 def estimate_job_peak(job: Job, config: Config) -> float:

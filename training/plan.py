@@ -14,6 +14,7 @@ from options.config import FIELDS, Config
 from options.plan import Request
 from training.batch_table import BatchTable
 from training.fitting import Proposal
+from training.image_plan import ImagePlan
 from training.machine import Machine
 from training.memory_changes import MEMORY_OPTIONS, NOT_COUNTED
 from training.plan_curve import MemoryCurve
@@ -35,6 +36,7 @@ class Plan:
         config: the options, resolved for the machine.
         precision: dtypes of the run.
         tokens: of the longest row or, with --packing, of a pack.
+        images: what its rows have of them; None = a run on text alone.
         estimate: the memory that the run takes.
         fits: whether the machine has that much.
         proposals: what makes it fit if it does not, the cheapest first.
@@ -51,6 +53,7 @@ class Plan:
     config: Config
     precision: Precision
     tokens: int
+    images: ImagePlan | None
     estimate: MemoryEstimate
     fits: bool
     proposals: list[Proposal]

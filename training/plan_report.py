@@ -61,6 +61,7 @@ def _describe_run(plan: Plan) -> list[str]:
     config, model = plan.config, plan.planned.model.config
     rows = "packs" if config.packing else "rows"
     ranks = f"{config.world_size} rank{'s' * (config.world_size > 1)}, {config.sharding_strategy}"
+    ranks += _describe_images(plan)
     assumption = f" ({plan.assumption})" if plan.assumption else ""
     return [
         f"model: {config.model_name}, {model.model_type}, {text_config(model).num_hidden_layers} layers",
@@ -68,6 +69,15 @@ def _describe_run(plan: Plan) -> list[str]:
         f"run: {config.train_type}, {config.batch_size} x {plan.tokens:,} tokens ({rows} per GPU), {ranks}",
         f"precision: {plan.precision}",
     ]
+
+
+def _describe_images(plan: Plan) -> str:
+    """Return what the line about the run says of images; "" without any."""
+    if plan.images is None:
+        return ""
+    count, side = plan.images.count(plan.config, plan.tokens), plan.images.side
+    each = "pack" if plan.config.packing else "row"
+    return f"; {count} image{'s' * (count > 1)} of {side} x {side} pixels per {each}"
 
 
 def _describe_memory(plan: Plan) -> list[str]:
@@ -163,6 +173,8 @@ def list_remarks(plan: Plan) -> list[str]:
             f"{plan.planned.name} is a shape only: in place of {PLACEHOLDER}, put the folder or hub id of"
             " such a model"
         )
+    if plan.planned.family.vision and plan.images is None:
+        lines.append("planned for rows of text alone; --images_per_row N plans for rows with images")
     if plan.tokens > plan.planned.context_limit:
         lines.append(
             f"--context_length {plan.tokens}: the model was made for {plan.planned.context_limit:,} tokens"
@@ -206,6 +218,7 @@ def as_json(plan: Plan) -> dict:
             "batch_size": config.batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "context_length": plan.tokens,
+            "images": plan.images.count(plan.config, plan.tokens) if plan.images else 0,
             "world_size": config.world_size,
             "sharding_strategy": config.sharding_strategy,
             "precision": str(plan.precision),

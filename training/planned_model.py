@@ -65,20 +65,21 @@ def is_named_shape(model_name: str) -> bool:
     return not is_folder and model_name.lower() in SHAPES
 
 
-def open_planned_model(name: str) -> PlannedModel:
+def open_planned_model(name: str, images: bool = False) -> PlannedModel:
     """Return the model of that name. Of the hub it fetches config, index and headers, as far as it needs.
 
     Args:
         name: a folder, a hub id with or without `@revision`, TOY_MODEL, or a key of SHAPES in any case. A
             folder of the same name wins over a shape.
+        images: whether it is to take images.
 
     Raises:
-        UserError: it is none of these, is not accessible, or is no model that could be trained.
+        UserError: it is none of these, is not accessible, is no model to train, or takes no images.
     """
     if is_named_shape(name):
         shape = SHAPES[name.lower()].model_config()
         shape.name_or_path = name  # for messages
-        return _plan_by_config(name, Path(name), shape, family_of(shape))
+        return _plan_by_config(name, Path(name), shape, family_of(shape, images))
     is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
     try:
         folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX, CARD, *SIDE_FILES))
@@ -86,7 +87,7 @@ def open_planned_model(name: str) -> PlannedModel:
         if is_folder or "/" in name:
             raise
         raise UserError(f"{e}, and no named shape; these are {', '.join(SHAPES)}") from None
-    config, family = read_config(folder)
+    config, family = read_config(folder, images)
     is_packed = find_quantization(config) is not None
     headers, download = (_read_folder(folder, is_packed), 0) if is_folder else _read_hub(name, folder)
     if headers is None and is_packed:

@@ -23,6 +23,7 @@ from options.errors import UserError
 from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.batch_table import LARGEST_BATCH
+from training.image_plan import ImagePlan
 from training.machine import Machine, find_largest, fits, share_cpus
 from training.memory_changes import PLANNED_CONTEXT_STEP
 from training.planned_model import PlannedModel
@@ -98,12 +99,14 @@ class Estimator:
         planned: the model.
         gpu: the kind of the GPUs.
         cpus: CPUs of the host; None = not known.
+        images: what rows have of them; None = nothing.
         known: sizes so far, by the options.
     """
 
     planned: PlannedModel
     gpu: Gpu
     cpus: int | None = None
+    images: ImagePlan | None = None
     known: dict[Config, RunSizes] = field(default_factory=dict)
 
     def __call__(self, config: Config, tokens: int) -> MemoryEstimate:
@@ -118,7 +121,8 @@ class Estimator:
         if key not in self.known:
             model, family, files = self.planned.model, self.planned.family, self.planned.files
             self.known[key] = run_sizes(model, family, config, precision, files, tokens)
-        sizes = dataclasses.replace(self.known[key], tokens=tokens)
+        pixels = self.images.pixels(config, tokens) if self.images else 0
+        sizes = dataclasses.replace(self.known[key], tokens=tokens, pixels=pixels)
         cpus = share_cpus(self.cpus, config.world_size)
         return estimate_memory(config, precision, sizes, self.gpu, cpus)
 
@@ -139,15 +143,17 @@ def largest_batch(config: Config, planned: PlannedModel, machine: Machine, token
 
 
 def longest_context(config: Config, estimator: Estimator, machine: Machine) -> int:
-    """Return the most tokens of a row that fit, or 0.
+    """Return the most tokens of a row that fit, its images included, or 0.
 
     They are a multiple of PLANNED_CONTEXT_STEP, or the model's own limit.
     """
-    limit = estimator.planned.context_limit
+    limit, images = estimator.planned.context_limit, estimator.images
     if fits(estimator(config, limit), machine):
         return limit
 
     def is_possible(steps: int) -> bool:
         return fits(estimator(config, steps * PLANNED_CONTEXT_STEP), machine)
 
-    return PLANNED_CONTEXT_STEP * find_largest(1, limit // PLANNED_CONTEXT_STEP, is_possible)
+    steps = find_largest(1, limit // PLANNED_CONTEXT_STEP, is_possible)
+    longest = PLANNED_CONTEXT_STEP * steps
+    return 0 if images and longest < images.least_tokens else longest

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data.evaluation_sets import prepare_sets
+from data.fullest_images import fullest_images
 from data.packing import PackSampler, make_sampler, max_sequence_length
 from data.rows import TokenizedRows
 from data.template_choice import read_trained_tokenizer
@@ -25,6 +26,7 @@ from options.config import Config
 from options.errors import UserError
 from options.plan import PlanOptions
 from training.planned_model import PlannedModel, is_named_shape
+from training.run_images import explain_refused_images, read_image_format
 from training.step_clock import StepTimes
 from training.trial import MAX_MICRO_BATCHES, Trial, TrialResult, run_trial
 
@@ -138,15 +140,20 @@ def run_probe(
     """
     config = dataclasses.replace(config, context_length=tokens)
     rows, unknown = None, "" if has_rows else "it needs rows: give --dataset"
+    if config.has_images and (not has_rows or is_named_shape(config.model_name)):
+        raise UserError("--probe: with images it needs those of --dataset, and a model's folder or hub id")
     if has_rows and is_named_shape(config.model_name):
         unknown = f"{config.model_name} is a named shape, without a tokenizer for the rows of --dataset"
     elif has_rows:
-        config, rows = read_rows(config)
+        config, rows = read_rows(config, planned)
     launcher = Launcher(config.world_size, config.master_addr, config.master_port, preload=["train"])
 
     def take_steps(tokens: int) -> TrialResult:
         trial_rows = rows if config.packing else None
-        trial = Trial(config, planned.model.config, planned.files, tokens, trial_rows)
+        images = fullest_images(rows, tokens) if rows and not config.packing else ()
+        image_format = rows.image_format if rows else None
+        parts = planned.model.config, planned.files, tokens, trial_rows, images, image_format
+        trial = Trial(config, *parts)
         return run_trial(trial, try_rank, launcher)
 
     result = take_steps(tokens)
@@ -168,8 +175,10 @@ def run_probe(
     )
 
 
-def read_rows(config: Config) -> tuple[Config, TokenizedRows]:
+def read_rows(config: Config, planned: PlannedModel) -> tuple[Config, TokenizedRows]:
     """Return (the options with what the data decides, the rows that a run would train on).
+
+    planned: the model, which says how it takes images.
 
     Raises UserError for wrong data, or a model whose tokenizer cannot be read.
     """
@@ -177,7 +186,11 @@ def read_rows(config: Config) -> tuple[Config, TokenizedRows]:
     name = f"--model_name {folder}"
     config = dataclasses.replace(config, chat_date=config.chat_date or datetime.date.today().isoformat())
     tokenizer = read_trained_tokenizer(Path(folder), name, config.chat_template, 2**31)
-    config, rows, _ = prepare_sets(config, tokenizer)
+    image_format, reason = None, ""
+    if config.has_images:
+        image_format, reason = read_image_format(config, planned.model.config, planned.family, Path(folder))
+    with explain_refused_images(reason):
+        config, rows, _ = prepare_sets(config, tokenizer, image_format)
     return config, rows
 
 

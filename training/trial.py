@@ -18,6 +18,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from data.image_format import ImageFormat
+from data.images import ImageRef
 from data.rows import TokenizedRows
 from files.weight_headers import WeightHeaders
 from launch.apart import Launcher
@@ -42,6 +44,8 @@ class Trial:
         files: names, shapes and dtypes of its tensors; nothing else of them is read.
         tokens: T. Every sequence has so many, and all of them are learned: the most that a step can take.
         rows: the run's rows, whose lengths decide how many share a pack; None = each pack is one row.
+        images: those of every sequence without `rows`.
+        image_format: how the model takes them; None = it takes none.
         steps: optimizer steps. The second is the first with the optimizer's states in memory. fp16 takes some
             more.
         expected: bytes of the peak by the model of memory; 0 = unknown. If they are far more than a GPU has,
@@ -53,6 +57,8 @@ class Trial:
     files: WeightHeaders
     tokens: int
     rows: TokenizedRows | None = None
+    images: tuple[ImageRef, ...] = ()
+    image_format: ImageFormat | None = None
     steps: int = 2
     expected: float = 0
 

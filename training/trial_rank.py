@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 
 from data.evaluation_data import EvaluationData
+from data.fullest_images import fit_images
+from data.image_format import ImageFormat
+from data.images import ImageRef, RowImages
 from data.rows import TokenizedRows
 from files.base_model import BaseModel
 from files.config_parts import text_config
@@ -58,7 +61,8 @@ def make_job(trial: Trial) -> Job:
     if config.packing and trial.rows:
         rows = _learn_everything(_cut_rows(trial.rows, trial.tokens))
     else:
-        rows = make_rows(count, trial.tokens, text_config(trial.model_config).vocab_size)
+        vocabulary = text_config(trial.model_config).vocab_size
+        rows = make_rows(count, trial.tokens, vocabulary, trial.images, trial.image_format)
     return Job(
         config=config,
         model_config=trial.model_config,
@@ -73,25 +77,64 @@ def make_job(trial: Trial) -> Job:
     )
 
 
-def make_rows(count: int, tokens: int, vocabulary: int) -> TokenizedRows:
-    """Return `count` rows of `tokens` random tokens each, all learned but the first, which has no context."""
-    ids = torch.randint(vocabulary, (count * tokens,), generator=torch.Generator().manual_seed(0))
+def make_rows(
+    count: int,
+    tokens: int,
+    vocabulary: int,
+    images: tuple[ImageRef, ...] = (),
+    image_format: ImageFormat | None = None,
+) -> TokenizedRows:
+    """Return rows of random tokens, all learned but the first, which has no context, and those of images.
+
+    Args:
+        count: number of rows.
+        tokens: of each row.
+        vocabulary: ids are below it.
+        images: of each row, which begins with their tokens.
+        image_format: how the model takes them; None without images.
+    """
+    ids = torch.randint(vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0)).int()
     starts, numbers = torch.arange(count + 1) * tokens, torch.arange(1, count + 1)
+    if image_format and images:
+        ids[ids == image_format.token_id] = 0
+        ids[:, : sum(image_format.count_tokens(ref.width, ref.height) for ref in images)] = (
+            image_format.token_id
+        )
     learned = torch.ones(count * tokens, dtype=torch.bool)
-    return _learn_everything(TokenizedRows(ids.int(), learned, starts, (), (), numbers))
+    shown = RowImages.from_rows([images] * count)
+    rows = TokenizedRows(ids.flatten(), learned, starts, (), (), numbers, (), shown, image_format)
+    return _learn_everything(rows)
 
 
 def _cut_rows(rows: TokenizedRows, tokens: int) -> TokenizedRows:
-    """Return as many rows, none of which has more tokens; which tokens they are does not matter."""
+    """Return as many rows, none of which has more tokens. One is cut within no image, but before it."""
     lengths = rows.lengths().clamp(max=tokens)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    total = int(starts[-1])
-    return dataclasses.replace(rows, tokens=rows.tokens[:total], learned=rows.learned[:total], starts=starts)
+    if rows.image_format is None or not rows.images.refs:  # which tokens they are does not matter
+        total = int(starts[-1])
+        return dataclasses.replace(
+            rows, tokens=rows.tokens[:total], learned=rows.learned[:total], starts=starts
+        )
+    kept, parts = [], []
+    for row, length in enumerate(lengths.tolist()):
+        images = fit_images(rows.images.of_row(row), rows.image_format, length)
+        n_tokens = sum(rows.image_format.count_tokens(ref.width, ref.height) for ref in images)
+        part = torch.zeros(length, dtype=rows.tokens.dtype)  # text of one token, after the images
+        part[:n_tokens] = rows.image_format.token_id
+        parts.append(part)
+        kept.append(images)
+    return dataclasses.replace(
+        rows,
+        tokens=torch.cat(parts),
+        learned=torch.ones(int(starts[-1]), dtype=torch.bool),
+        starts=starts,
+        images=RowImages.from_rows(kept),
+    )
 
 
 def _learn_everything(rows: TokenizedRows) -> TokenizedRows:
-    """Return the rows with all tokens learned but their first."""
-    learned = torch.ones_like(rows.learned)
+    """Return the rows with all tokens learned but their first, and those of images."""
+    learned = rows.tokens != rows.image_id
     learned[rows.starts[:-1]] = False
     return dataclasses.replace(rows, learned=learned)
 

@@ -47,6 +47,9 @@ class StandInFormat(ImageFormat):
     def count_tokens(self, width: int, height: int) -> int:
         return -(-width // 16) * -(-height // 16)
 
+    def count_pixels(self, width: int, height: int) -> int:
+        return width * height
+
     def limit_side(self, side: int) -> ImageFormat:
         raise NotImplementedError
 

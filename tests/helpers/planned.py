@@ -26,8 +26,8 @@ def parameters_of_plan(planned: PlannedModel, options: str) -> list[PlannedParam
     return plan(planned.model, planned.family, planned.files, options)
 
 
-def parameters_of_run(folder: Path, options: str) -> list[PlannedParameter]:
+def parameters_of_run(folder: Path, options: str, images: bool = False) -> list[PlannedParameter]:
     """Return them by the weights that a run opens, whose headers and values are checked."""
-    config, family = read_config(folder)
+    config, family = read_config(folder, images)
     files, model, _ = open_weights(folder, config, family)
     return plan(model, family, files, options)

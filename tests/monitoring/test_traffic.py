@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from data.images import ImageRef
 from data.packing import make_sampler
+from data.prefetch import load_images
+from data.rows import TokenizedRows
 from launch.gpus import find_gpu
 from launch.precision import choose_precision
 from models.causal_lm import loss_sum
@@ -13,7 +20,9 @@ from monitoring.traffic import Traffic, step_traffic
 from monitoring.weight_memory import plan_parameters
 from options.train import parse
 from tests.helpers.counted_collectives import CollectiveBytes
+from tests.helpers.image_models import FORMAT
 from tests.helpers.parity import arguments
+from tests.helpers.picture_rows import make_picture_rows, rows_replaced, write_pictures
 from tests.helpers.runs import set_up
 from training.planned_model import open_planned_model
 from wrapping import set_gradient_sync
@@ -21,22 +30,40 @@ from wrapping import set_gradient_sync
 LAYERS, H, T, RANKS = 32, 4096, 2048, 2  # of the shape 8b
 
 
-def run_step(rank_info, argv: list[str]) -> tuple[Traffic, dict[str, float]]:
-    """Compute a step's gradients; return (the planned traffic, {operator: received bytes})."""
-    job, model = set_up(rank_info, argv)
+def picture_rows(refs: list[ImageRef]) -> TokenizedRows:
+    """Return rows of one length, with an image each."""
+    rows = make_picture_rows(refs, [1] * len(refs), FORMAT)
+    shortest, starts = int(rows.lengths().min()), rows.starts[:-1]
+    at = (starts[:, None] + torch.arange(shortest)).flatten()
+    tokens = torch.where(rows.learned[at], rows.tokens[at] % 250, rows.tokens[at])
+    starts = torch.arange(len(refs) + 1) * shortest
+    return dataclasses.replace(rows, tokens=tokens, learned=rows.learned[at], starts=starts)
+
+
+def run_step(
+    rank_info, argv: list[str], refs: list[ImageRef] | None = None
+) -> tuple[Traffic, dict[str, float]]:
+    """Compute a step's gradients; return (the planned traffic, {operator: received bytes}).
+
+    refs: of rows with images, which take the place of the data's.
+    """
+    with rows_replaced(lambda _: picture_rows(refs)) if refs else nullcontext():
+        job, model = set_up(rank_info, argv)
     sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
-    batches = next(iter(sampler.steps(1, 0))).batches
+    with ThreadPoolExecutor(1) as threads:
+        batches = load_images(next(iter(sampler.steps(1, 0))).batches, threads)
     model.train()
     with CollectiveBytes() as counted:
         for i, batch in enumerate(batches, 1):
             set_gradient_sync(model, i == len(batches) or not job.config.no_sync)
             with job.precision.context("cpu"):
                 loss_sum(model, batch).backward()
-    planned = open_planned_model(job.config.model_name)
+    planned = open_planned_model(job.config.model_name, images=bool(refs))
     sizes = {(batch.ids.shape[1], len(batch.target_positions)) for batch in batches}
     assert len(sizes) == 1
     model_and_options = planned.model, planned.family, job.config, job.precision, planned.files
-    return step_traffic(*model_and_options, *sizes.pop()), dict(counted.received)
+    pixels = FORMAT.side**2 if refs else 0
+    return step_traffic(*model_and_options, *sizes.pop(), pixels=pixels), dict(counted.received)
 
 
 TWO = [
@@ -90,6 +117,23 @@ def test_collectives(ranks, given, checkpoints, even_rows, request):
     for planned, received in request.getfixturevalue(ranks)(run_step, argv):
         assert planned.between_gpus == pytest.approx(sum(received.values()), rel=1e-9)
         assert planned.to_gpu == planned.to_host == 0  # the ranks are on a CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="copy engines do not go through process groups")
+@pytest.mark.parametrize(
+    "given",
+    [
+        "qlora --vision_bits 4",
+        pytest.param("bnb_dora --vision_targets all", marks=pytest.mark.slow),
+        pytest.param("full --sharding_strategy shard_grad_op", marks=pytest.mark.slow),
+    ],
+)
+def test_collectives_with_images(given, checkpoints, even_rows, two_ranks, tmp_path):
+    """The tower is gathered block by block; its gradients are reduced if it is adapted."""
+    argv = arguments(checkpoints("gemma3_wrapper"), even_rows, *given.split(), "--batch_size", "2")
+    argv += ["--images", "true", "--context_length", "64"]
+    for planned, received in two_ranks(run_step, argv, write_pictures(tmp_path, 8)):
+        assert planned.between_gpus == pytest.approx(sum(received.values()), rel=1e-9)
 
 
 def host_traffic(gpu: str, options: str) -> tuple[float, float, list]:

@@ -84,6 +84,8 @@ ON_TWO = [
 ]
 FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3 hqq_dora", "qwen3_moe qlora",
             "qwen3_moe full", "gemma3 qlora --train_embeddings",
+            "gemma3_wrapper bnb_dora --images true --vision_targets all --vision_bits 4",
+            "gemma3_wrapper lora --images true --precision bf16_autocast",
             *(pytest.param(given, marks=pytest.mark.slow) for given in (
                 "phi full --precision bf16_autocast", "phi bnb_dora --train_embeddings --precision bf16",
                 "qwen2_moe qlora", "mixtral qlora"))]  # fmt: skip
@@ -117,7 +119,7 @@ def test_two_ranks(given, checkpoints, alpaca_file, two_ranks):
 
 @pytest.mark.parametrize("given", FAMILIES)
 def test_families(given, checkpoints, alpaca_file, two_ranks):
-    """Tied embeddings, quantization blocks that cross rows, fused linears, experts, a head's bias."""
+    """Tied embeddings, quantization blocks that cross rows, fused linears, experts, biased heads, towers."""
     kind, _, train_type = given.partition(" ")
     assert_as_expected(two_ranks(load, options(train_type, checkpoints, alpaca_file, kind)))
 

@@ -283,3 +283,49 @@ def test_wrong_requests_are_one_line(options, words, capsys):
 def test_the_model_must_be_named(capsys):
     assert plan.main(["--gpus", "2"]) == 2
     assert capsys.readouterr().err == "error: --model_name is missing; see --help\n"
+
+
+IMAGES = ["--model_name=gemma3-4b", "--lora_rank=16", "--gpu=t4"]
+
+
+def test_a_plan_with_images(capsys):
+    """A pack has as many as fit, at most --images_per_pack; no context is shorter than a row's images."""
+    text = answer(capsys, *IMAGES, "--context_length=512")
+    assert any("--images_per_row N" in line for line in text["remarks"]) and text["run"]["images"] == 0
+    one = answer(capsys, *IMAGES, "--context_length=512", "--images_per_row=1")
+    assert one["peak_gib"] > text["peak_gib"] + 0.7 and one["run"]["images"] == 1
+    assert one["peak_gib"] < 8 and one["command"] == (
+        "python train.py --lora_rank=16 --context_length=512 --model_name MODEL --world_size 1"
+    )
+    packed = answer(capsys, *IMAGES, "--context_length=2048", "--images=true", "--packing")
+    assert packed["run"]["images"] == 8
+    limited = answer(
+        capsys, *IMAGES, "--context_length=2048", "--images=true", "--packing", "--images_per_pack=3"
+    )
+    assert limited["run"]["images"] == 3 and limited["peak_gib"] <= packed["peak_gib"]
+    longest = answer(capsys, *IMAGES, "--images_per_row=3")
+    assert longest["batch_table"]["contexts"][0] == 1024
+    assert plan.main([*IMAGES, "--context_length=512", "--images_per_row=1"]) == 0
+    assert "; 1 image of 896 x 896 pixels per row\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--model_name=8b --images_per_row=1", "^8b/config.json: llama is trained on text alone"),
+        ("--images_per_row=4 --context_length=1024", "^--images_per_row 4: its images take 1,024 tokens"),
+        ("--images_per_row=1 --image_size=400", "^--image_size 400: this model takes images of 896 x 896"),
+        ("--images_per_row=1 --images=false", "^--images_per_row: contradicts --images false"),
+        ("--images_per_row=0", "^--images_per_row 0"),
+    ],
+)
+def test_wrong_requests_about_images(options, words):
+    with pytest.raises(UserError, match=words):
+        make_plan(parse([*IMAGES, *options.split()]))
+
+
+def test_a_plan_proposes_fewer_images_and_a_packed_tower():
+    options = "--gpu=3080 --gib=6 --images_per_row=2 --packing --batch_size=2 --context_length=4096"
+    found = make_plan(parse(["--model_name=gemma3-4b", *options.split()]))
+    changed = {name for proposal in found.proposals for name in proposal.options}
+    assert not found.fits and {"vision_bits", "images_per_pack"} <= changed

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.make_checkpoint import make_checkpoint
 from models.registry import FAMILIES
-from models.shapes import SHAPES
+from models.shapes import SHAPES, Gemma3Shape
 from options.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
@@ -95,26 +95,32 @@ def test_named_shapes(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
     make_checkpoint(tmp_path / "random", "tiny", empty=True)
     assert parameters_of_plan(shape, "qlora") == parameters_of_run(tmp_path / "random", "qlora")
+    images = open_planned_model("tiny-gemma3", images=True)
+    make_checkpoint(tmp_path / "random-gemma3", "tiny-gemma3")
+    expected = parameters_of_run(tmp_path / "random-gemma3", "qlora --images true", images=True)
+    assert parameters_of_plan(images, "qlora --images true") == expected
     tiny.save_checkpoint("gemma2", tmp_path / "tiny")
     assert open_planned_model("tiny").model.config.model_type == "gemma2"
 
 
 def test_shapes_have_the_public_sizes():
-    """Parameters as Meta and Qwen publish them; Qwen2.5's without 3 biases of a layer."""
+    """Parameters as Meta, Qwen and Google publish them; Qwen2.5's without 3 biases of a layer."""
     public = {"3b": 3_212_749_824, "7b": 6_738_415_616, "8b": 8_030_261_248, "13b": 13_015_864_320,
               "14b": 14_770_033_664 - 48 * 7168, "32b": 32_763_876_352 - 64 * 7168, "70b": 70_553_706_496,
-              "405b": 405_853_388_800}  # fmt: skip
+              "405b": 405_853_388_800, "gemma3-4b": 4_300_079_472}  # fmt: skip
     assert {name: SHAPES[name].parameters() for name in public} == public
     contexts = {"1b": 2**17, "3b": 2**17, "7b": 4096, "8b": 8192, "13b": 4096, "14b": 2**15, "32b": 2**15,
-                "70b": 8192, "405b": 2**17}  # fmt: skip
+                "70b": 8192, "405b": 2**17, "gemma3-4b": 2**17}  # fmt: skip
     assert {name: open_planned_model(name).context_limit for name in contexts} == contexts
-    for name in SHAPES:
-        planned = open_planned_model(name)
+    for name, shape in SHAPES.items():
+        planned = open_planned_model(name, images=isinstance(shape, Gemma3Shape))
         assert sum(p.numel() for p in planned.model.parameters()) == SHAPES[name].parameters()
 
 
 def test_an_unknown_name_lists_the_shapes():
-    with pytest.raises(UserError, match=r"^--model_name 9b: no such folder, .*these are tiny, 1b, .*, 405b$"):
+    with pytest.raises(
+        UserError, match=r"^--model_name 9b: no such folder, .*these are tiny, 1b, .*, gemma3-4b$"
+    ):
         open_planned_model("9b")
     with pytest.raises(UserError, match=r"the hub cannot be reached$"):
         open_planned_model("own/unreachable")

@@ -37,6 +37,9 @@ OF_THE_PLANNER = {
     "adapter",
     "context_length",
     "packing",
+    "images",
+    "image_size",
+    "images_per_pack",
     "effective_batch_size",
 }
 SETTINGS = [

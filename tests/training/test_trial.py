@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import train
+from data.fullest_images import fullest_images, max_sequence_pixels
 from data.packing import make_sampler
 from launch.apart import Launcher
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.bnb_checkpoints import QLORA, pack_like_the_hub
+from tests.helpers.image_models import FORMAT
+from tests.helpers.picture_rows import make_picture_rows, rows_replaced, write_pictures
 from tests.helpers.runs import dense_tensors, make_job
 from tests.helpers.trials import (
     MOST_TOKENS,
@@ -171,3 +175,46 @@ def test_a_signal_ends_the_program_in_a_trial(source, processes, capfd):
         launch(make_trial(source, world=2), never_end)
     assert exit_.value.code == 128 + signal.SIGTERM and capfd.readouterr().err == "ended by SIGTERM\n"
     assert not any(psutil.pid_exists(p.pid) for p in processes)
+
+
+COUNTS, LONG = [1, 0, 3, 2], 64  # images of rows, and tokens that none of them has
+
+
+def trial_of_images(argv: list, refs: list, tokens: int, **changes) -> Trial:
+    rows = make_picture_rows(refs, COUNTS, FORMAT)
+    rows = dataclasses.replace(rows, tokens=torch.where(rows.learned, rows.tokens % 250, rows.tokens))
+    with rows_replaced(lambda _: rows):
+        trial = make_trial([*argv, "--images", "true"], tokens, **changes)
+    if trial.config.packing:
+        return trial
+    return dataclasses.replace(
+        trial, rows=None, images=fullest_images(rows, tokens), image_format=rows.image_format
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_trial_has_the_images_of_the_fullest_row(packing, checkpoints, short_rows, one_rank, tmp_path):
+    """Rows that are cut keep the images that are whole: two of four tokens in ten."""
+    refs = write_pictures(tmp_path, sum(COUNTS))
+    argv = ["--model_name", checkpoints("gemma3_wrapper"), "--dataset", short_rows, "--batch_size", 2]
+    argv += ["--packing", packing, "--context_length", LONG]
+    for tokens, most in ((LONG, 3), (10, 2)):
+        trial = trial_of_images(argv, refs, tokens)
+        rows = make_trial_job(trial).rows
+        counts = [min(count, most) for count in COUNTS] if packing else [most] * len(rows)
+        assert rows.image_counts().tolist() == counts and int(rows.lengths().max()) <= tokens
+        assert rows.count_image_tokens() == 4 * sum(counts)
+        assert not rows.learned[rows.tokens == FORMAT.token_id].any()
+    (tmp_path / "records").mkdir()
+    assert one_rank(run_in_pool, trial, tmp_path / "records")[0]["fits"]
+
+
+def test_the_pixels_of_the_fullest_sequence(tmp_path):
+    rows = make_picture_rows(write_pictures(tmp_path, sum(COUNTS)), COUNTS, FORMAT)
+    image = FORMAT.side**2
+    for options, tokens, images in (
+        ("", LONG, 3), ("", 10, 2), ("--packing", LONG, 16), ("--packing --images_per_pack 5", LONG, 5),
+        ("--packing --images_per_pack 2", LONG, 3), ("--packing --images_per_pack -1", 4 * LONG, 64),
+    ):  # fmt: skip
+        config, _ = parse(["--model_name", "x", *options.split()])
+        assert max_sequence_pixels(config, rows, tokens) == images * image, options
