@@ -1,4 +1,7 @@
-"""Drawings of one figure each, of a color and a shape. datasets/toy_vision asks about them."""
+"""Drawings of one figure each, of a color and a shape.
+
+models/toy_vision is pretrained on such drawings, and datasets/toy_vision asks about them.
+"""
 
 import io
 import math
