@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from files.finite import NONFINITE_MESSAGE, fp32_sum, is_finite, nonfinite_sums
 from files.model_folder import CheckpointFiles
-from files.tensors import PinnedBuffers, read_tensor
+from files.tensors import PinnedBuffers
 from files.weight_cache import CacheWriter
 from launch.devices import set_current_device
 from launch.memory import empty_on_host
@@ -227,7 +227,9 @@ class FiniteCheck:
         found = dict(self.failed)
         for name in nonfinite_sums(self.sums):
             # The sum of finite numbers may have overflowed.
-            if not is_finite(read_tensor(self.files.folder, self.files.tensors[name])):
+            tensor = self.files.read(name)
+            assert isinstance(tensor, torch.Tensor)
+            if not is_finite(tensor):
                 found[name] = f"{self.files.tensor_origin(name)} {NONFINITE_MESSAGE}"
         messages: dict[str, str] = {}
         for rank_messages in gather_from_ranks(found, world):

@@ -105,7 +105,9 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
     """Return the contents of adapter_config.json."""
     alpha, embeddings = config.lora_alpha, {}
     if config.train_embeddings:
-        tied = model.config.tie_word_embeddings
+        # PEFT makes a tied head anew, without a bias. Apart, it loads both modules with all of their tensors.
+        has_bias = model.get_submodule(family.head).bias is not None
+        tied = model.config.tie_word_embeddings and not has_bias
         embeddings = {"modules_to_save": peft_modules_to_save(family), "ensure_weight_tying": tied}
     return {
         "peft_type": "LORA",

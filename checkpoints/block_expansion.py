@@ -26,11 +26,11 @@ from checkpoints.model_writer import (
 )
 from checkpoints.trained_model import open_blocks
 from files.base_model import check_base, tokenizer_remark
-from files.config_parts import text_config
+from files.config_parts import find_quantization, text_config
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.names import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.output_folder import check_output, clear_output
-from files.quantized_releases import suggest_original
+from files.quantized_releases import packed_expansion_error
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
 from launch.program import print_error, quiet_libraries, shell_command
@@ -83,11 +83,8 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     if Path(options.output_dir).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     config, family = read_config(folder)
-    if getattr(config, "quantization_config", None):
-        raise UserError(
-            f"--model_name {folder}: is quantized; new blocks need the original weights:"
-            f" {suggest_original(folder)}"
-        )
+    if find_quantization(config):
+        raise packed_expansion_error(folder)
     if options.blocks:
         new_layers(config)
     elif is_expanded(config):
@@ -99,7 +96,9 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
         insertion_points(options, text_config(config).num_hidden_layers)
     fetch_weights(pin_model_name(name, folder), folder)
     files, _, untied_head = open_weights(folder, config, family)
-    check_entries_finite(file_entries(files))
+    if files.prequantized:  # whatever config.json says
+        raise packed_expansion_error(folder)
+    check_entries_finite(file_entries(files) | apart_entries(files))
     if untied_head:
         print(f"{folder}: {UNTIED}")
     return config, family, files, untied_head

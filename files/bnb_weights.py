@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from files.finite import check_finite
-from files.quantized_releases import find_foreign_quantization, quantized_release_error
 from files.tensors import StoredTensor, read_tensor
 from options.errors import UserError
 from quantization.nf4 import NF4, SCALE_BLOCK
@@ -71,6 +70,12 @@ class BnbWeight:
             return PackedWeight(flat_bytes(codes), flat_bytes(absmax))
         offset = torch.tensor([self.quant_state["nested_offset"]], dtype=torch.float32)
         return PackedWeight(flat_bytes(codes), flat_bytes(self._read("nested_absmax"), offset, absmax))
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight in fp32, on the CPU. Raises as `read` does."""
+        packed = self.read()
+        table = self.quantizer.table(packed.codes.device)
+        return self.quantizer.dequantize(packed.codes, packed.scales, table, self.shape, torch.float32)
 
     def check(self) -> None:
         """Raise UserError unless block sizes, tables and sizes are those of NF4 in quantization/nf4.py."""
@@ -187,14 +192,3 @@ def _pop_packed_weights(
         if name in found and suffix in SUFFIXES:
             found[name][2][suffix] = tensors.pop(key)
     return found
-
-
-def detect_bnb_packing(quantization_config: dict | None, folder: Path) -> bool:
-    """Return whether config.json says that bitsandbytes packed the model to 4 bits.
-
-    Raises UserError for another kind of quantization, which cannot be read.
-    """
-    kind = find_foreign_quantization(quantization_config, folder)
-    if kind is not None:
-        raise quantized_release_error(folder, kind)
-    return bool(quantization_config)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from files.bnb_weights import find_bnb_weights
+from files.bnb_weights import BnbWeight, find_bnb_weights
 from files.config_parts import text_config
 from files.hub_errors import translate_hub_errors
 from files.links import points_outside
@@ -98,11 +98,16 @@ class CheckpointFiles(WeightHeaders):
     ) -> torch.Tensor | PackedWeight | StreamedTensor:
         """Read a tensor to the CPU, or start to stream it to a GPU if `buffers` are given.
 
-        A weight that is stored packed is returned packed, on the CPU. Raises OSError, and UserError for a
+        A weight that is stored packed is returned packed, on the CPU, or as fp32 if it is one of
+        `dequantized`. Raises OSError, and UserError for a
         damaged packed weight.
         """
-        if name in self.packed:
-            return self.packed[name].read()
+        packed = self.packed.get(name)
+        if name in self.dequantized:
+            assert isinstance(packed, BnbWeight)  # a cache holds no others than 4-bit layers
+            return packed.dequantize()
+        if packed:
+            return packed.read()
         return read_tensor(self.folder, self.tensors[name], buffers)
 
 

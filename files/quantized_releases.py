@@ -1,7 +1,8 @@
 """Models that were quantized in formats that are not read here, and the models that they were made from.
 
-A release says what it was made from in the card of its repository (README.md, `base_model`) or in the
-`_name_or_path` of config.json. If it does not, its own name is often the original's with an ending.
+The card of a release's repository (README.md) names its original as `base_model` if `base_model_relation`
+is `quantized`. Otherwise that may be what the original was tuned from, and so may `_name_or_path` of
+config.json. Then a name counts if it is the release's own without the usual endings, such as -AWQ.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from files.config_parts import find_quantization
 from files.names import CARD, CONFIG
 from options.errors import UserError, join_names
 from options.limits import MAX_CARD_BYTES, MAX_CONFIG_BYTES, read_json, read_text
@@ -28,13 +30,16 @@ _ENDING = re.compile(
 )
 
 
-def find_foreign_quantization(quantization_config: dict | None, folder: Path) -> str | None:
+def find_foreign_quantization(raw: dict, folder: Path) -> str | None:
     """Return the format of a folder's weights if they are quantized, and not to 4 bits by bitsandbytes.
 
-    quantization_config: of config.json.
+    raw: the contents of the folder's config.json.
     """
-    if not quantization_config:
+    quantization_config = find_quantization(raw)
+    if quantization_config is None:
         return next((kind for file, kind in SIDE_FILES.items() if (folder / file).is_file()), None)
+    if not isinstance(quantization_config, dict):
+        return join_names([str(quantization_config)])
     method = quantization_config.get("quant_method")
     if method is None and "load_in_4bit" in quantization_config:
         method = "bitsandbytes"
@@ -49,10 +54,16 @@ def find_foreign_quantization(quantization_config: dict | None, folder: Path) ->
     return join_names([str(method or "unknown format")])
 
 
-def quantized_release_error(folder: Path, kind: str) -> UserError:
-    """Return the error for a folder of weights in a format that is not read. kind: the format."""
+def explain_quantization(folder: Path, kind: str) -> str:
+    """Return what is said of a folder whose weights are in a format that is not read. kind: the format."""
+    return f"the weights are quantized already ({kind}); {ONLY}: {suggest_original(folder)}"
+
+
+def packed_expansion_error(folder: Path) -> UserError:
+    """Return the error for new blocks (Llama-Pro) in a model that bitsandbytes packed."""
     return UserError(
-        f"{folder}/{CONFIG}: the weights are quantized already ({kind}); {ONLY}: {suggest_original(folder)}"
+        f"--model_name {folder}: is quantized; new blocks need the original weights:"
+        f" {suggest_original(folder)}"
     )
 
 
@@ -64,23 +75,41 @@ def is_gguf_release(folder: Path) -> bool:
 
 def gguf_error(folder: Path) -> UserError:
     """Return the error for a folder of GGUF files."""
-    return UserError(
-        f"--model_name {folder}: the weights are quantized already (GGUF); {ONLY}: {suggest_original(folder)}"
-    )
+    return UserError(f"--model_name {folder}: {explain_quantization(folder, 'GGUF')}")
 
 
 def suggest_original(folder: Path) -> str:
-    """Return the advice to take the model that a quantized one was made from, and where its name is from."""
+    """Return the advice to take the model that a quantized one was made from, and where its name is from.
+
+    Only a name that is known to be the original's is given, without which the advice names none.
+    """
     own = _own_name(folder)
-    for name, source in ((_base_of_card(folder), CARD), (_base_of_config(folder), CONFIG)):
-        if name and name != own:
-            return f"take {name}, which {source} names as the original"
-    plain = own
-    while (shorter := _ENDING.sub("", plain)) != plain:
-        plain = shorter
-    if plain != own:
-        return f"take the original, by the name {plain.rpartition('/')[2]}"
+    bases, is_quantized = _bases_of_card(folder)
+    certain = bases if is_quantized and len(bases) == 1 else []
+    for names, source in ((bases, CARD), (_bases_of_config(folder), CONFIG)):
+        for name in names:
+            if _plain(name) == name and (name in certain or _is_same_model(name, own)):
+                return f"take {name}, which {source} names as the original"
+    if _plain(own) != own:
+        return f"take the original, by the name {_last(_plain(own))}"
     return "take the model that it was made from"
+
+
+def _plain(name: str) -> str:
+    """Return a release's name without its endings that say how it was quantized."""
+    while (shorter := _ENDING.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def _last(name: str) -> str:
+    """Return a hub id's name without its owner."""
+    return name.rpartition("/")[2]
+
+
+def _is_same_model(name: str, own: str) -> bool:
+    """Return whether a hub id has the name of the release `own` without its endings, by any owner."""
+    return own != _plain(own) and _last(name).casefold() == _last(_plain(own)).casefold()
 
 
 def _own_name(folder: Path) -> str:
@@ -90,21 +119,26 @@ def _own_name(folder: Path) -> str:
     return "/".join(repository.split("--")[1:]) if is_snapshot else folder.absolute().name
 
 
-def _base_of_card(folder: Path) -> str | None:
-    """Return the first `base_model` of the YAML at the top of README.md; None without."""
+def _bases_of_card(folder: Path) -> tuple[list[str], bool]:
+    """Return (the hub ids of `base_model`, whether its relation is "quantized") of the card's YAML.
+
+    Without a relation a base may also be the model that the release's original was tuned from.
+    """
     try:
-        card = read_text(folder / CARD, MAX_CARD_BYTES)
+        card = read_text(folder / CARD, MAX_CARD_BYTES).replace("\r\n", "\n")
     except (OSError, ValueError, UserError):
-        return None
+        return [], False
     front = card.partition("---\n")[2].partition("\n---")[0] if card.startswith("---\n") else ""
-    found = re.search(r"^base_model:\s*(?:-\s+)?[\[\s]*['\"]?([^\s'\",\[\]]+)", front, re.MULTILINE)
-    return found[1] if found and _HUB_ID.fullmatch(found[1]) else None
+    found = re.search(r"^base_model:(.*(?:\n[ \t]+\S.*|\n-.*)*)", front, re.MULTILINE)
+    words = re.split(r"[\s'\",\[\]]+", re.sub(r"(^|\s)#.*", "", found[1])) if found else []
+    relation = re.search(r"^base_model_relation:\s*['\"]?quantized\b", front, re.MULTILINE)
+    return [word for word in words if _HUB_ID.fullmatch(word)], relation is not None
 
 
-def _base_of_config(folder: Path) -> str | None:
-    """Return the hub id in _name_or_path of config.json; None if it holds none."""
+def _bases_of_config(folder: Path) -> list[str]:
+    """Return the hub id in _name_or_path of config.json, in a list; [] if it holds none."""
     try:
         name = read_json(folder / CONFIG, MAX_CONFIG_BYTES).get("_name_or_path")
     except UserError:
-        return None
-    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+        return []
+    return [name] if isinstance(name, str) and _HUB_ID.fullmatch(name) else []

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from files.names import INDEX
+from files.quantized_releases import suggest_original
 from files.tensors import StoredTensor
 from options.errors import UserError
 from quantization.quantizers import PackedWeight, Quantizer
@@ -36,6 +37,7 @@ class WeightHeaders:
         folder: the model's folder. Of a model that is not on this disk, its name as a path, for messages.
         tensors: all tensors.
         packed: those of them that are stored packed, by bitsandbytes or in a cache.
+        dequantized: names of those of `packed` that no 4-bit layer holds: they are read dequantized.
         stored_names: {parameter's name: name in the files}, of tensors that `rename` renamed.
         apart: the tensors of the parts of the model that are not built, such as a vision tower, by the names
             in the files; None without any.
@@ -47,6 +49,7 @@ class WeightHeaders:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.packed: dict[str, StoredPackedWeight] = {}
+        self.dequantized: frozenset[str] = frozenset()
         self.stored_names: dict[str, str] = {}
         self.apart: WeightHeaders | None = None
         self.vision: frozenset[str] = frozenset()
@@ -92,7 +95,8 @@ class WeightHeaders:
             ):
                 raise UserError(
                     f"{self.folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
-                    " floating-point weights, or bitsandbytes' 4 bits"
+                    " floating-point weights, or bitsandbytes' 4 bits; if it is quantized,"
+                    f" {suggest_original(self.folder)}"
                 )
 
     def rename(

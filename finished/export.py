@@ -33,7 +33,7 @@ from data.stop_ids import make_generation_config
 from data.template_choice import compare_with_base
 from data.tokenizing import tokenize_dataset
 from files.atomic_writes import write_text
-from files.config_parts import weights_dtype
+from files.config_parts import weights_dtype, without_quantization
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
 from files.model_folder import CheckpointFiles, pin_model_name
@@ -136,7 +136,7 @@ def make_merged_config(run: Run, entries: dict[str, TensorEntry]) -> dict:
     """Make config.json of the merged model: the base's, without packing, in the written dtype."""
     raw = read_json(run.base / CONFIG, MAX_CONFIG_BYTES)
     raw = sync_tied_embeddings(raw, run.model_config)
-    raw.pop("quantization_config", None)
+    raw = without_quantization(raw)
     raw.setdefault("architectures", [run.family.model_class.__name__])
     if any(entry.dtype != run.files.tensors[name].dtype for name, entry in entries.items()):
         largest = max(entries.values(), key=lambda entry: entry.nbytes).dtype
@@ -236,8 +236,8 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
         print(remark, flush=True)
     description = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
-        " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
-        + (f" {remark}." if remark else "")
+        " `PeftModel.from_pretrained(base, folder)` puts it over its base model, which"
+        f" `{_auto_class_name(run.model_config)}.from_pretrained` loads." + (f" {remark}." if remark else "")
     )
     write_card(run, options, folder, description, "peft")
     write_text(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2) + "\n")

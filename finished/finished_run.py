@@ -28,7 +28,6 @@ from files.base_model import (
     tokenizer_remark,
     trained_without_head,
 )
-from files.bnb_weights import detect_bnb_packing
 from files.config_parts import eos_token_id, text_config
 from files.model_folder import CheckpointFiles, digest_structure, fetch_weights, find_model, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
@@ -181,7 +180,6 @@ def _open_model(folder: Path, config: Config, name: str | None, base_model: str 
     with _name_base_model_in_errors(name, base_model):
         base = folder if name is None else find_model(name)
         model_config, family = read_config(base, images=config.has_images)
-        detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
         if name is not None:
             fetch_weights(pin_model_name(name, base), base)
         files, _, untied_head = open_weights(base, model_config, family)

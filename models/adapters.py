@@ -1,6 +1,7 @@
 """Change a meta model into what the train type trains: dtypes, frozen weights, 4-bit linears, adapters.
 
-The order matters: dtypes and the freeze first, then 4-bit linears, then the adapters that wrap them.
+The order matters: dtypes and the freeze first, then 4-bit linears, then the adapters that wrap them; last,
+what fp16 computes with a larger range.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from files.config_parts import find_quantization, text_config
 from files.names import CONFIG
-from files.quantized_releases import suggest_original
+from files.quantized_releases import packed_expansion_error, suggest_original
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
@@ -29,6 +31,7 @@ from models.vision_parts import (
     vision_targets,
 )
 from models.vocabulary import vocabulary_modules
+from models.wide_linears import find_wide_linears, widen_linears
 from options.config import Config
 from options.errors import UserError
 from quantization.layer import Linear4bit, quantize_linears
@@ -99,12 +102,14 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         files: the model's weights, of which only names and dtypes are read.
     """
     check_vision_options(family, config, files.prequantized)
-    if getattr(model.config, "quantization_config", None) and not files.prequantized:
+    if find_quantization(model.config) and not files.prequantized:
         # A trained model saved with such a config.json could not be computed by transformers.
         raise UserError(
             f"{files.folder}/{CONFIG}: quantization_config says that the weights are packed, but no file"
             " holds a packed weight; if they are the original weights, delete it"
         )
+    if files.prequantized and config.method.expansion:
+        raise packed_expansion_error(files.folder)
     if files.prequantized and config.method.quantizer != "bnb":
         raise UserError(
             f"{files.folder}: is packed by bitsandbytes already, which --train_type {config.train_type}"
@@ -114,10 +119,11 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
         raise UserError(f"--quantized_cache: {files.folder} is packed already; leave the option out")
     packable = {*family.layer_linear_names(model), *vision_linears(model, family)}
     for name in files.packed:
-        if name.removesuffix(".weight") not in packable:
+        if name.removesuffix(".weight") not in packable and name not in files.dequantized:
+            tower = " and of the vision tower's blocks" if family.has_images else ""
             raise UserError(
-                f"{files.folder}: {name} is packed; only linears of decoder layers and of a vision tower's"
-                " blocks can be"
+                f"{files.folder}: {files.stored_name(name)} is packed; only weights of decoder layers{tower}"
+                f" can be: {suggest_original(files.folder)}"
             )
     if not config.method.quantizer or files.prequantized:
         return
@@ -179,6 +185,7 @@ def apply_method(
         files: the model's weights; if they are packed already, each packed linear keeps its own quantizer.
     """
     method = config.method
+    wide = find_wide_linears(model, family) if precision.autocast == torch.float16 else []
     new = new_layers(model.config) if method.expansion else []
     trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
     if not method.adapter and not method.expansion:
@@ -192,8 +199,13 @@ def apply_method(
     if method.quantizer:
         names = packed_linears(model, family, config, files)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
+        changed = family.changed_results(text_config(model.config))
+        for name in names:
+            if isinstance(linear := model.get_submodule(name), Linear4bit):
+                linear.copies_result = family.locate_layer(name)[1] in changed
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
+    widen_linears(model, wide)
 
 
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:

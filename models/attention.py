@@ -8,11 +8,12 @@ arguments for the kernel (models/image_attention.py).
 
 All other cases use the family's own attention, `attend_fused` in most, with transformers' masks: packed rows
 or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores; packed
-rows of a family whose layers do not hand on the rows' bounds (Nemotron). The masks are [B, 1, T, T] booleans,
-made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must separate
-rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices, packed
-rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this for an
-implementation that has no mask function, such as the last three here.
+rows of a family whose layers do not hand on the rows' bounds (Nemotron, StableLM); a window that layers do
+not hand on (Qwen2-MoE). The masks are [B, 1, T, T] booleans, made once per micro-batch and kind of layer, and
+shared by the layers. To decide whether a mask must separate rows, transformers looks for positions that start
+again (masking_utils.find_packed_sequence_indices, packed rows or not): the host waits for the GPU once per
+kind, before the first layer. transformers skips this for an implementation that has no mask function, such as
+the last three here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows.
@@ -20,7 +21,8 @@ head, N rows.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -32,11 +34,11 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from files.config_parts import text_config
-from models.family import FUSED, Family
+from models.family import CAUSAL, CAUSAL_VARLEN, FUSED, VARLEN, Family
 from models.varlen import VARLEN_OPTIONS, attend_images, has_varlen
+from models.wide_linears import power_of_two_below
+from quantization.operators import compute_dtype
 
-# Our names in transformers' registry, beside FUSED. CAUSAL_VARLEN is CAUSAL with VARLEN for images.
-CAUSAL, VARLEN, CAUSAL_VARLEN = "causal_lines", "varlen_rows", "causal_lines_varlen_images"
 # What transformers' attention reads of a module whose keys and values have as many heads as its queries.
 _UNGROUPED = nn.Module()
 
@@ -58,13 +60,15 @@ def choose_attention(
     takes_images = getattr(config, "vision_config", None) is not None
     config = text_config(config)
     window = getattr(config, "sliding_window", None) or None  # 0 in Qwen2-MoE's configs without a window
+    if window is not None and not family.passes_window:
+        return family.attention  # also for short sequences: those of an evaluation may be longer
     is_causal = not packing and (window is None or max_sequence_length <= window)
     if is_causal and not takes_images:
         return CAUSAL
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
         (family.passes_row_bounds or not (packing or takes_images))
-        and not config.attention_dropout
+        and not getattr(config, "attention_dropout", 0)  # ERNIE 4.5 has none
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and (head_dim <= 192 or head_dim == 256)  # between them its backward does not run on every GPU
@@ -100,6 +104,27 @@ def _takes_grouped_heads(device_type: str, dtype: torch.dtype, features: int) ->
     return takes_grouped_heads(device_type, dtype, features)
 
 
+def _with_wide_values(attend: Callable) -> Callable:
+    """Return an attention that also takes values in fp32 under autocast to fp16 (models/wide_linears.py).
+
+    The attention is computed in fp16, whose largest number is 65,504. A sequence's values are divided by a
+    power of two that makes them smaller than 2^15, and the result, in fp32, is multiplied by it: attention is
+    linear in the values. Values 2^29 times smaller than the largest lose precision; no others do.
+    """
+
+    @wraps(attend)
+    def attend_wide(module, query, key, value, attention_mask, **others):
+        if value.dtype != torch.float32 or compute_dtype(value) == torch.float32:
+            return attend(module, query, key, value, attention_mask, **others)
+        dtype = compute_dtype(value)
+        scale = power_of_two_below(value.detach().abs().amax((1, 2, 3), keepdim=True) / 2**14)
+        result, _ = attend(module, query, key, (value / scale).to(dtype), attention_mask, **others)
+        return result.float() * scale, None
+
+    return attend_wide
+
+
+@_with_wide_values
 def attend_fused(
     module: nn.Module,
     query: torch.Tensor,
@@ -178,6 +203,7 @@ def attend_causally(
     return attend_fused(module, query, key, value, attention_mask, **others)
 
 
+@_with_wide_values
 def attend_within_rows(
     module: nn.Module,
     query: torch.Tensor,

@@ -73,7 +73,9 @@ class ParameterNames:
             if source is None or linears is None:
                 continue
             path = name.removesuffix(WEIGHT).rpartition(".")[0]
-            return f"{path}.{linears[rule.source_patterns.index(source)]}{WEIGHT}"
+            expert = f"{path}.{linears[rule.source_patterns.index(source)]}{WEIGHT}"
+            with_prefix = f"{self.model.base_model_prefix}.{expert}"  # files without the head class's prefix
+            return with_prefix if with_prefix in self.parameters else expert
         return name
 
 

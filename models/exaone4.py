@@ -8,10 +8,11 @@ for this family; ours are Llama's.
 from transformers.models.exaone4.modeling_exaone4 import Exaone4ForCausalLM, Exaone4RotaryEmbedding
 
 from models.family import Family
-from models.olmo2 import IDENTITY_INIT
+from models.olmo2 import IDENTITY_INIT, WIDE_LINEARS
 
 FAMILY = Family(
     model_class=Exaone4ForCausalLM,
     rotary_class=Exaone4RotaryEmbedding,
     identity_init=IDENTITY_INIT,
+    wide_linears=WIDE_LINEARS,
 )

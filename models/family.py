@@ -6,8 +6,8 @@ The rest of the program knows nothing else of a family. Its arithmetic is transf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from files.config_parts import text_config
 from models.vision import Vision
 
-FUSED = "fused_sdpa"  # attend_fused of models/attention.py, in transformers' registry
+# Names of the attention of models/attention.py in transformers' registry. CAUSAL_VARLEN is CAUSAL with VARLEN
+# for images.
+FUSED, CAUSAL, VARLEN = "fused_sdpa", "causal_lines", "varlen_rows"
+CAUSAL_VARLEN = "causal_lines_varlen_images"
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # end of a tensor's name in old Llama files
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -27,7 +30,8 @@ GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 class Family:
     """The dotted names of a family's modules, and its settings.
 
-    linears, sublayers, outputs and identity_init are relative to one decoder layer; other names are absolute.
+    linears, sublayers, outputs, identity_init and wide_linears are relative to one decoder layer; other names
+    are absolute.
 
     Attributes:
         model_class: transformers' ForCausalLM class.
@@ -45,25 +49,33 @@ class Family:
         identity_init: (name, value) of the tensors or modules that make a new block of Llama-Pro the
             identity. Empty: all `outputs` are zero. Where norms follow the outputs, it must name these norms
             (models/llama_pro.py), which are also those that fp16 needs in fp32 (models/wide_norms.py).
+        changed_results: returns the linears whose results transformers changes in place (OLMo's clipping).
+            Packed ones return a copy, as their operator allows no change of its result.
         attention: name, in transformers' registry, of the implementation for all of its attention.
         select_linears: returns the linears to quantize in the given decoder layer, relative to it. For layers
             that differ, or where more than `linears` is quantized.
-        match_checkpoint: changes the meta model in place so that its parameters are the files' tensors. It
-            may raise ValueError for a config that describes no such model.
+        match_checkpoint: changes the meta text model (transformers' class without a head, whose config is the
+            text model's) in place so that its parameters are the files' tensors. It may replace a module by
+            one with the same parameters and a larger range (Nemotron). It may raise ValueError for a config
+            that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
+        wide_linears: linears of a layer whose results, or products of them, may be beyond fp16's 65,504
+            (models/wide_linears.py).
         compiles: whether a layer compiles to one graph, without a break.
         passes_row_bounds: whether transformers' layers hand on to attention the bounds of packed rows, which
             the variable-length kernel needs. Without them packed rows are separated by masks.
+        passes_window: whether transformers' layers hand on to attention their sliding window. If not, a model
+            with a window needs masks.
         logit_scale: returns the factor that is applied to the head's result, before any cap.
         logit_cap: returns c of the logits c tanh(z / c); None without a cap.
-        text_types: of a wrapper, the known values of model_type in its text_config.
+        texts: of a wrapper, {known model_type of its text_config: the wrapper's family around such a model}.
         unused: the modules of a wrapper that text alone does not need, such as a vision tower. They are not
             built, unless `has_images`; a saved model gets their tensors unchanged.
         vision: the description of these modules, for a wrapper that can be trained on images.
         has_images: whether the model is built with them (`with_images`).
 
-    The functions get the config of the text model (`text_config`), except for `match_checkpoint`.
+    The functions of a config get that of the text model (`text_config`).
     """
 
     model_class: type[nn.Module]
@@ -72,16 +84,19 @@ class Family:
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
     sublayers: tuple[str, ...] = ("self_attn", "mlp")
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    changed_results: Callable[[Any], tuple[str, ...]] = lambda config: ()
     identity_init: tuple[tuple[str, float], ...] = ()
     attention: str = FUSED
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
-    match_checkpoint: Callable[[PreTrainedModel], None] = lambda model: None
+    match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    wide_linears: tuple[str, ...] = ()
     compiles: bool = True
     passes_row_bounds: bool = True
+    passes_window: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     logit_cap: Callable[[Any], float | None] = lambda config: None
-    text_types: tuple[str, ...] = ()
+    texts: Mapping[str, Family] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     vision: Vision | None = None
     has_images: bool = False
@@ -90,6 +105,12 @@ class Family:
     norm: str = "model.norm"
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
+
+    def text_model(self, model: nn.Module) -> PreTrainedModel:
+        """Return the part that holds the decoder layers: `model` or, in a wrapper, `language_model`."""
+        part = model.get_submodule(self.layers.rpartition(".")[0])
+        assert isinstance(part, PreTrainedModel)
+        return part
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the decoder layers, in order."""
@@ -142,16 +163,17 @@ class Family:
         """
         return tensor.endswith(ROTARY_TABLE) or (tied and tensor == f"{self.head}.weight")
 
+    def unbuilt_parts(self) -> tuple[str, ...]:
+        """Return the modules of `unused` that are not built: none of them with images."""
+        return () if self.has_images else self.unused
+
     def is_unused(self, tensor: str) -> bool:
         """Return whether the tensor belongs to a module that is not built."""
-        return not self.has_images and self._is_beside_text(tensor)
+        return tensor.startswith(tuple(f"{module}." for module in self.unbuilt_parts()))
 
     def is_of_vision(self, tensor: str) -> bool:
         """Return whether the tensor belongs to a vision part that is built."""
-        return self.has_images and self._is_beside_text(tensor)
-
-    def _is_beside_text(self, tensor: str) -> bool:
-        return tensor.startswith(tuple(f"{module}." for module in self.unused))
+        return self.has_images and tensor.startswith(tuple(f"{module}." for module in self.unused))
 
     def with_images(self) -> Family:
         """Return the family of the same model with its vision parts."""
@@ -174,19 +196,29 @@ class Family:
 
 
 def wrap_family(
-    text: Family,
+    texts: Mapping[str, Family],
     model_class: type[nn.Module],
-    text_types: tuple[str, ...],
     unused: tuple[str, ...],
     vision: Vision | None = None,
 ) -> Family:
-    """Return the family of a wrapper, whose part `model.language_model` is the text family's `model`.
+    """Return the family of a wrapper, whose part `model.language_model` is a text family's `model`.
+
+    Its `texts` has a family for each kind of text model, with all that the text family says. The result is
+    the first of these, for what does not depend on the kind.
 
     Args:
-        text: the family of the text model alone.
+        texts: {model_type of text_config: the family of such a text model alone}.
         model_class: transformers' class of the wrapper.
-        text_types, unused, vision: as in `Family`.
+        unused, vision: as in `Family`.
     """
+    wrapped = {name: _wrap(text, model_class, unused, vision) for name, text in texts.items()}
+    return replace(next(iter(wrapped.values())), texts=wrapped)
+
+
+def _wrap(
+    text: Family, model_class: type[nn.Module], unused: tuple[str, ...], vision: Vision | None
+) -> Family:
+    """Return the family of the wrapper around one kind of text model; arguments as in `wrap_family`."""
 
     def wrapped(name: str) -> str:
         return f"model.language_model.{name.removeprefix('model.')}"
@@ -194,7 +226,6 @@ def wrap_family(
     return replace(
         text,
         model_class=model_class,
-        text_types=text_types,
         unused=unused,
         vision=vision,
         layers=wrapped(text.layers),

@@ -14,6 +14,9 @@ from models.family import Family
 # The norms after attention and MLP; Gemma's multiply by 1 + weight.
 IDENTITY_INIT = (("post_attention_layernorm", -1.0), ("post_feedforward_layernorm", -1.0))
 
+# Activations of attention and MLP may be beyond fp16's largest number.
+WIDE_LINEARS = ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+
 
 def constant_buffers(config: Gemma2Config) -> dict[str, torch.Tensor]:
     """Return {the buffer's name: sqrt(hidden_size) in fp32}, the factor of the embeddings.
@@ -36,6 +39,7 @@ FAMILY = Family(
     rotary_class=Gemma2RotaryEmbedding,
     identity_init=IDENTITY_INIT,
     attention="eager",
+    wide_linears=WIDE_LINEARS,
     constant_buffers=constant_buffers,
     logit_cap=logit_cap,
 )

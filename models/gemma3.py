@@ -21,7 +21,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 
 from data.image_batches import ImageBatch
 from models.family import Family, wrap_family
-from models.gemma2 import IDENTITY_INIT, constant_buffers, logit_cap
+from models.gemma2 import IDENTITY_INIT, WIDE_LINEARS, constant_buffers, logit_cap
 from models.image_settings import read_fixed_images
 from models.vision import ImageFeatures, Vision
 
@@ -29,6 +29,7 @@ FAMILY = Family(
     model_class=Gemma3ForCausalLM,
     rotary_class=Gemma3RotaryEmbedding,
     identity_init=IDENTITY_INIT,
+    wide_linears=WIDE_LINEARS,
     constant_buffers=constant_buffers,
     logit_cap=logit_cap,
 )
@@ -67,9 +68,9 @@ VISION = Vision(
 )
 
 WRAPPER = wrap_family(
-    replace(FAMILY, logit_cap=lambda config: None),  # transformers ignores final_logit_softcapping here
+    # transformers ignores final_logit_softcapping here
+    {"gemma3_text": replace(FAMILY, logit_cap=lambda config: None)},
     Gemma3ForConditionalGeneration,
-    text_types=("gemma3_text",),
     unused=VISION.parts,
     vision=VISION,
 )

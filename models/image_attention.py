@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from data.image_batches import ImageBatch
-from models.attention import CAUSAL, CAUSAL_VARLEN, VARLEN
+from models.family import CAUSAL, CAUSAL_VARLEN, VARLEN
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' kinds of layers
 

@@ -17,10 +17,10 @@ from models.family import Family
 SCALING_KEYS = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
 
-def check_scaling(model: PreTrainedModel) -> None:
+def check_scaling(text_model: PreTrainedModel) -> None:
     """Raise ValueError for a config without the scaling's values, which only a forward would miss."""
     for key in SCALING_KEYS:
-        if model.config.rope_parameters.get(key) is None:
+        if text_model.config.rope_parameters.get(key) is None:
             raise ValueError(f"rope_parameters has no {key}")
 
 

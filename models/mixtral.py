@@ -1,7 +1,8 @@
 """Mixtral: Mistral with routed experts in all layers.
 
 The files name an expert's linears w1, w3 and w2: gate, up and down. models/qwen3_moe.py says how experts are
-quantized, and which linears get adapters.
+quantized, and which linears get adapters. With router_jitter_noise in the config (the released ones have 0)
+transformers multiplies the inputs of router and experts by random factors in training.
 """
 
 from transformers import PreTrainedModel
@@ -12,9 +13,9 @@ from models.family import ATTENTION, Family
 from models.moe import replace_experts, select_linears
 
 
-def match_checkpoint(model: PreTrainedModel) -> None:
+def match_checkpoint(text_model: PreTrainedModel) -> None:
     """Make a parameter of each of the files' tensors of experts."""
-    replace_experts(model, lambda: MistralMLP(model.config))
+    replace_experts(text_model, lambda: MistralMLP(text_model.config))
 
 
 FAMILY = Family(

@@ -54,13 +54,13 @@ def _is_trained(expert: nn.Module) -> bool:
     return any(p.requires_grad for p in expert.parameters())
 
 
-def replace_experts(model: PreTrainedModel, make_expert: Callable[[], nn.Module]) -> None:
+def replace_experts(text_model: PreTrainedModel, make_expert: Callable[[], nn.Module]) -> None:
     """Replace transformers' stacked experts by lists of MLPs, whose parameters are the files' tensors.
 
     A layer has experts if its `mlp` has them. make_expert: see `Experts`; its linears are those of GATED_MLP.
     """
-    config = model.config
-    for layer in model.model.layers:
+    config = text_model.config
+    for layer in text_model.get_submodule("layers").children():
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts = Experts(make_expert, config.num_experts, config.num_experts_per_tok)
 

@@ -7,10 +7,11 @@ has no default targets for this family; ours are Llama's.
 from transformers.models.olmo3.modeling_olmo3 import Olmo3ForCausalLM, Olmo3RotaryEmbedding
 
 from models.family import Family
-from models.olmo2 import IDENTITY_INIT
+from models.olmo2 import IDENTITY_INIT, WIDE_LINEARS
 
 FAMILY = Family(
     model_class=Olmo3ForCausalLM,
     rotary_class=Olmo3RotaryEmbedding,
     identity_init=IDENTITY_INIT,
+    wide_linears=WIDE_LINEARS,
 )

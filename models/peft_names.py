@@ -6,7 +6,7 @@ target_modules is a plain list: some servers refuse a regular expression there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -51,7 +51,11 @@ def peft_exclusions(model: nn.Module, family: Family, config: Config) -> str | N
     them. Args: as for `peft_target_modules`; the model may lack the parts.
     """
     adapted = vision_targets(model, family, config)
-    parts = [part for part in family.unused if not any(name.startswith(f"{part}.") for name in adapted)]
+    return exclude_parts([p for p in family.unused if not any(name.startswith(f"{p}.") for name in adapted)])
+
+
+def exclude_parts(parts: Sequence[str]) -> str | None:
+    """Return a regular expression for the modules of these parts of a wrapper; None without any."""
     names = [part.rpartition(".")[2] for part in parts]
     return rf"(.*\.)?({'|'.join(names)})(\..*)?" if names else None
 

@@ -3,6 +3,9 @@
 The shared expert's result is multiplied by the sigmoid of its gate, a linear of one output. Its linears are
 quantized, and get adapters if --lora_target_modules names them (shared_expert.down_proj); `all` means those
 of attention. Its gate stays dense, like the router. models/qwen3_moe.py says the rest.
+
+A config may give every other layer a sliding window (use_sliding_window; the released ones do not).
+transformers' attention does not get the window, so only masks apply it.
 """
 
 from torch import nn
@@ -17,10 +20,10 @@ from models import moe, qwen3_moe
 from models.family import ATTENTION, GATED_MLP, Family
 
 
-def match_checkpoint(model: PreTrainedModel) -> None:
+def match_checkpoint(text_model: PreTrainedModel) -> None:
     """Make the experts' parameters the files' tensors."""
-    config = model.config
-    moe.replace_experts(model, lambda: Qwen2MoeMLP(config, config.moe_intermediate_size))
+    config = text_model.config
+    moe.replace_experts(text_model, lambda: Qwen2MoeMLP(config, config.moe_intermediate_size))
 
 
 def select_linears(layer: nn.Module) -> tuple[str, ...]:
@@ -39,4 +42,5 @@ FAMILY = Family(
     outputs=(*qwen3_moe.FAMILY.outputs, "mlp.shared_expert.down_proj"),
     match_checkpoint=match_checkpoint,
     compiles=False,  # as in Qwen3-MoE
+    passes_window=False,
 )

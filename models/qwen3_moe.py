@@ -23,10 +23,10 @@ from models.family import ATTENTION, Family
 from models.moe import replace_experts, select_linears
 
 
-def match_checkpoint(model: PreTrainedModel) -> None:
+def match_checkpoint(text_model: PreTrainedModel) -> None:
     """Make the experts' parameters the files' tensors."""
-    config = model.config
-    replace_experts(model, lambda: Qwen3MoeMLP(config, config.moe_intermediate_size))
+    config = text_model.config
+    replace_experts(text_model, lambda: Qwen3MoeMLP(config, config.moe_intermediate_size))
 
 
 FAMILY = Family(

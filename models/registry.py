@@ -18,21 +18,27 @@ from files.bnb_weights import find_bnb_headers
 from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
+from files.quantized_releases import explain_quantization, find_foreign_quantization
 from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
 from models import (
+    cohere,
     cohere2,
+    ernie4_5,
     exaone4,
     gemma2,
     gemma3,
     glm4,
     granite,
+    helium,
+    hunyuan_v1_dense,
     llama,
     ministral3,
     mistral,
     mistral3,
     mixtral,
     nemotron,
+    olmo,
     olmo2,
     olmo3,
     phi,
@@ -43,6 +49,7 @@ from models import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    stablelm,
     starcoder2,
 )
 from models.causal_lm import replace_head, summed_loss_class
@@ -56,6 +63,7 @@ from models.redundant import (
     rename_tied_head,
 )
 from models.unsupported import explain_unknown_type, explain_unlisted_type
+from models.unused_parts import check_unused_parts
 from models.wide_norms import widen_norms
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json
@@ -85,6 +93,12 @@ FAMILIES: dict[str, Family] = {
     "phi": phi.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
+    "helium": helium.FAMILY,
+    "hunyuan_v1_dense": hunyuan_v1_dense.FAMILY,
+    "ernie4_5": ernie4_5.FAMILY,
+    "olmo": olmo.FAMILY,
+    "stablelm": stablelm.FAMILY,
+    "cohere": cohere.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.
@@ -102,37 +116,85 @@ CONFIG_ERRORS = (
 
 
 def read_config(folder: Path, images: bool = False) -> tuple[PretrainedConfig, Family]:
-    """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES.
+    """Return (a model folder's configuration, its family).
+
+    Raises UserError if config.json is unreadable, its model_type is not in FAMILIES, or the weights are
+    quantized, and not to 4 bits by bitsandbytes. The error names all of these that hold.
 
     images: whether the model is to take images. Raises UserError if the family has no vision parts.
     """
+    raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+    kind = find_foreign_quantization(raw, folder)
+    try:
+        config = _read_known_config(folder, raw)
+        family = family_of(config, images)
+    except UserError as e:
+        raise UserError(f"{e}; besides, {explain_quantization(folder, kind)}") if kind else e from None
+    if kind:
+        raise UserError(f"{folder}/{CONFIG}: {explain_quantization(folder, kind)}")
+    return config, family
+
+
+def _read_known_config(folder: Path, raw: dict) -> PretrainedConfig:
+    """Return a model folder's configuration, for weights of any format. raw: the contents of config.json.
+
+    Raises UserError if it is unreadable, or its model_type is not in FAMILIES.
+    """
     known = ", ".join(FAMILIES)
-    if (folder / CONFIG).is_file():
-        raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
-        _check_counts(raw, folder)
-        if unknown := explain_unknown_type(raw):
-            raise UserError(f"{folder}/{CONFIG}: {unknown}; known here: {known}")
+    _check_counts(raw, folder)
+    if unknown := explain_unknown_type(raw):
+        raise UserError(f"{folder}/{CONFIG}: {unknown}; known here: {known}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except CONFIG_ERRORS as e:
+        if _lacks_layer_types(raw):
+            raise UserError(
+                f"{folder}/{CONFIG}: has no layer_types: the kind of each layer, sliding_attention or"
+                f" full_attention, in a list; transformers does not derive it from this config ({_reason(e)})"
+            ) from None
         raise UserError(
             f"{folder}/{CONFIG}: not readable ({_reason(e)}); known architectures: {known}"
         ) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/{CONFIG}: {explain_unlisted_type(config, list(FAMILIES))}")
-    family, text = FAMILIES[config.model_type], text_config(config).model_type
-    if family.text_types and text not in family.text_types:
+    texts, text = FAMILIES[config.model_type].texts, text_config(config).model_type
+    if texts and text not in texts:
         raise UserError(
             f"{folder}/{CONFIG}: text_config has the model_type {text!r}; in {config.model_type} known:"
-            f" {', '.join(family.text_types)}"
+            f" {', '.join(texts)}"
         )
-    if images and family.vision is None:
+    return config
+
+
+def family_of(config: PretrainedConfig, images: bool = False) -> Family:
+    """Return the family of a config that `read_config` accepts; in a wrapper, the text model decides too.
+
+    images: whether the model takes images. Raises UserError if the family has no vision parts.
+    """
+    family = FAMILIES[config.model_type]
+    if family.texts:
+        family = family.texts[text_config(config).model_type]
+    if not images:
+        return family
+    if family.vision is None:
         with_vision = ", ".join(name for name, known in FAMILIES.items() if known.vision)
         raise UserError(
-            f"{folder}/{CONFIG}: {config.model_type} is trained on text alone, and the rows have images;"
-            f" trained with images: {with_vision}"
+            f"{config.name_or_path}/{CONFIG}: {config.model_type} is trained on text alone, and the rows have"
+            f" images; trained with images: {with_vision}"
         )
-    return config, family.with_images() if images else family
+    return family.with_images()
+
+
+def _lacks_layer_types(raw: dict) -> bool:
+    """Return whether a config.json (`raw`) that is not readable would be so with a list of layer_types."""
+    layers = raw.get("num_hidden_layers")
+    if raw.get("layer_types") is not None or not isinstance(layers, int):
+        return False
+    try:
+        AutoConfig.for_model(**raw | {"layer_types": ["full_attention"] * layers})
+    except CONFIG_ERRORS:
+        return False
+    return True
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
@@ -165,8 +227,8 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes of zero; check_weights reports them
             model = summed_loss_class(family.model_class, vision)(config)  # type: ignore[arg-type]
-            family.match_checkpoint(model)
-            for name in () if vision else family.unused:
+            family.match_checkpoint(family.text_model(model))
+            for name in family.unbuilt_parts():
                 path, _, last = name.rpartition(".")
                 setattr(model.get_submodule(path), last, None)
             widen_norms(model, family)
@@ -218,8 +280,10 @@ def open_weights(
     if untied_head:
         config.tie_word_embeddings = False
         model = build_on_meta(config, family)
+    files.dequantized = find_packed_routers(model, family, files)
     check_extra_tensors(config, family, files)
     check_weights(model, files, family)
+    check_unused_parts(config, family, files)
     return files, model, untied_head
 
 
@@ -259,9 +323,22 @@ def open_headers(
         model = build_on_meta(config, family)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     headers.set_packed(find_bnb_headers(headers.folder, headers.tensors, shapes))
+    headers.dequantized = find_packed_routers(model, family, headers)
     check_shapes(model, headers)
     remove_redundant(model, headers, family)
+    check_unused_parts(config, family, headers)
     return model
+
+
+def find_packed_routers(model: PreTrainedModel, family: Family, files: WeightHeaders) -> frozenset[str]:
+    """Return the names of packed weights of decoder layers that are no linears here: those of routers.
+
+    transformers 4 had linears as routers and as gates of shared experts, and bitsandbytes packed them, too.
+    """
+    linears = {f"{name}.weight" for name in family.layer_linear_names(model)} if files.packed else set()
+    return frozenset(
+        name for name in files.packed if name not in linears and family.locate_layer(name)[0] is not None
+    )
 
 
 def check_shapes(model: PreTrainedModel, files: WeightHeaders) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from options.errors import MAX_NAME_LENGTH
 
@@ -27,13 +31,15 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def explain_unknown_type(raw: dict) -> str | None:
     """Return what is said of a config.json (`raw`) whose model_type the installed transformers does not know.
 
-    None: it knows the type, or config.json has none.
+    So are the types of a wrapper's parts. None: it knows all types, or config.json has none.
     """
-    model_type, installed = raw.get("model_type"), transformers.__version__
-    if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
+    installed = transformers.__version__
+    unknown = next(((part, name) for part, name in _model_types(raw) if name not in CONFIG_MAPPING), None)
+    if unknown is None:
         return None
+    part, name = unknown
     found = (
-        f"model_type {model_type[:MAX_NAME_LENGTH]!r} is unknown to the installed transformers {installed}"
+        f"{part}model_type {name[:MAX_NAME_LENGTH]!r} is unknown to the installed transformers {installed}"
     )
     if raw.get("auto_map"):
         return f"{found}: it is code of the model's own repository (auto_map), which is never run here"
@@ -44,6 +50,19 @@ def explain_unknown_type(raw: dict) -> str | None:
     if saved > _release(installed):
         return f"{found}; {version} wrote the file and knows it: pip install 'transformers>={version}'"
     return f"{found}, though {version} wrote the file"
+
+
+def _model_types(raw: dict) -> Iterator[tuple[str, str]]:
+    """Yield (where, model_type) of a config.json, and of its parts whose class the type decides."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        return
+    yield "", model_type
+    parts = CONFIG_MAPPING[model_type].sub_configs if model_type in CONFIG_MAPPING else {}
+    for part in (name for name, config_class in parts.items() if config_class is AutoConfig):
+        of_part = raw[part].get("model_type") if isinstance(raw.get(part), dict) else None
+        if isinstance(of_part, str):
+            yield f"{part}: ", of_part
 
 
 def _release(version: Any) -> tuple[int, ...]:
@@ -88,10 +107,16 @@ def find_lacking_part(config: PretrainedConfig) -> str | None:
     if getattr(text, "add_cross_attention", False):
         return "has cross-attention"
     if text is not config:
-        return None if text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "has inputs other than text"
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _is_switched_to_encoder(config):
+        return None if _has_causal_class(text.model_type) else "has inputs other than text"
+    if not _has_causal_class(config.model_type) or _is_switched_to_encoder(config):
         return "is no causal decoder"
     return None
+
+
+def _has_causal_class(model_type: str) -> bool:
+    """Return whether transformers has a causal decoder of this type. It lists Mistral 4's as a wrapper."""
+    of_wrappers = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type))
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or of_wrappers.endswith("ForCausalLM")
 
 
 def _is_switched_to_encoder(config: PretrainedConfig) -> bool:

@@ -4,6 +4,10 @@ Under autocast to fp16 the residual stream is fp32: the embedding's weights are,
 fp32. A norm behind a projection gets fp16, though, and transformers returns a norm's result in the dtype of
 its input. In Gemma the weights of these norms are what makes the stream large, beyond fp16's 65,504: the
 result is infinite before it is added. With an fp32 input it is fp32.
+
+This keeps the stream finite. It is enough where norms also precede attention and MLP, and make what they read
+small again (Gemma, GLM-4). Where none do (OLMo, EXAONE 4), the linears that read the stream must be wide, too
+(models/wide_linears.py).
 """
 
 from __future__ import annotations

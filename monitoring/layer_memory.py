@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,15 +34,21 @@ class LayerWidths:
         mlp_tensors: tensors as wide as `mlp` that are saved: gate, up and their product; without a gate, the
             activation function's input and result, and of gelu_new (Phi) the tanh in it.
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
+        norms_read_outputs: norms follow attention and MLP (Gemma, GLM-4, OLMo, EXAONE 4), and so keep the
+            results of the last projections.
+        widens_product: under autocast to fp16 the MLP's product is in fp32 (Gemma, OLMo, EXAONE 4;
+            models/wide_linears.py).
+        widens_inputs: then query, key and gate are fp32, too (OLMo, EXAONE 4).
         has_one_norm: attention and MLP read the result of the same norm (Cohere2, Phi).
-        has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo, EXAONE 4).
-        has_fused_qkv: query, key and value are one linear (Phi-3).
+        has_head_norms: queries and keys are normalized (Qwen3, Gemma 3, OLMo 2, EXAONE 4, HunYuan).
+        has_fused_qkv: query, key and value are one linear (Phi-3, GPT-NeoX).
         has_fused_gate: gate and up are one linear (Phi-3, GLM-4).
         is_eager: attention is eager and keeps its scores (Gemma 2).
         drops_scores: attention has dropout, which the variable-length kernel lacks (Seed-OSS).
         window: tokens of a sliding window; 0 without.
         compiles: whether --compile auto compiles the layers.
         passes_row_bounds: whether packed rows need no masks where the variable-length kernel runs.
+        passes_window: whether a sliding window needs no masks there.
     """
 
     hidden: int
@@ -52,6 +59,9 @@ class LayerWidths:
     experts_per_token: int = 0
     mlp_tensors: int = 3
     has_four_norms: bool = False
+    norms_read_outputs: bool = False
+    widens_product: bool = False
+    widens_inputs: bool = False
     has_one_norm: bool = False
     has_head_norms: bool = False
     has_fused_qkv: bool = False
@@ -61,6 +71,7 @@ class LayerWidths:
     window: int = 0
     compiles: bool = True
     passes_row_bounds: bool = True
+    passes_window: bool = True
 
 
 def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
@@ -81,15 +92,19 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         experts_per_token=experts,
         mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
         has_four_norms=norms > 2,
+        norms_read_outputs=bool(family.identity_init),
+        widens_product=any(name.startswith(f"{family.sublayers[1]}.") for name in family.wide_linears),
+        widens_inputs=any(name.endswith("q_proj") for name in family.wide_linears),
         has_one_norm=norms == 1,
-        has_head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
-        has_fused_qkv=any(name.endswith("qkv_proj") for name in names),
+        has_head_norms=any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name in names),
+        has_fused_qkv=any(name.endswith(("qkv_proj", "query_key_value")) for name in names),
         has_fused_gate=any(name.endswith("gate_up_proj") for name in names),
         is_eager=family.attention == "eager",
         drops_scores=bool(getattr(config, "attention_dropout", 0)),
         window=getattr(config, "sliding_window", None) or 0,
         compiles=family.compiles,
         passes_row_bounds=family.passes_row_bounds,
+        passes_window=family.passes_window,
     )
 
 
@@ -190,8 +205,15 @@ def layer_memory(
     saved += widths.mlp_tensors * mlp
     if adapter:
         saved += branches * config.lora_rank  # A x of each
+    # Not compiled, norms in 16 bits keep their inputs as casts to fp32.
+    keeps_outputs = widths.norms_read_outputs and (compiled or width == 4)
     if adapter == "dora":  # outputs, which the gradients of magnitudes need: query, key, and one projection's
-        saved += hidden + (0 if names_linears_apart else query + key)
+        saved += (0 if keeps_outputs else hidden) + (0 if names_linears_apart else query + key)
+    widens = widths.widens_product and precision.autocast == torch.float16
+    if widens:  # up in fp32; and DoRA's output of it in fp16
+        saved += (2 if adapter == "dora" else 1) * mlp
+    if widens and widths.widens_inputs:  # the same of gate, query and key, and DoRA's output of values
+        saved += mlp + query + key + (mlp + query + 2 * key if adapter == "dora" else 0)
     if widths.is_eager or not _takes_grouped_heads(precision, gpu):
         saved += 2 * query - 2 * key  # keys and values, expanded to the query heads
     if widths.experts_per_token:
@@ -201,7 +223,7 @@ def layer_memory(
     if not compiled:
         saved += 2 * hidden  # states in the norms
         if adapter == "dora":
-            saved += hidden + key
+            saved += (0 if keeps_outputs else hidden) + key
         if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
             saved += 7 * hidden + query + key
     per_token: float = saved * width
@@ -224,9 +246,11 @@ def layer_memory(
         backward += (5 * mlp + hidden) * width
     if adapter == "dora" and is_autocast and not compiled:
         backward += 1.5 * mlp * width  # outputs in fp32 beside their gradients
+    if widens:  # gradients of the product and of its two factors, in fp32
+        backward += 3 * mlp * width
     if config.wrap_policy == "sublayer":
         backward += 2 * mlp * width
-    forward = ((2 if compiled else 4) * mlp + 3 * hidden) * width
+    forward = (((2 if compiled else 4) + 2 * widens) * mlp + 3 * hidden) * width
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
     return LayerMemory(
         input=rows * hidden * stream,
@@ -255,6 +279,7 @@ def mask_bytes(
     # The kernel runs on the GPUs, and in the dtypes, in which others take grouped heads.
     has_kernel = _takes_grouped_heads(precision, gpu) and not widths.drops_scores
     has_kernel = has_kernel and (widths.passes_row_bounds or not config.packing)
+    has_kernel = has_kernel and (widths.passes_window or not widths.window)
     if not widths.is_eager and (has_kernel or not (config.packing or has_window)):
         return 0
     kinds = 2 if widths.window else 1

@@ -61,7 +61,7 @@ class _Shared:
         resident: in use between steps: weights, optimizer states, buffers, workspaces.
         gradients: of all trained weights, as the optimizer sees them.
         unit: a unit that is gathered while it computes, with what is fetched ahead of it.
-        kept: units that stay gathered between forward and backward.
+        kept: units that stay gathered between forward and backward, and gradients that --no_sync holds.
         unit_gradients: of a unit, in the dtype that it computes in; 0 where they are the optimizer's already.
         reduced: the same and their copies in fp32, on their way to the ranks' shards.
     """
@@ -104,7 +104,8 @@ def estimate_memory(
     loss = _loss_bytes(config, precision, sizes, gpu, rows)
     vocabulary_gradient = sizes.vocabulary_bytes * (4 / precision.trained.itemsize)  # formed in fp32
     # Gradients stay over all micro-batches of a step; a single one's grow while its activations are freed.
-    holds_gradients = config.gradient_accumulation_steps > 1 and not (config.no_sync and shared.unit)
+    # With --no_sync FSDP reduces them only in the last one; until then `kept` has them.
+    holds_gradients = config.gradient_accumulation_steps > 1 and not (config.no_sync and shared.reduced)
     accumulated = shared.gradients if holds_gradients else 0
     before = shared.resident + shared.kept + masks + accumulated
     after_forward = before + saved + ends + vocabulary_gradient

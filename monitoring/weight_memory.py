@@ -88,7 +88,8 @@ def plan_parameters(
         is_new = bool(added) and family.locate_layer(name)[0] in added
         quantizer = None
         if files.prequantized:  # the checkpoint's makers chose
-            quantizer = files.packed[name].quantizer if name in files.packed else None
+            is_packed = name in files.packed and name not in files.dequantized
+            quantizer = files.packed[name].quantizer if is_packed else None
         elif chosen and name in linears and not is_new:
             quantizer = chosen
         if quantizer:

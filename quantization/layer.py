@@ -112,6 +112,7 @@ class Linear4bit(ConvertingModule):
         if self.bias is not None:
             self.bias.requires_grad_(False)  # the operator has no gradient for it
         self.register_buffer("table", None, persistent=False)
+        self.copies_result = False  # set by models/adapters.py where the model changes the result in place
 
     @property
     def weight(self) -> torch.Tensor:
@@ -152,7 +153,8 @@ class Linear4bit(ConvertingModule):
                 with torch.no_grad():  # the operator forms the gradients that go through h
                     h = F.linear(x, a)
         bias = None if self.bias is None else self.bias.to(x.dtype)  # fp32 under autocast
-        return linear4bit(x, *packed, row_scale, bias, h, a, b, save_output)
+        y = linear4bit(x, *packed, row_scale, bias, h, a, b, save_output)
+        return y.clone() if self.copies_result else y  # backward needs the operator's own
 
     def parameters_from(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """checkpoints(kind) -> the folder of a tiny checkpoint; kinds: see tiny.CONFIGS. Made once."""
+    """checkpoints(kind) -> the folder of a tiny checkpoint of tiny.CONFIGS or VARIANTS. Made once."""
     from tests.helpers import tiny
 
     made = {}

@@ -30,7 +30,7 @@ from training.size_search import MAX_TRIALS, SizeSearch
 from training.step_sizes import list_batches, with_batch
 from training.trial import Trial, TrialResult, run_trial
 
-CONTEXT_STEP = 64  # tokens between the lengths that --context_length auto may take
+TRIAL_CONTEXT_STEP = 64  # tokens between the lengths that --context_length auto may take
 CPU_BATCH = 8  # most that --batch_size auto tries without a GPU, where a larger batch is hardly faster
 FEW_STEPS = 50  # a run with fewer steps is told how to get more
 
@@ -82,7 +82,7 @@ def _find_context(job: Job, try_rank: Callable, launcher: Launcher, room: float)
     """
     config = with_batch(job.config, 1) if job.config.batch_size == AUTO else job.config
     longest = int(job.rows.lengths().max())
-    candidates = [*range(CONTEXT_STEP, longest, CONTEXT_STEP), longest]
+    candidates = [*range(TRIAL_CONTEXT_STEP, longest, TRIAL_CONTEXT_STEP), longest]
     finder = _SizeFinder(job, try_rank, launcher, "context_length", room)
     context, tried = finder.find(candidates, lambda n: (dataclasses.replace(config, context_length=n), n))
     limit = " tokens, the longest row" if context == longest else " tokens"

@@ -26,6 +26,10 @@ from monitoring.tracking import NoTracker
 from options.errors import UserError
 
 BAD_STEPS = "bad_steps.jsonl"
+FP16_OVERFLOW = (
+    "fp16, whose largest number is 65,504, overflows in many models that were trained in bf16: try"
+    " --precision fp32, or bf16 on a GPU that has it"
+)
 
 
 class ResumedProgress(NamedTuple):
@@ -164,8 +168,8 @@ def describe_no_good_step(
     steps = resumed.steps + len(history)
     last = f"; of the last one, {history[-1].loss:.6g} and {history[-1].grad_norm:.6g}" if history else ""
     fp16 = (
-        "fp16 overflows in many models that were trained in bf16: try --precision fp32; where only the"
-        " gradient is infinite, its scale is halved at each step, and more steps may do"
+        f"{FP16_OVERFLOW}; where only the gradient is infinite, its scale is halved at each step, and more"
+        " steps may do"
     )
     other = (
         "look for a config.json that does not belong to the weights (a norm's eps, RoPE), or rows that break"
@@ -178,7 +182,12 @@ def describe_no_good_step(
 
 
 def raise_if_failed(
-    history: list[Metrics], resumed_bad: int, max_bad_steps: int, folder: Path, no_result: str
+    history: list[Metrics],
+    resumed_bad: int,
+    max_bad_steps: int,
+    folder: Path,
+    no_result: str,
+    is_scaled: bool = False,
 ) -> None:
     """Raise UserError on all ranks if `no_result`, or if bad steps ended the run. Collective.
 
@@ -190,6 +199,7 @@ def raise_if_failed(
         max_bad_steps: --max_bad_steps.
         folder: the RUN.
         no_result: why there is no result, or "".
+        is_scaled: whether the loss is scaled, for fp16.
     """
     count = history[-1].bad_steps if history else resumed_bad
     if no_result or exceeds_bad_steps(count, max_bad_steps):
@@ -197,10 +207,12 @@ def raise_if_failed(
     if no_result:
         raise UserError(no_result)
     if exceeds_bad_steps(count, max_bad_steps):
+        overflowed = is_scaled and not math.isfinite(history[-1].loss if history else math.nan)
+        advice = FP16_OVERFLOW if overflowed else "A lower --lr helps where a run diverges"
         raise UserError(
             "steps with a NaN or infinite loss or gradient:"
             f" {count}, more than --max_bad_steps {max_bad_steps}; their rows are in {folder / BAD_STEPS}."
-            f" {_describe_last_weights(history, resumed_bad)}. A lower --lr helps where a run diverges"
+            f" {_describe_last_weights(history, resumed_bad)}. {advice}"
         )
 
 

@@ -28,7 +28,7 @@ from launch.gpus import Gpu, detect_gpu
 from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
 from models.family import Family
-from models.registry import FAMILIES
+from models.registry import family_of
 from options.config import Config, dump_yaml
 from options.declaration import format_value
 from training.recorded import CONTENT_OPTIONS
@@ -58,8 +58,7 @@ class Job:
     @cached_property
     def family(self) -> Family:
         """The model's family, with its vision parts if the run has images."""
-        family = FAMILIES[self.model_config.model_type]
-        return family.with_images() if self.config.has_images else family
+        return family_of(self.model_config, images=self.config.has_images)
 
     @cached_property
     def precision(self) -> Precision:

@@ -15,7 +15,8 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import UNPAGED
 
 SHORTEST_CONTEXT = 512  # tokens; less would cut most rows of most data
-CONTEXT_STEP = 128  # tokens between lengths that are tried, a multiple of the kernels' tiles
+# Tokens between the contexts of plans and of advice, a multiple of the kernels' tiles.
+PLANNED_CONTEXT_STEP = 128
 SMALLEST_RANK = 8
 ADAMS = "adamw", "adam", "fused_adamw", "fused_adam"  # with two moments per weight in its own dtype
 
@@ -124,9 +125,9 @@ def _host_weights(situation: Situation) -> Iterator[dict]:
 
 
 def _shorter_contexts(situation: Situation) -> Iterator[dict]:
-    """Yield shorter contexts, in steps of CONTEXT_STEP."""
-    longest = (situation.tokens - 1) // CONTEXT_STEP * CONTEXT_STEP
-    for tokens in range(longest, SHORTEST_CONTEXT - 1, -CONTEXT_STEP):
+    """Yield shorter contexts, in steps of PLANNED_CONTEXT_STEP."""
+    longest = (situation.tokens - 1) // PLANNED_CONTEXT_STEP * PLANNED_CONTEXT_STEP
+    for tokens in range(longest, SHORTEST_CONTEXT - 1, -PLANNED_CONTEXT_STEP):
         yield {"context_length": tokens}
 
 

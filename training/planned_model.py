@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from files.bnb_weights import detect_bnb_packing
-from files.config_parts import text_config, weights_dtype
+from files.config_parts import find_quantization, text_config, weights_dtype
 from files.hub_headers import fetch_headers
 from files.model_folder import find_model, list_weight_files, read_file_header
-from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE
+from files.names import ADAPTER_CONFIG, CARD, CONFIG, INDEX, SINGLE_FILE
+from files.quantized_releases import SIDE_FILES
 from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
 from models.family import Family
 from models.redundant import is_tied_by_default
-from models.registry import FAMILIES, build_on_meta, open_headers, read_config
+from models.registry import build_on_meta, family_of, open_headers, read_config
 from models.shapes import SHAPES
 from options.config import TOY_MODEL
 from options.errors import UserError
@@ -78,16 +78,16 @@ def open_planned_model(name: str) -> PlannedModel:
     if is_named_shape(name):
         shape = SHAPES[name.lower()].model_config()
         shape.name_or_path = name  # for messages
-        return _plan_by_config(name, Path(name), shape, FAMILIES[shape.model_type])
+        return _plan_by_config(name, Path(name), shape, family_of(shape))
     is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
     try:
-        folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX))
+        folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX, CARD, *SIDE_FILES))
     except UserError as e:
         if is_folder or "/" in name:
             raise
         raise UserError(f"{e}, and no named shape; these are {', '.join(SHAPES)}") from None
     config, family = read_config(folder)
-    is_packed = detect_bnb_packing(getattr(config, "quantization_config", None), folder)
+    is_packed = find_quantization(config) is not None
     headers, download = (_read_folder(folder, is_packed), 0) if is_folder else _read_hub(name, folder)
     if headers is None and is_packed:
         raise UserError(

@@ -24,7 +24,7 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.batch_table import LARGEST_BATCH
 from training.machine import Machine, find_largest, fits, share_cpus
-from training.memory_changes import CONTEXT_STEP
+from training.memory_changes import PLANNED_CONTEXT_STEP
 from training.planned_model import PlannedModel
 from training.step_sizes import settle_effective_batch
 from training.warm_start import adopt_options
@@ -139,12 +139,15 @@ def largest_batch(config: Config, planned: PlannedModel, machine: Machine, token
 
 
 def longest_context(config: Config, estimator: Estimator, machine: Machine) -> int:
-    """Return the most tokens of a row that fit, a multiple of CONTEXT_STEP or the model's own limit; or 0."""
+    """Return the most tokens of a row that fit, or 0.
+
+    They are a multiple of PLANNED_CONTEXT_STEP, or the model's own limit.
+    """
     limit = estimator.planned.context_limit
     if fits(estimator(config, limit), machine):
         return limit
 
     def is_possible(steps: int) -> bool:
-        return fits(estimator(config, steps * CONTEXT_STEP), machine)
+        return fits(estimator(config, steps * PLANNED_CONTEXT_STEP), machine)
 
-    return CONTEXT_STEP * find_largest(1, limit // CONTEXT_STEP, is_possible)
+    return PLANNED_CONTEXT_STEP * find_largest(1, limit // PLANNED_CONTEXT_STEP, is_possible)

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
+from checkpoints.model_writer import apart_entries, check_entries_finite
 from checkpoints.storage import Checkpoint
 from data.evaluation_data import EvaluationData
 from data.evaluation_sets import prepare_sets, rename_option_in_errors
@@ -24,12 +26,11 @@ from data.rows import TokenizedRows
 from data.stop_ids import collect_stop_ids, make_generation_config
 from data.template_choice import compare_with_base, read_template, use_template
 from files.base_model import BaseModel, digest_without_head, record_base
-from files.bnb_weights import detect_bnb_packing
-from files.config_parts import eos_token_id, text_config
+from files.config_parts import eos_token_id, find_quantization, text_config
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
-from files.quantized_releases import suggest_original
+from files.quantized_releases import packed_expansion_error
 from files.tokenizer import read_tokenizer
 from files.weight_cache import CachePlan, open_cache, plan_cache
 from launch.precision import has_bf16_gpu
@@ -47,6 +48,7 @@ from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
 from models.registry import build_on_meta, open_weights, read_config
+from models.unused_parts import absent_parts
 from monitoring.profiling import check_traces
 from monitoring.tensorboard_logger import check_tensorboard
 from monitoring.wandb_logger import check_wandb
@@ -67,8 +69,11 @@ from training.step_sizes import (
 )
 from training.warm_start import WarmStart, adopt_adapter
 
-# Values of config.json with which transformers' layers drop activations in training.
-DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout")
+# Values of config.json with which transformers' layers drop or change activations at random in training.
+NOISES = (
+    *("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout"),
+    "router_jitter_noise",
+)
 
 
 def check_run(config: Config) -> Job:
@@ -96,7 +101,9 @@ def _make_job(config: Config) -> Job:
     folder_name = f"--model_name {model.folder}"
     tokenizer_use = compare_with_base(model.folder, folder_name, tokenizer, config.chat_template)
     learned = make_generation_config(model.folder, model.config, evaluation.stop_ids)
-    model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.untied_head))
+    model_remarks = remarks_on_model(
+        model.config, model.folder, bool(model.untied_head), absent_parts(model.family, model.files)
+    )
     job = Job(
         config=make_paths_absolute(config, model.name),
         model_config=model.config,
@@ -192,19 +199,18 @@ def _check_model(config: Config) -> _Model:
             f"--compile true: a layer of {model_config.model_type} does not compile to one graph; choose auto"
             " or false"
         )
-    if detect_bnb_packing(getattr(model_config, "quantization_config", None), folder):
-        if config.method.expansion:
-            raise UserError(
-                f"{folder}: is packed by bitsandbytes; new blocks need the original weights:"
-                f" {suggest_original(folder)}"
-            )
-    elif config.method.expansion:
+    if config.method.expansion:
+        if find_quantization(model_config):
+            raise packed_expansion_error(folder)
         new_layers(model_config)
     name = pin_model_name(config.model_name, folder)
     fetch_weights(name, folder)
     files, model, untied_head = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
     check_quantization(model, family, config, files)
+    if config.method.saves != "adapter" and config.llama_pro_save != "blocks":
+        # The result gets a copy of them, which would fail after the training.
+        check_entries_finite(apart_entries(files))
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     return _Model(name, folder, model_config, family, files, base, untied_head, cache)
 
@@ -280,14 +286,25 @@ def _describe_token_training(config: Config) -> str:
     return f"; this run does not train these{remedy}"
 
 
-def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:
-    """Return lines on settings of config.json that training ignores, and on dropouts that it applies.
+def remarks_on_model(
+    model_config: PretrainedConfig, folder: Path, was_untied: bool, absent: Sequence[str] = ()
+) -> list[str]:
+    """Return lines on settings that training ignores, noise that it applies, and parts without weights.
 
-    was_untied: the head got its own weights.
+    Args:
+        model_config: the model's config.
+        folder: its folder.
+        was_untied: whether the head got its own weights.
+        absent: result of `absent_parts`.
     """
     remarks = []
     if was_untied:
         remarks.append(f"{folder}: {UNTIED}")
+    if absent:
+        remarks.append(
+            f"{folder}: the weights lack {' and '.join(absent)}, which text does not need; the result lacks"
+            " them, too"
+        )
     model_config = text_config(model_config)
     routed = getattr(model_config, "num_experts", 0) or getattr(model_config, "num_local_experts", 0)
     if routed and getattr(model_config, "output_router_logits", False):
@@ -296,11 +313,11 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: b
             " alone, without the auxiliary loss of the router"
         )
     # A key of other families has no attribute in this config's class, and no effect.
-    known = (name for name in DROPOUTS if hasattr(type(model_config), name))
-    dropouts = [f"{name} {value:g}" for name in known if (value := getattr(model_config, name))]
-    if dropouts:
-        masks = "; packed rows need masks for it" if model_config.attention_dropout else ""
-        remarks.append(f"{folder}/config.json: {', '.join(dropouts)}: acts in training{masks}")
+    known = (name for name in NOISES if hasattr(type(model_config), name))
+    noises = [f"{name} {value:g}" for name in known if (value := getattr(model_config, name))]
+    if noises:
+        masks = "; packed rows need masks for it" if getattr(model_config, "attention_dropout", 0) else ""
+        remarks.append(f"{folder}/config.json: {', '.join(noises)}: acts in training{masks}")
     return remarks
 
 

@@ -110,7 +110,8 @@ def finish_run(
             config, history, total_steps, steps_done, seconds, gib, stop_reason, saved, sampled
         )
         print(lines, flush=True)
-    raise_if_failed(history[steps_done:], _resumed_progress(job).bad, config.max_bad_steps, folder, no_result)
+    bad = _resumed_progress(job).bad
+    raise_if_failed(history[steps_done:], bad, config.max_bad_steps, folder, no_result, _is_scaled(job))
 
 
 def describe_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
@@ -118,9 +119,13 @@ def describe_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> st
 
     history: metrics of the steps after the run was resumed.
     """
-    is_scaled = job.precision.autocast == torch.float16
-    untrained = describe_no_good_step(history, _resumed_progress(job), is_scaled, Path(job.output_dir))
+    untrained = describe_no_good_step(history, _resumed_progress(job), _is_scaled(job), Path(job.output_dir))
     return untrained or describe_not_finite(model)
+
+
+def _is_scaled(job: Job) -> bool:
+    """Return whether the loss is scaled, for fp16."""
+    return job.precision.autocast == torch.float16
 
 
 def _resumed_progress(job: Job) -> ResumedProgress:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.adapter import check_adapter_tensors
 from files.base_model import STRUCTURE_KEY, check_base, tokenizer_remark
@@ -32,6 +32,7 @@ from files.saved_adapter import (
 from launch.precision import Precision
 from models.adapters import apply_method, target_linears
 from models.family import Family
+from models.peft_names import exclude_parts
 from models.registry import build_on_meta
 from models.vision_parts import all_vision_linears
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
@@ -98,7 +99,7 @@ def adopt_adapter(
     where = adapter.path, files.folder, ADAPTER_CONFIG
     check_adapter_tensors(adapter.tensors, model, family, *where, optional=optional)
     if model_config.tie_word_embeddings:
-        _check_tied(adapter, family)
+        _check_tied(adapter, model, family)
     for _ in read_adapter_modules(adapter.path):  # raises for NaN
         pass
     template = adopt_template(config, adapter, files.folder, text_config(model_config).vocab_size)
@@ -151,6 +152,7 @@ def adopt_options(
     Raises UserError for an adapter of another kind, or an option that contradicts it.
     """
     _check_kind(adapter, config)
+    _check_unused_parts(adapter, family)
     file = adapter.path.parent / ADAPTER_CONFIG
     rank, alpha = adapter.settings.get("r"), adapter.settings.get("lora_alpha")
     values: dict[str, Any] = {"lora_rank": rank, "lora_alpha": alpha}
@@ -172,22 +174,31 @@ def adopt_options(
     return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
 
 
-def _adopt_vision(adapter: SavedAdapter, family: Family) -> str:
-    """Return the --vision_targets of an adapter, by its tensors; that all of them are there is checked later.
+def _check_unused_parts(adapter: SavedAdapter, family: Family) -> None:
+    """Raise UserError if the adapter acts on parts of a wrapper that are not built (a vision tower)."""
+    for name in adapter.tensors:
+        if not family.is_unused(name.removeprefix(PEFT_PREFIX)):
+            continue
+        remedy = f"PEFT makes an adapter without them by exclude_modules {exclude_parts(family.unused)!r}"
+        if family.vision:
+            raise UserError(
+                f"--adapter {adapter.name}: adapts {split_name(name)[0]}, which a run without images does not"
+                f" load; --images true loads the vision parts; {remedy}"
+            )
+        parts = " and ".join(part.rpartition(".")[2] for part in family.unused)
+        raise UserError(f"{adapter.path}: {name}: adapters on {parts} are not supported here; {remedy}")
 
-    Raises UserError if it adapts vision parts, and the run has no images.
+
+def _adopt_vision(adapter: SavedAdapter, family: Family) -> str:
+    """Return the --vision_targets of an adapter, by its tensors.
+
+    `check_adapter_tensors` finds later whether all of them are there.
     """
-    modules = {split_name(name)[0] for name in adapter.tensors if ".lora_" in name}
-    adapted = {name for name in modules if name.startswith(tuple(f"{part}." for part in family.unused))}
-    if adapted and not family.has_images:
-        raise UserError(
-            f"--adapter {adapter.name}: adapts {min(adapted)}, which a run without images does not load;"
-            " --images true loads the vision parts"
-        )
     vision = family.built_vision()
-    if not adapted or vision is None:
+    modules = {split_name(name)[0] for name in adapter.tensors if ".lora_" in name}
+    if vision is None or not any(map(family.is_of_vision, modules)):
         return "none"
-    return "all" if any(name.startswith(f"{vision.blocks}.") for name in adapted) else "projector"
+    return "all" if any(name.startswith(f"{vision.blocks}.") for name in modules) else "projector"
 
 
 def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:
@@ -225,10 +236,10 @@ def _check_untrained_vocabulary(adapter: SavedAdapter, config: Config, family: F
     )
 
 
-def _check_tied(adapter: SavedAdapter, family: Family) -> None:
+def _check_tied(adapter: SavedAdapter, model: PreTrainedModel, family: Family) -> None:
     """Raise UserError if the adapter has trained only one of two tied weights, or both apart.
 
-    PEFT unties them then, unless its ensure_weight_tying is set.
+    PEFT unties them then, unless its ensure_weight_tying is set. A head's bias is lost by that: refused too.
     """
     both = {f"{PEFT_PREFIX}{path}.weight" for path in (family.embedding, family.head)}
     # Without modules_to_save PEFT may have saved one of them, or both.
@@ -239,6 +250,12 @@ def _check_tied(adapter: SavedAdapter, family: Family) -> None:
         raise UserError(
             f"{file}: modules_to_save {names}: trained apart the embedding and the head, which the base ties;"
             " only adapters of PEFT's ensure_weight_tying are trained further"
+        )
+    bias = f"{PEFT_PREFIX}{family.head}.bias"
+    if saved and model.get_submodule(family.head).bias is not None and bias not in adapter.tensors:
+        raise UserError(
+            f"{adapter.path}: has no {bias}: PEFT has trained the head without its bias; train the base with"
+            " --train_embeddings true instead"
         )
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import block_expansion
 from files.names import BLOCKS
 from models.llama_pro import NEW_LAYERS
-from tests.helpers.expansion import all_tensors, edit_config, expand
+from tests.helpers.bnb_checkpoints import pack_like_the_hub
+from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
 
 
 @pytest.fixture
@@ -84,7 +85,10 @@ def spoil(change):
             lambda folder: edit_config(folder, num_hidden_layers=2),
             ["model.layers.2.", "belongs to no parameter of this model"],
         ),
-        (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), ["is quantized"]),
+        (
+            lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
+            ["quantized already"],
+        ),
         (lambda folder: edit_config(folder, llama_pro_new_layers=[1]), ["expanded already", "base model"]),
         (spoil(lambda tensors: tensors.update(more=torch.zeros(2))), ["more", "belongs to no parameter of"]),
     ],
@@ -93,6 +97,17 @@ def test_bad_models(refused, checkpoints, tmp_path, damage, words):
     folder = shutil.copytree(checkpoints(), tmp_path / "model")
     damage(folder)
     refused(str(folder), *words, model_name=folder, new_blocks=1)
+
+
+@pytest.mark.parametrize("place", ["text_config", None])
+def test_packed_files(place, refused, checkpoints, tmp_path):
+    """Also if no, or only the text model's config says that they are packed: copies would lack the scales."""
+    folder = tmp_path / "4bit"
+    pack_like_the_hub(checkpoints("gemma3_wrapper"), folder)
+    config = read_config_json(folder)
+    packing = {"quantization_config": config["quantization_config"]} if place else {}
+    edit_config(folder, quantization_config=None, text_config=config["text_config"] | packing)
+    refused(f"{folder}: is quantized; new blocks need the original", model_name=folder, new_blocks=1)
 
 
 def test_bad_output_folders(refused, checkpoints, tmp_path):

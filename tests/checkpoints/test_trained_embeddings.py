@@ -29,6 +29,7 @@ from tests.helpers.adapters import args_for, save_peft_adapter
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS
 from tests.helpers.parity import assert_same
+from tests.helpers.products import slow
 from tests.helpers.resuming import adapter as adapter_tensors
 from tests.helpers.resuming import repeatable_metrics
 from tests.helpers.runs import full_run, outputs, train_run
@@ -87,10 +88,12 @@ def test_fp32_weights_in_a_bf16_model(kind, checkpoints, short_rows, one_rank, t
         assert rounded == pytest.approx(losses, rel=0.02)
 
 
-BIASED = pytest.param("phi", marks=pytest.mark.slow)  # its head has a bias
+BIASED = slow(["phi", "phi_tied"])  # their heads have a bias
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", BIASED], ids=["untied", "tied", "biased"])
+@pytest.fixture(
+    scope="module", params=["llama", "qwen2", *BIASED], ids=["untied", "tied", "biased", "tied and biased"]
+)
 def trained(request, checkpoints, short_rows, two_ranks, tmp_path_factory):
     """(A RUN of two ranks over a base that is not packed, with best/ and checkpoints; its base)."""
     folder, base = tmp_path_factory.mktemp("trained") / "run", checkpoints(request.param)
@@ -177,6 +180,16 @@ def test_only_one_of_them_was_trained_by_peft(checkpoints, short_rows, one_rank,
         argv = [*map(str, ["--model_name", checkpoints("qwen2"), *args, saved])]
         with pytest.raises(UserError, match="trained apart the embedding and the head, which the base ties"):
             train.check_run(parse(argv)[0])
+
+
+@pytest.mark.slow
+def test_peft_has_tied_a_head_without_its_bias(checkpoints, short_rows, tmp_path):
+    options = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    options["target_modules"] = ["q_proj"]
+    saved = save_peft_adapter(checkpoints("phi_tied"), tmp_path, **options)
+    argv = ["--model_name", checkpoints("phi_tied"), "--dataset", short_rows, "--adapter", saved]
+    with pytest.raises(UserError, match=r"has no .*lm_head.bias: PEFT has trained the head without its bias"):
+        train.check_run(parse([*map(str, argv), "--train_type", "lora"])[0])
 
 
 def test_a_damaged_run_is_refused(trained, tmp_path):

@@ -15,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import export
 from files.model_folder import CheckpointFiles
 from options.errors import UserError
+from tests.helpers import bnb_checkpoints
+from tests.helpers.adapters import args_for
 from tests.helpers.bnb_checkpoints import (
     QLORA,
     make_single_rank_job,
@@ -24,8 +27,12 @@ from tests.helpers.bnb_checkpoints import (
     set_quantization_config,
     without_quantizing,
 )
-from tests.helpers.logits import IDS
+from tests.helpers.expansion import edit_config
+from tests.helpers.finished_runs import write_random_run
+from tests.helpers.logits import IDS, transformers_logits
+from tests.helpers.products import slow
 from tests.helpers.runs import dense_state, outputs, set_up, transformers_model
+from tests.helpers.stored import write_dense
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
@@ -47,8 +54,40 @@ def test_a_bnb_checkpoint_is_not_quantized_again(
     torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_it_cannot_be_expanded(checkpoints, alpaca_file, tmp_path):
+@pytest.mark.parametrize("kind", ["mixtral", *slow(["qwen2_moe", "qwen3_moe"])])
+def test_packed_routers_are_dequantized(kind, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path):
+    """transformers 4 packed them as linears. They stay frozen, and the merged folder holds them, too."""
+    expected = pack_like_the_hub(checkpoints(kind), tmp_path / "4bit")
+    routers = [name for name in expected if name.endswith("gate.weight")]
+    assert len(routers) == {"mixtral": 3, "qwen2_moe": 4, "qwen3_moe": 2}[kind]
+    args = args_for(tmp_path / "4bit", alpaca_file, "qlora")
+    ours, one, _ = one_rank(without_quantizing, outputs, args, IDS, False)[0]
+    two = two_ranks(without_quantizing, dense_state, args)[1]
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    dense = shutil.copytree(checkpoints(kind), tmp_path / "dense")
+    write_dense(dense, expected)
+    torch.testing.assert_close(ours, transformers_logits(dense), rtol=1e-5, atol=1e-5)
+    answered = write_random_run(one_rank, tmp_path / "run", args)
+    exported = f"{tmp_path}/run --to merged --out {tmp_path}/out --dtype float32 --check false"
+    assert export.main(exported.split()) == 0
+    torch.testing.assert_close(transformers_logits(tmp_path / "out"), answered, rtol=1e-4, atol=1e-4)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(merged[name], expected[name]) for name in routers)
+
+
+def test_a_packed_head_is_named(checkpoints, alpaca_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(bnb_checkpoints, "LINEARS", ("lm_head.weight",))
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match=r"lm_head.weight is packed; only weights of decoder layers can be: "):
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_it_cannot_be_expanded(is_said, checkpoints, alpaca_file, tmp_path):
+    """Also if config.json does not say that the weights are packed."""
+    pack_like_the_hub(checkpoints("llama_bias_pro"), tmp_path / "4bit")
+    if not is_said:
+        edit_config(tmp_path / "4bit", quantization_config=None)
     with pytest.raises(UserError, match="new blocks need the original weights"):
         make_single_rank_job(tmp_path / "4bit", alpaca_file, "--train_type", "bnb_llama_pro")
 

@@ -297,6 +297,7 @@ def test_the_adapters_folder(made, checkpoints, tmp_path):
     for words in (
         "library_name: peft",
         f"Base model: `{base}`",
+        "`AutoModelForCausalLM.from_pretrained` loads",
         "| train_type | bnb_dora |",
         "| lora_rank | 8 |",
         "| lora_alpha | 20.0 |",

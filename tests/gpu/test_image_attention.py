@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextModel
 
-from models.attention import CAUSAL, CAUSAL_VARLEN, VARLEN, attend_causally, attend_within_rows
-from models.family import FUSED
+from models.attention import attend_causally, attend_within_rows
+from models.family import CAUSAL, CAUSAL_VARLEN, FUSED, VARLEN
 from models.image_attention import image_attention_inputs
 from models.varlen import has_varlen
 from tests.helpers.image_masks import PACKS, ROWS, dense_attention, expected_mask, image_batch, row_length

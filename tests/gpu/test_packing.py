@@ -13,7 +13,8 @@ from data.prefetch import PrefetchedSteps
 from launch.memory import try_page_locking
 from launch.precision import detect_precision
 from models import attention
-from models.attention import VARLEN, attend_within_rows
+from models.attention import attend_within_rows
+from models.family import VARLEN
 from models.varlen import has_varlen
 from tests.helpers.compiled import compiled_on_gpu
 from tests.helpers.packing import (

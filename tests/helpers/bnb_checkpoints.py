@@ -17,6 +17,8 @@ from quantization.nf4 import NF4
 from tests.helpers.runs import make_job
 
 DENSE = "model.layers.1.mlp.down_proj.weight"  # the one linear that stays unpacked
+# Ends of the names of linears, of experts, routers and gates of shared experts too.
+LINEARS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight", "gate.weight")
 QLORA = ["--train_type", "qlora"]
 
 
@@ -33,7 +35,7 @@ def pack_like_the_hub(
     expected, stored = {}, {}
     for name, tensor in {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}.items():
         expected[name], stored[name] = tensor, tensor
-        if name.endswith("_proj.weight") and not name.endswith(DENSE.removeprefix("model.")):
+        if name.endswith(LINEARS) and not name.endswith(DENSE.removeprefix("model.")):
             codes, state = bnb.quantize_4bit(
                 tensor, compress_statistics=double, quant_storage=storage, **options
             )

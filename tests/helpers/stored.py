@@ -31,3 +31,10 @@ def put_tensor(folder: Path, name: str, tensor: torch.Tensor, neighbor: str = "m
     path = find_tensor_file(folder, name)
     save_file(load_file(path) | {name: tensor.contiguous()}, path, metadata={"format": "pt"})
     return path
+
+
+def write_dense(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the weights of a checkpoint."""
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink(missing_ok=True)
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})

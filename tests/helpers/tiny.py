@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     Cohere2Config,
+    CohereConfig,
+    Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     Glm4Config,
     GraniteConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
     Mistral3Config,
@@ -23,6 +27,7 @@ from transformers import (
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
@@ -31,6 +36,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -85,6 +91,8 @@ LONG_ROPE = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
     "original_max_position_embeddings": 32,
 }
+# HunYuan's: the base of the frequencies is stretched once, whatever the row's length.
+ALPHA_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 # Of families that rotate half of a head.
 FULL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # Layer 0 has a plain MLP.
@@ -181,6 +189,74 @@ CONFIGS = {
     "phi": lambda: PhiConfig(**_COMMON),
     "qwen2_moe": lambda: Qwen2MoeConfig(**_COMMON, **_EXPERTS, shared_expert_intermediate_size=96),
     "mixtral": lambda: MixtralConfig(**_COMMON | {"intermediate_size": 48}, num_local_experts=6),
+    "helium": lambda: HeliumConfig(**_COMMON, head_dim=16, attention_bias=True, mlp_bias=True),
+    "hunyuan_v1_dense": lambda: HunYuanDenseV1Config(
+        **_COMMON,
+        pad_token_id=0,
+        head_dim=32,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=dict(ALPHA_ROPE),
+    ),
+    "ernie4_5": lambda: Ernie4_5Config(
+        **_COMMON, pad_token_id=0, head_dim=32, use_bias=True, tie_word_embeddings=True
+    ),
+    "olmo": lambda: OlmoConfig(**_COMMON, pad_token_id=1, clip_qkv=0.5),
+    "stablelm": lambda: StableLmConfig(
+        **_COMMON, use_qkv_bias=True, qk_layernorm=True, use_parallel_residual=True
+    ),
+    "cohere": lambda: CohereConfig(**_COMMON, pad_token_id=0, logit_scale=2.0, use_qk_norm=True),
+}
+# Settings of released or plausible configs that CONFIGS has not; their tests are slow. {kind: config}.
+VARIANTS = {
+    "cohere2_longrope": lambda: Cohere2Config(
+        **_COMMON,
+        **_WINDOWS,
+        pad_token_id=0,
+        rope_parameters=LONG_ROPE
+        | {
+            "partial_rotary_factor": 1.0,
+            "short_factor": [1.0 + i / 10 for i in range(8)],
+            "long_factor": [1.0 + i for i in range(8)],
+        },
+    ),
+    "granite_bias": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, attention_bias=True, mlp_bias=True),
+    "mistral3_of_ministral3": lambda: Mistral3Config(
+        text_config=Ministral3Config(
+            **_COMMON, pad_token_id=0, head_dim=32, rope_parameters=dict(SCALED_QUERIES)
+        ),
+        vision_config=_VISION | {"model_type": "pixtral", "image_size": 16, "head_dim": 8},
+        image_token_index=299,
+        tie_word_embeddings=False,
+    ),
+    "nemotron_bias": lambda: NemotronConfig(
+        **_COMMON | {"intermediate_size": 32}, head_dim=32, attention_bias=True, mlp_bias=True
+    ),
+    "phi_head_norms": lambda: PhiConfig(**_COMMON, qk_layernorm=True),
+    "phi_tied": lambda: PhiConfig(**_COMMON, tie_word_embeddings=True),
+    "qwen2_moe_window": lambda: Qwen2MoeConfig(
+        **_COMMON,
+        **_EXPERTS,
+        **_WINDOWS,
+        shared_expert_intermediate_size=96,
+        use_sliding_window=True,
+        qkv_bias=False,
+    ),
+    "seed_oss_bias": lambda: SeedOssConfig(
+        **_COMMON,
+        pad_token_id=0,
+        head_dim=32,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        attention_bias=False,
+        attention_out_bias=True,
+        mlp_bias=True,
+    ),
+    # A bias of keys has a gradient only where they are rotated.
+    "smollm3_bias": lambda: SmolLM3Config(
+        **_COMMON, pad_token_id=0, no_rope_layers=[1, 1, 1], attention_bias=True, mlp_bias=True
+    ),
+    "starcoder2_no_bias": lambda: Starcoder2Config(**_COMMON, sliding_window=16, use_bias=False),
 }
 # The kinds of which `make test` runs many tests. Each other kind has one quick test, in
 # tests/models/test_equal_to_peft.py; its further tests are slow.
@@ -201,7 +277,7 @@ def save_checkpoint(
     or mixed up changes the logits.
 
     Args:
-        kind: a key of CONFIGS, or one with the suffix _pro for an expanded model (`save_expanded`).
+        kind: a key of CONFIGS or VARIANTS; with the suffix _pro for an expanded model (`save_expanded`).
         folder: the folder to write.
         dtype: dtype of the weights.
         shard: maximum size of a shard.
@@ -211,7 +287,7 @@ def save_checkpoint(
         base = save_checkpoint(kind.removesuffix("_pro"), folder.with_name(f"{folder.name}_base"), dtype)
         return save_expanded(base, folder)
     torch.manual_seed(0)
-    config = CONFIGS[kind]()
+    config = (CONFIGS | VARIANTS)[kind]()
     for name, value in changes.items():
         part = config if hasattr(config, name) else config.get_text_config()
         assert hasattr(part, name)
@@ -220,10 +296,11 @@ def save_checkpoint(
     # Gemma and Nemotron multiply by 1 + weight.
     norm = 0.0 if model.config.model_type.startswith(("gemma", "nemotron")) else 1.0
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:  # 3 where transformers stacks experts; the files hold one tensor for each
+        is_norm = "norm" in name and name.endswith("weight")  # of two dimensions in Cohere
+        if parameter.dim() < 2 or is_norm:
+            torch.nn.init.normal_(parameter, mean=norm if is_norm else 0.0, std=0.1)
+        else:  # 3 dimensions where transformers stacks experts; the files hold one tensor for each
             torch.nn.init.normal_(parameter, std=0.15)
-        else:
-            torch.nn.init.normal_(parameter, mean=norm if name.endswith("norm.weight") else 0.0, std=0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -21,8 +21,9 @@ from quantization.nf4 import NF4
 from tests.helpers.adapters import args_for, build_peft_model, trained_names
 from tests.helpers.layers import ALPHA, I, O, R, dora, fill_layer, quantized
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
+from tests.helpers.products import products, slow
 from tests.helpers.runs import outputs, transformers_model
-from tests.helpers.tiny import KINDS
+from tests.helpers.tiny import CONFIGS, OTHERS, QUICK
 
 QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
@@ -142,14 +143,20 @@ def test_doras_output_is_freed_before_the_large_matmul_of_backward():
 
 @pytest.mark.parametrize(
     ("kind", "train_type"),
-    [(kind, t) for kind in ("llama_bias", "qwen2") for t in ("lora", "dora", "qlora", "bnb_dora")]
-    + [
-        ("llama_bias", "hqq_lora"),
+    [
+        *(("llama_bias", t) for t in ("lora", "dora", "qlora", "bnb_dora", "hqq_lora")),
+        *((kind, "bnb_dora") for kind in ("gemma3", "phi3", "qwen3_moe")),
         ("qwen2", "hqq_dora"),
-        ("gemma3", "bnb_dora"),
-        ("phi3", "lora"),
-        ("phi3", "bnb_dora"),
-        ("qwen3_moe", "bnb_dora"),
+        # llama_bias has these train types; phi3's linears are in its bnb_dora.
+        *slow(
+            [
+                ("qwen2", "lora"),
+                ("qwen2", "dora"),
+                ("qwen2", "qlora"),
+                ("qwen2", "bnb_dora"),
+                ("phi3", "lora"),
+            ]
+        ),
     ],
 )
 def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank):
@@ -165,8 +172,19 @@ def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank)
         assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora"])
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    products(
+        CONFIGS,
+        ["full", "qlora", "bnb_dora"],
+        # A family's layers and buffers are the same in each train type; `full` has dense experts, too.
+        always=[
+            *((kind, "bnb_dora") for kind in QUICK),
+            *(("llama_bias", "full"), ("qwen3_moe", "full"), ("llama_bias", "qlora")),
+        ],
+        left_out=OTHERS,  # test_equal_to_peft.py has them, with adapters
+    ),
+)
 def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file, one_rank):
     """Every family against transformers' own forward on the (dequantized) weights, before any training."""
     folder = checkpoints(kind)
@@ -177,7 +195,11 @@ def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file,
         torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Without and with a tied head, and with a cap. Others repeat these, or are in test_equal_to_peft.py.
+LOSSES = ("llama", "qwen2", "gemma2")
+
+
+@pytest.mark.parametrize("kind", [*LOSSES, *slow([kind for kind in CONFIGS if kind not in LOSSES])])
 def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank):
     """It does not use transformers' forward, and must repeat its work between the head and the logits."""
     loss, logits = one_rank(loss_and_logits, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]

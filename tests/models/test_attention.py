@@ -9,13 +9,15 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from models import attention, varlen
-from models.attention import CAUSAL, CAUSAL_VARLEN, VARLEN, attend_fused, choose_attention
+from models.attention import attend_fused, attend_within_rows, choose_attention
 from models.causal_lm import loss_sum
-from models.family import FUSED
+from models.family import CAUSAL, CAUSAL_VARLEN, FUSED, VARLEN
 from models.registry import FAMILIES, read_config
-from tests.helpers.packing import padded_batch
+from tests.helpers.logits import IDS
+from tests.helpers.packing import padded_batch, reference_attention
 from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
 from tests.helpers.syncs import SyncRecorder
@@ -36,7 +38,9 @@ def test_attention_of_packed_rows(checkpoints, monkeypatch):
     assert chosen_attention(checkpoints("llama")) == FUSED  # without a GPU; has_varlen is patched below
     monkeypatch.setattr(attention, "has_varlen", lambda: True)
     names = {kind: chosen_attention(checkpoints(kind)) for kind in CONFIGS}
-    assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager", "nemotron": FUSED}
+    assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager", "nemotron": FUSED, "stablelm": FUSED}
+    # Only masks apply Qwen2-MoE's window, to packed rows and to any others.
+    assert chosen_attention(checkpoints("qwen2_moe_window")) == FUSED
     llama = checkpoints("llama")
     assert chosen_attention(llama, torch.float16) == VARLEN
     assert chosen_attention(llama, torch.float32) == FUSED
@@ -55,6 +59,10 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
         ("mistral", "gemma3", "gemma3_wrapper", "olmo3", "exaone4", "starcoder2", "cohere2"), beyond
     )
     windows["gemma2"] = "eager"
+    lost = {
+        n: chosen_attention(checkpoints("qwen2_moe_window"), packing=False, max_tokens=n) for n in (16, 17)
+    }
+    assert lost == {16: FUSED, 17: FUSED}
     within = CAUSAL_VARLEN if has_varlen else CAUSAL
     assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows | {"mistral3": within}
     mistral = checkpoints("mistral")
@@ -67,6 +75,36 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     assert (
         chosen_attention(checkpoints("llama"), torch.float32, packing=False, attention_dropout=0.1) == CAUSAL
     )
+
+
+WINDOW = {
+    "sliding_window": 16,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+def test_layers_that_keep_their_window_to_themselves(checkpoints):
+    """Of all families whose config can have a window. Eager attention gets it by transformers' masks."""
+    found = {}
+    for kind in CONFIGS:
+        config, family = read_config(checkpoints(kind))
+        if family.attention != FUSED or family.unused or not hasattr(config, "sliding_window"):
+            continue
+        changes = {name: value for name, value in WINDOW.items() if hasattr(config, name)}
+        eager, causal, without = (
+            logits(checkpoints(kind), attn_implementation=name, **options)
+            for name, options in (("eager", changes), (CAUSAL, changes), (CAUSAL, {"sliding_window": None}))
+        )
+        assert (eager - without).abs().max() > 0.05, kind
+        found[kind] = torch.allclose(eager, causal, rtol=1e-4, atol=1e-4)
+        assert found[kind] == family.passes_window, kind
+    assert len(found) >= 14 and [kind for kind in found if not found[kind]] == ["qwen2_moe"]
+
+
+def logits(folder, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, **options)(input_ids=IDS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("capability, built, parameters, has", [
@@ -137,12 +175,49 @@ def test_grouped_heads_without_a_kernel_for_them(compiled, length, monkeypatch):
     torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("attend", [attend_fused, attend_within_rows])
+def test_values_beyond_fp16(attend, monkeypatch):
+    """Result and gradients under autocast to fp16 against fp32, for large values beside small ones.
+
+    The kernels get fp16.
+    """
+    dtypes = set()
+
+    def takes_none(_, dtype, features) -> bool:
+        dtypes.add(dtype)
+        return False
+
+    def varlen(q, k, v, *others, **options):
+        dtypes.update((q.dtype, k.dtype, v.dtype))
+        return reference_attention(q, k, v, *others, **options)
+
+    monkeypatch.setattr(attention, "takes_grouped_heads", takes_none)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    inputs = [torch.randn(2, heads, 64, 16) for heads in (6, 2, 2)]
+    size = torch.tensor([1.0, 1e7])[:, None, None, None]
+    inputs[2] *= size
+    upstream, found = torch.randn(2, 64, 6, 16) / size, []  # as small as behind a norm
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        dtypes.clear()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            result, _ = attend(module, *leaves, None, scaling=0.25)
+        found.append((result.detach(), *torch.autograd.grad(result, leaves, upstream)))
+    assert dtypes == {torch.float16} and found[1][0].dtype == torch.float32
+    for expected, got in zip(*found, strict=True):
+        errors = (got - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        assert errors.max() < 2e-3
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("qwen3_moe", "gemma2")])
 def test_forward_and_backward_do_not_sync(kind, checkpoints, alpaca_file, one_rank):
     """Except in routed experts, and where transformers makes the masks; the second part shows that."""
     without, with_masks = one_rank(recorded_syncs, arguments(checkpoints(kind), alpaca_file, "bnb_dora"))[0]
-    # Phi's longrope syncs in transformers 5.17, and not in 5.23.
-    assert [frames for frames in without if not any("longrope_frequency_update" in f for f in frames)] == []
+    # Phi's longrope and HunYuan's RoPE of type dynamic sync in transformers 5.17, and not in 5.23.
+    old = ("longrope_frequency_update", "dynamic_frequency_update")
+    assert [frames for frames in without if not any(name in f for f in frames for name in old)] == []
     assert any("find_packed_sequence_indices" in frame for frame in with_masks[0])
 
 

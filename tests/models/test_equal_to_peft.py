@@ -11,16 +11,19 @@ from data.rows import IGNORE
 from options.methods import METHODS
 from tests.helpers.adapters import args_for, build_peft_model, peft_name
 from tests.helpers.packing import LENGTHS, loss_and_gradients, packed_batch, padded_batch, seven_rows
+from tests.helpers.products import slow
 from tests.helpers.runs import dense_tensors, set_up, trained_tensors
-from tests.helpers.tiny import CONFIGS, QUICK
+from tests.helpers.tiny import CONFIGS, QUICK, VARIANTS
 
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
-# One of each family whose other tests are slow. DoRA's gradients have LoRA's in them.
+# One of each family whose other tests are slow. DoRA's gradients have LoRA's in them. exaone4 has all layers
+# of exaone4_small.
+REPEATED = (*QUICK, "exaone4_small")
 CASES = [
-    pytest.param(kind, t, marks=() if t == "bnb_dora" and kind not in QUICK else pytest.mark.slow)
+    pytest.param(kind, t, marks=() if t == "bnb_dora" and kind not in REPEATED else pytest.mark.slow)
     for kind in CONFIGS
     for t in TYPES
-]
+] + slow((kind, t) for kind in VARIANTS for t in ("lora", "bnb_dora"))
 
 
 def learn(rank_info, args) -> tuple[dict, dict, dict]:

@@ -63,8 +63,14 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("nemotron", {"hidden_act": "relu"}),
         ("nemotron", {"rope_parameters": tiny.FULL_ROPE}),
         ("phi", {"rope_parameters": tiny.FULL_ROPE}),
+        ("phi_head_norms", {"qk_layernorm": False}),
         ("mixtral", {"num_experts_per_tok": 3}),
+        ("hunyuan_v1_dense", {"rope_parameters": tiny.FULL_ROPE}),
+        ("olmo", {"clip_qkv": None}),
+        ("stablelm", {"rope_parameters": tiny.FULL_ROPE}),
+        ("cohere", {"logit_scale": 1.0}),
         ("qwen2_moe", {"norm_topk_prob": False}),
+        ("qwen2_moe_window", {"sliding_window": 64}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("exaone4", {"sliding_window": 64}),
@@ -240,13 +246,18 @@ def test_exact_set_of_trained_names(kind, linears, checkpoints, alpaca_file, one
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "dropout"),
-    [("starcoder2", "residual_dropout"), ("starcoder2", "embedding_dropout"), ("phi", "resid_pdrop")],
+    ("kind", "noise"),
+    [
+        ("starcoder2", "residual_dropout"),
+        ("starcoder2", "embedding_dropout"),
+        ("phi", "resid_pdrop"),
+        ("mixtral", "router_jitter_noise"),
+    ],
 )
-def test_dropout_of_the_config_acts_in_training(kind, dropout, checkpoints, short_rows, one_rank, tmp_path):
-    """A layer that backward recomputes drops the same features as in forward."""
+def test_noise_of_the_config_acts_in_training(kind, noise, checkpoints, short_rows, one_rank, tmp_path):
+    """A layer that backward recomputes draws the same numbers as in forward."""
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
-    edit_config(folder, **{dropout: 0.1})
+    edit_config(folder, **{noise: 0.1})
     options = ["--batch_size", "4", "--use_gradient_checkpointing"]
     recomputed, saved = (
         one_rank(train_run, [*arguments(folder, short_rows, "lora"), *options, checkpointing])[0]
@@ -429,7 +440,23 @@ def run_and_experts_used(rank_info, args):
             {"text_config": {"model_type": "gemma3_text", "use_bidirectional_attention": True}},
             "bidirectional attention.*only causal models",
         ),
+        (
+            "mistral3",
+            {"text_config": {"model_type": "ministral3", "rope_parameters": tiny.YARN}},
+            "describes no mistral3 .*no llama_4_scaling_beta",
+        ),
         ("mistral3", {"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers 0: must be positive"),
+        (
+            "exaone4",
+            {"layer_types": None, "sliding_window_pattern": "LLLG"},
+            "has no layer_types: the kind of each layer, .* from this config \\(unsupported operand",
+        ),
+        ("exaone4_small", {"layer_types": None}, "has no layer_types.* from this config .integer modulo"),
+        (
+            "exaone4",
+            {"layer_types": None, "sliding_window_pattern": "LLLG", "hidden_size": "x"},
+            "not readable",
+        ),
     ],
 )
 def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, tmp_path):

@@ -16,8 +16,8 @@ from transformers.models.gemma3.modeling_gemma3 import (
 from transformers.models.qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from models import attention, varlen
-from models.attention import CAUSAL, CAUSAL_VARLEN, VARLEN, attend_causally, attend_within_rows
-from models.family import FUSED
+from models.attention import attend_causally, attend_within_rows
+from models.family import CAUSAL, CAUSAL_VARLEN, FUSED, VARLEN
 from models.image_attention import FULL, SLIDING, attention_masks, image_attention_inputs
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, compile_run_layer
 from tests.helpers.image_masks import (

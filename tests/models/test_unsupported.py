@@ -34,6 +34,16 @@ def test_types_that_transformers_does_not_know(values, words, tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_of_a_type_that_transformers_does_not_know(part, tmp_path):
+    """Newer text models come in known wrappers, as Ministral 3 in mistral3."""
+    values = {"model_type": "mistral3", "transformers_version": "5.999.0", part: {"model_type": "nonsense"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    line = rf"{part}: model_type 'nonsense' is unknown .*{INSTALLED}; 5.999.0 wrote .*transformers>=5.999.0"
+    with pytest.raises(UserError, match=line):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason", "nearest"),
     [
@@ -54,9 +64,10 @@ def test_types_of_another_kind(model_type, reason, nearest, tmp_path):
         read_config(tmp_path)
 
 
-def test_a_plain_decoder_that_is_not_listed(tmp_path):
-    CONFIG_MAPPING["gpt2"]().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=re.escape("`python -m tools.try_family gpt2` shows")):
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral4"])  # the latter is listed among wrappers alone
+def test_a_plain_decoder_that_is_not_listed(model_type, tmp_path):
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"`python -m tools.try_family {model_type}` shows")):
         read_config(tmp_path)
 
 

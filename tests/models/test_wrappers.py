@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Ministral3Config
 
 import export
@@ -20,20 +21,20 @@ from data.batches import Batch
 from data.rows import IGNORE
 from files.config_parts import eos_token_id
 from files.model_folder import CheckpointFiles
-from files.names import ADAPTER, BLOCKS, INDEX, SINGLE_FILE
+from files.names import ADAPTER, BLOCKS, CARD
 from files.weight_headers import WeightHeaders
 from finished.finished_run import load_model, open_run
-from models.family import unwrapped_name
+from models.family import unwrapped_name, wrap_family
 from models.redundant import is_tied_by_default
-from models.registry import build_on_meta, open_headers, open_weights, read_config
+from models.registry import FAMILIES, build_on_meta, open_headers, open_weights, read_config
 from monitoring.layer_memory import layer_widths
 from options.errors import UserError
 from options.methods import METHODS
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter
 from tests.helpers.auto_classes import load_transformers_model
-from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
-from tests.helpers.expansion import all_tensors, edit_config, expand
+from tests.helpers.bnb_checkpoints import make_single_rank_job, pack_like_the_hub, without_quantizing
+from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.parity import arguments
@@ -47,20 +48,16 @@ from tests.helpers.runs import (
     transformers_model,
 )
 from tests.helpers.spellings import SPELLINGS, is_of_a_tower, respell
+from tests.helpers.stored import write_dense
 from training.planned_model import open_planned_model
 
 KINDS = ["gemma3_wrapper", "mistral3"]
 TYPES = ["lora", "dora", "qlora", "bnb_dora", "hqq_dora"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "train_type"),
-    [
-        pytest.param(kind, train_type, marks=() if train_type == "bnb_dora" else pytest.mark.slow)
-        for kind in KINDS
-        for train_type in TYPES
-    ],
-)
+@pytest.mark.slow  # bnb_dora, against the same model of PEFT, is in test_equal_to_peft.py
+@pytest.mark.parametrize("train_type", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_pefts(kind, train_type, checkpoints, alpaca_file, one_rank):
     """PEFT over the wrapper as transformers loads it, on the dequantized weights."""
     args = args_for(checkpoints(kind), alpaca_file, train_type)
@@ -112,6 +109,22 @@ def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, o
     assert load_file(tmp_path / "run" / ADAPTER).keys() == load_file(theirs / ADAPTER).keys()
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("mistral3", r"model\.[vm].*: adapters on vision_tower and multi_modal_projector are not supported"),
+        ("gemma3_wrapper", r"adapts model\.vision_tower\..*; --images true loads the vision parts;"),
+    ],
+)
+def test_an_adapter_of_peft_on_the_tower_is_refused(kind, words, targets, checkpoints, alpaca_file, tmp_path):
+    """PEFT's names of linears match those of the tower, too, without exclude_modules. The run is on text."""
+    base = checkpoints(kind)
+    theirs = save_peft_adapter(base, tmp_path / "peft", target_modules=targets)
+    with pytest.raises(UserError, match=f"{words} .*exclude_modules"):
+        make_single_rank_job(base, alpaca_file, "--train_type", "lora", "--adapter", theirs)
+
+
 @pytest.mark.parametrize(
     ("kind", "spelling"),
     [
@@ -125,11 +138,15 @@ def test_an_adapter_of_peft_is_trained_further(kind, checkpoints, alpaca_file, o
     ],
 )
 def test_files_that_bitsandbytes_packed(kind, spelling, checkpoints, alpaca_file, one_rank, tmp_path):
-    """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too."""
+    """In each spelling: nothing is packed again, and the merged folder is dense, the tower's linears too.
+
+    The config of the text model says that they are packed, where transformers reads it, too.
+    """
     folder, dense = tmp_path / "4bit", tmp_path / "dense"
     base = respell(checkpoints(kind), dense, SPELLINGS[spelling])
     expected = pack_like_the_hub(base, folder)
     assert any(is_of_a_tower(name) and ".quant_state." in name for name in all_tensors(folder))
+    say_packed_in_text_config(folder)
     args = args_for(folder, alpaca_file, "qlora")
     ours = one_rank(without_quantizing, outputs, args, IDS, False)[0][0]
     write_dense(base, expected)
@@ -143,11 +160,11 @@ def test_files_that_bitsandbytes_packed(kind, spelling, checkpoints, alpaca_file
     assert all(torch.equal(merged[name], expected[name]) for name in expected if is_of_a_tower(name))
 
 
-def write_dense(folder, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace the weights of a checkpoint."""
-    for path in (*folder.glob("*.safetensors"), folder / INDEX):
-        path.unlink(missing_ok=True)
-    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+def say_packed_in_text_config(folder) -> None:
+    """Move quantization_config of config.json into text_config."""
+    config = read_config_json(folder)
+    text = config["text_config"] | {"quantization_config": config["quantization_config"]}
+    edit_config(folder, quantization_config=None, text_config=text)
 
 
 @pytest.mark.parametrize("train_type", ["qlora", pytest.param("hqq_lora", marks=pytest.mark.slow)])
@@ -250,6 +267,41 @@ def test_another_text_model_is_refused(checkpoints, tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("wrapper", [name for name, family in FAMILIES.items() if family.texts])
+def test_a_wrapper_is_what_its_text_models_family_says(wrapper):
+    """In all but names and classes, for each kind of text model; constant buffers get other names."""
+    differing = {
+        "model_class",
+        "texts",
+        "unused",
+        "vision",
+        "layers",
+        "embedding",
+        "norm",
+        "rotary",
+        "constant_buffers",
+    }
+    if wrapper == "gemma3":
+        differing.add("logit_cap")  # transformers has none around Gemma 3's text model
+    for text_type, family in FAMILIES[wrapper].texts.items():
+        alone = FAMILIES[text_type]
+        same = {field.name for field in dataclasses.fields(family)} - differing
+        assert all(getattr(family, name) == getattr(alone, name) for name in same)
+        config = tiny.CONFIGS["gemma3"]()
+        ours, theirs = family.constant_buffers(config), alone.constant_buffers(config)
+        assert list(ours) == [name.replace("model.", "model.language_model.") for name in theirs]
+
+
+def test_a_wrapper_changes_its_text_model_like_the_family_alone(checkpoints, monkeypatch):
+    """Its match_checkpoint gets the part of the wrapper that has the layers, with the text model's config."""
+    changed = []
+    text = dataclasses.replace(FAMILIES["mistral"], match_checkpoint=changed.append)
+    wrapper = wrap_family({"mistral": text}, FAMILIES["mistral3"].model_class, FAMILIES["mistral3"].unused)
+    monkeypatch.setitem(FAMILIES, "mistral3", wrapper)
+    model, _ = build(checkpoints("mistral3"))
+    assert changed == [model.model.language_model] and changed[0].config.model_type == "mistral"
+
+
 def test_a_plan_sees_the_widths_of_the_text_model(checkpoints):
     """Gemma 3's are the same inside a wrapper and alone."""
     widths = [layer_widths(*build(checkpoints(kind))) for kind in ("gemma3", "gemma3_wrapper")]
@@ -281,10 +333,13 @@ def test_a_trained_embedding(checkpoints, short_rows, one_rank, tmp_path):
     assert (embedding - state["model.language_model.embed_tokens.weight"]).abs().max() > 1e-3
 
 
-def test_the_processors_files_are_in_a_merged_folder(checkpoints, alpaca_file, one_rank, tmp_path):
-    base = shutil.copytree(checkpoints("gemma3_wrapper"), tmp_path / "base")
+def test_the_files_beside_an_exported_model(checkpoints, alpaca_file, one_rank, tmp_path):
+    """A merged folder has the processor's; the card of an adapter names the class that loads its base."""
+    base = shutil.copytree(checkpoints("mistral3"), tmp_path / "base")
     (base / "preprocessor_config.json").write_text("{}")
     write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "lora"))
-    exported = ["--to", "merged", "--out", tmp_path / "out", "--check", "false"]
-    assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
-    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
+    for to in ("merged", "adapter"):
+        exported = ["--to", to, "--out", tmp_path / to]
+        assert export.main([str(word) for word in (tmp_path / "run", *exported)]) == 0
+        assert "`AutoModelForImageTextToText.from_pretrained` loads" in (tmp_path / to / CARD).read_text()
+    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == "{}"

@@ -3,56 +3,153 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
 
+import train
+from data.batches import Batch
 from launch.gpus import find_gpu
 from launch.precision import Precision
 from models.registry import build_on_meta, read_config
-from monitoring.layer_memory import LayerWidths, layer_widths, mask_bytes
+from monitoring.layer_memory import LayerWidths, layer_memory, layer_widths, mask_bytes
 from options.train import parse
+from parallel.activation_checkpointing import compile_run_layer
+from tests.helpers.adapters import args_for
+from tests.helpers.runs import set_up
+from tests.helpers.tiny import save_checkpoint
 
 # A Llama of 64 hidden features, 4 heads of 16, 2 of them for keys, and an MLP of 160.
 LLAMA = asdict(LayerWidths(hidden=64, query=64, key=32, mlp=160, heads=4))
 WIDE = {"query": 128, "key": 64}  # heads of 32
+NORMS = {"norms_read_outputs": True}
+OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs": True}
 
 
 @pytest.mark.parametrize(
     ("kind", "others"),
     [
         ("llama", {}),
-        *((kind, {}) for kind in ("granite", "smollm3")),
-        *((kind, WIDE) for kind in ("ministral3", "seed_oss")),
-        *((kind, {"has_head_norms": True}) for kind in ("exaone4_small", "olmo2")),
-        *((kind, {"has_head_norms": True, "window": 16}) for kind in ("exaone4", "olmo3")),
-        ("gemma2", WIDE | {"hidden": 96, "has_four_norms": True, "is_eager": True, "window": 16}),
-        ("qwen3", WIDE | {"has_head_norms": True}),
+        *((kind, {}) for kind in ("granite", "helium", "olmo", "smollm3")),
+        *((kind, WIDE) for kind in ("ernie4_5", "ministral3", "seed_oss")),
+        *((kind, OLMO) for kind in ("exaone4_small", "olmo2")),
+        *((kind, OLMO | {"window": 16}) for kind in ("exaone4", "olmo3")),
+        (
+            "gemma2",
+            NORMS
+            | WIDE
+            | {"hidden": 96, "has_four_norms": True, "is_eager": True, "window": 16, "widens_product": True},
+        ),
+        *((kind, WIDE | {"has_head_norms": True}) for kind in ("hunyuan_v1_dense", "qwen3")),
         ("phi3", {"has_fused_qkv": True, "has_fused_gate": True}),
         ("starcoder2", {"mlp_tensors": 2, "window": 16}),
-        ("glm4", WIDE | {"has_four_norms": True, "has_fused_gate": True}),
+        ("glm4", NORMS | WIDE | {"has_four_norms": True, "has_fused_gate": True}),
         ("cohere2", {"has_one_norm": True, "window": 16}),
         ("nemotron", WIDE | {"mlp": 32, "mlp_tensors": 2, "passes_row_bounds": False}),
         ("phi", {"has_one_norm": True}),
+        ("cohere", {"has_one_norm": True, "has_head_norms": True}),
+        ("stablelm", {"has_one_norm": True, "has_head_norms": True, "passes_row_bounds": False}),
         # Two experts of 48 for each token and, in Qwen2-MoE, a shared one of 96.
         ("qwen3_moe", WIDE | {"has_head_norms": True, "mlp": 96, "experts_per_token": 2, "compiles": False}),
         ("mixtral", {"mlp": 96, "experts_per_token": 2, "compiles": False}),
-        ("qwen2_moe", {"mlp": 192, "experts_per_token": 2, "compiles": False}),
+        ("qwen2_moe", {"mlp": 192, "experts_per_token": 2, "compiles": False, "passes_window": False}),
     ],
 )
 def test_layer_widths(kind, others, checkpoints):
-    config, family = read_config(checkpoints(kind))
-    assert asdict(layer_widths(build_on_meta(config, family), family)) == LLAMA | others
+    assert asdict(layer_widths_of(checkpoints(kind))) == LLAMA | others
+
+
+@pytest.mark.parametrize(("window", "expected"), [(0, 0), (16, 2 * 100**2 * (2 + 2))])
+def test_a_window_that_attention_does_not_get_has_masks(window, expected, checkpoints):
+    """Of two kinds, and one as a bias."""
+    widths = layer_widths_of(checkpoints("qwen2_moe"), sliding_window=window)
+    config, _ = parse(["--model_name", "any", "--batch_size", "2"])
+    precision = Precision(torch.bfloat16, torch.float32)
+    assert mask_bytes(config, precision, widths, find_gpu("H200"), 100) == expected
+
+
+def layer_widths_of(folder, **changes) -> LayerWidths:
+    """Return the widths of a checkpoint's layers, with changes to its config."""
+    config, family = read_config(folder)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return layer_widths(build_on_meta(config, family), family)
 
 
 @pytest.mark.parametrize(("dropout", "expected"), [(0.0, 0), (0.1, 2 * 100**2 * (1 + 2))])
 def test_packed_rows_have_masks_where_scores_are_dropped(dropout, expected, checkpoints):
     """Elsewhere the variable-length kernel needs none."""
-    model_config, family = read_config(checkpoints("seed_oss"))
-    model_config.attention_dropout = dropout
-    widths = layer_widths(build_on_meta(model_config, family), family)
+    widths = layer_widths_of(checkpoints("seed_oss"), attention_dropout=dropout)
     config, _ = parse(["--model_name", "any", "--packing", "--batch_size", "2"])
     assert (
         mask_bytes(config, Precision(torch.bfloat16, torch.float32), widths, find_gpu("H200"), 100)
         == expected
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiled"),
+    [
+        ("llama", False),
+        ("gemma3", False),
+        *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("olmo2", "glm4", "exaone4")),
+        *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("llama", "gemma3", "olmo2")),
+    ],
+)
+def test_dora_saves_the_outputs_that_nothing_else_does(kind, compiled, one_rank, alpaca_file, tmp_path):
+    """What DoRA saves more than LoRA: the plan against autograd's tensors, to less than one of them.
+
+    Compiled, in bf16 and by AOTAutograd alone, whose partitioner decides what is saved.
+    """
+    folder = save_checkpoint(kind, tmp_path / kind, hidden_size=256, intermediate_size=768)
+    options = ["--precision", "bf16" if compiled else "fp32", "--compile", str(compiled).lower()]
+    planned, measured = [], []
+    for train_type in ("qlora", "bnb_dora"):
+        args = args_for(folder, alpaca_file, train_type, "--use_gradient_checkpointing", "false", *options)
+        saved = one_rank(saved_elements, args)[0]
+        planned.append(saved[0])
+        measured.append(saved[1])
+    assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], abs=128)
+
+
+def saved_elements(rank_info, args) -> tuple[float, float]:
+    """Return the elements of a token that the second layer saves beside its input: (planned, measured)."""
+    run = compile_run_layer("aot_eager_decomp_partition")
+    with mock.patch.object(train, "compile_run_layer", lambda cpus: run):
+        job, model = set_up(rank_info, args)
+    width = job.precision.matmul_dtype.itemsize
+    widths = layer_widths(build_on_meta(job.model_config, job.family), job.family)
+    gpu = find_gpu("H200")
+    few, many = (
+        layer_memory(job.config, job.precision, widths, gpu, tokens=t, branches=7).saved for t in (64, 128)
+    )
+    sizes = [saved_bytes(model, job.family, tokens) for tokens in (64, 128)]
+    return (many - few) / (64 * width), (sizes[1] - sizes[0]) / (64 * width)
+
+
+def saved_bytes(model, family, tokens: int) -> int:
+    """Return the bytes of the storages that autograd keeps in the second layer, without its input."""
+    layer, sizes = family.decoder_layers(model)[1], {}
+    running, inputs, kept = [], [], []  # kept: so that no storage is freed, and its address used again
+
+    def enter(_, args):
+        running.append(args[0])
+
+    def leave(*_):
+        inputs.append(running.pop())
+
+    def pack(tensor):
+        if running:
+            kept.append(tensor)
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)
+    ids = torch.arange(tokens)[None] % 200
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train.loss_sum(model.train(), Batch(ids, ids.roll(-1, 1)))
+    for hook in hooks:
+        hook.remove()
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *model.parameters())}
+    return sum(size for storage, size in sizes.items() if storage not in ignored)

@@ -147,6 +147,19 @@ def test_gradients_that_are_not_reduced_yet_exist_only_where_something_is_reduce
     assert estimate(two).peak < estimate(f"{two} --no_sync").peak
 
 
+@pytest.mark.parametrize(
+    ("strategy", "shards"),
+    [("full_shard", 2), ("shard_grad_op", 2), ("hybrid_shard_grad_op --hybrid_shard_size 1", 1), ("ddp", 1)],
+)
+def test_gradients_are_held_between_micro_batches_once(strategy, shards):
+    """In fp32: each rank's shard of them or, with --no_sync, all that are not reduced yet."""
+    run = f"lora --world_size 2 --sharding_strategy {strategy}"
+    two = f"{run} --gradient_accumulation_steps 2"
+    single, reduced, held = (estimate(run).forward for run in (run, two, f"{two} --no_sync"))
+    assert reduced - single == pytest.approx(4 * ADAPTERS / shards)
+    assert held - single == pytest.approx(4 * ADAPTERS)
+
+
 def test_checkpoints_are_written_from_copies_in_host_memory():
     for more, copies in (("", 3), (" --optimizer sgd", 1), (" --use_cpu_offload", 2)):
         without, saving = (estimate(f"full{more}{save}").host for save in ("", " --save_every 10"))

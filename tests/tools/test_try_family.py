@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from launch.ranks import join_process_group
-from models.registry import FAMILIES
+from models.registry import FAMILIES, read_config
 from tests.helpers.tiny import CONFIGS
 from tools.families import checks
 from tools.families.calls import first_difference
 from tools.families.derive import derive, describe_differences
-from tools.families.tiny_model import make_tiny_model, tiny_config
-from tools.try_family import main, registered
+from tools.families.tiny_model import find_untried_switches, make_tiny_model, tiny_config
+from tools.try_family import main, read_changes, registered
 
 # Without those whose layers differ, and wrappers.
 PLAIN = [name for name, family in FAMILIES.items() if not family.select_linears and not family.unused]
@@ -30,6 +30,9 @@ EXPECTED = {
     "gemma": {
         "constant_buffers": 'lambda config: {"model.embed_tokens.embed_scale":'
         " torch.tensor(config.hidden_size**0.5)}"
+    },
+    "olmo": {
+        "changed_results": 'lambda config: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")'
     },
     "stablelm": {"passes_row_bounds": False},
     "gpt_neox": {
@@ -72,6 +75,12 @@ def test_what_cannot_be_derived_is_named():
     ]
 
 
+@pytest.mark.parametrize(("name", "expected"), [("qwen2_moe", False), ("qwen3_moe", True)])
+def test_a_window_that_attention_does_not_get_is_found(name, expected):
+    draft = derive(make_tiny_model(tiny_config(name)))
+    assert draft.settings.get("passes_window", True) == expected
+
+
 @pytest.mark.slow
 def test_parts_of_a_wrapper_that_text_does_not_need_are_named():
     found = derive(make_tiny_model(tiny_config("gemma3"))).missing
@@ -90,6 +99,7 @@ def test_a_tiny_model_has_what_a_family_could_leave_out():
     assert 1.0 not in [getattr(config, name) for name in multipliers]
     assert tiny_config("gemma3").text_config.sliding_window == 16
     assert tiny_config("qwen3").head_dim * 4 != 64
+    assert tiny_config("qwen2").layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
 
 
 def test_the_first_module_that_differs_is_named():
@@ -140,6 +150,9 @@ def test_a_wrong_setting_is_found(kind, model_type, changes, check, found, subje
     ("argv", "words"),
     [
         (["nonsense"], "model_type 'nonsense' is unknown to the installed transformers"),
+        (["hunyuan-v1-dense"], "similar: hunyuan_v1_dense"),
+        (["olmo", "--set", "clip"], "--set clip: expected NAME=VALUE"),
+        (["olmo", "--set", "clip_kqv=8"], "--set clip_kqv: OlmoConfig of transformers has no such value"),
         (["t5"], "'t5' has an encoder"),
         (["mamba"], "'mamba' has a state space"),
         (["lfm2"], "'lfm2' has convolutions"),
@@ -152,6 +165,38 @@ def test_bad_input(argv, words, capsys):
     assert main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ") and words in lines[-1]
+
+
+def test_the_plan_of_memory_knows_all_parts_of_a_layer(subject, checkpoints):
+    types = {kind: read_config(checkpoints(kind))[0].model_type for kind in CONFIGS}
+    found = {kind: checks.check_widths(subject(kind, model_type)) for kind, model_type in types.items()}
+    assert found == dict.fromkeys(CONFIGS)
+
+
+@pytest.mark.parametrize("part", ["has_head_norms", "has_fused_qkv", "has_fused_gate"])
+def test_parts_that_the_plan_of_memory_does_not_know_are_named(part, subject, monkeypatch):
+    kind = "qwen3" if part == "has_head_norms" else "phi3"
+    true = checks.layer_widths
+    monkeypatch.setattr(
+        checks, "layer_widths", lambda *args: dataclasses.replace(true(*args), **{part: False})
+    )
+    assert checks.check_widths(subject(kind, kind)) == f"layer_widths: {part} False instead of True"
+
+
+def test_values_of_the_config_can_be_set():
+    changes = read_changes(["qk_layernorm=true", "hidden_act=gelu", 'rope_parameters={"rope_theta": 5.0}'])
+    config = tiny_config("stablelm", changes)
+    assert (config.qk_layernorm, config.hidden_act, config.hidden_size) == (True, "gelu", 64)
+    assert config.rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 5.0,
+        "partial_rotary_factor": 0.25,
+    }
+
+
+def test_switches_with_values_that_were_not_compared_are_named():
+    untried = find_untried_switches(tiny_config("stablelm", {"qk_layernorm": True}))
+    assert untried == ["tie_word_embeddings=true", "use_parallel_residual=true"]
 
 
 @pytest.mark.slow

@@ -234,6 +234,20 @@ def test_the_last_weights_are_described(losses, resumed_bad, described, monkeypa
     assert f"The weights at the end are those {described}" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("loss", "is_scaled", "overflows"), [(math.nan, True, True), (math.nan, False, False), (1.0, True, False)]
+)
+def test_what_helps_after_some_good_steps(loss, is_scaled, overflows, monkeypatch):
+    """In fp16 an infinite loss is an overflow in the layers, which a lower --lr does not prevent."""
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    guard = make_guard(max_bad_steps=-1)
+    history = [guard.check_step(metrics(*step), STEP) for step in ((1.0, 1.0), (loss, math.nan))]
+    with pytest.raises(UserError) as e:
+        raise_if_failed(history, 0, 0, Path("run"), "", is_scaled)
+    assert ("--precision fp32, or bf16" in str(e.value)) == overflows
+    assert ("--lr" in str(e.value)) != overflows
+
+
 def test_too_many_bad_steps_end_a_run_which_is_saved(ended):
     out, status, shown, errors = ended
     assert status == 2, errors

@@ -64,7 +64,7 @@ def test_a_model_that_is_still_to_be_expanded(kind, checkpoints, tmp_path):
         expand_planned(open_planned_model(str(written)), 2)
 
 
-@pytest.mark.parametrize("kind", ["llama_bias", "gemma3_wrapper"])
+@pytest.mark.parametrize("kind", ["llama_bias", "gemma3_wrapper", "mixtral"])
 @pytest.mark.parametrize("double", [True, False])
 def test_packed_weights(double, kind, checkpoints, tmp_path):
     pack_like_the_hub(checkpoints(kind), tmp_path / "4bit", double)

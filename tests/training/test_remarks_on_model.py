@@ -1,4 +1,4 @@
-"""Settings of config.json that training ignores, and dropouts that it applies, are reported at start."""
+"""Settings of config.json that training ignores, and noise that it applies, are reported at start."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from tests.helpers.expansion import edit_config
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
 from training.preflight import remarks_on_model
 
-DROPOUTS = {
+NOISES = {
     (
         "seed_oss",
         "attention_dropout",
     ): "attention_dropout 0.1: acts in training; packed rows need masks for it",
     ("seed_oss", "residual_dropout"): "residual_dropout 0.1: acts in training",
+    ("mixtral", "router_jitter_noise"): "router_jitter_noise 0.1: acts in training",
+    ("phi", "resid_pdrop"): "resid_pdrop 0.1: acts in training",
+    ("starcoder2", "embedding_dropout"): "embedding_dropout 0.1: acts in training",
     ("llama", "residual_dropout"): None,  # a key of other families
 }
 ROUTER = "config.json: output_router_logits has no effect here: the loss is that of the tokens alone"
@@ -52,10 +55,10 @@ def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_fi
     assert (auxiliary > 0.1) == kind.startswith("qwen3_moe"), "transformers adds what ours leaves out"
 
 
-@pytest.mark.parametrize(("kind", "name"), DROPOUTS)
-def test_dropouts_of_the_config(kind, name, checkpoints, tmp_path):
+@pytest.mark.parametrize(("kind", "name"), NOISES)
+def test_noise_of_the_config(kind, name, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
     edit_config(folder, **{name: 0.1})
-    remark = DROPOUTS[kind, name]
+    remark = NOISES[kind, name]
     expected = [f"{folder}/config.json: {remark}"] if remark else []
     assert remarks_on_model(read_config(folder)[0], folder, was_untied=False) == expected

@@ -20,6 +20,7 @@ from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.picture_rows import rows_replaced, write_pictures
 from tests.helpers.resuming import adapter, lines, repeatable_metrics
+from training import preflight
 
 BOS = 256  # each row has one, which stands for the token of an image here
 
@@ -37,7 +38,10 @@ def run_with_images(
         images = RowImages([refs[i % len(refs)] for i in range(len(rows))], torch.arange(len(rows) + 1))
         return replace(rows, images=images, image_format=image_format)
 
-    with rows_replaced(add_images):
+    def build_text_alone(config, *_):
+        return replace(config, images="false"), ()
+
+    with rows_replaced(add_images), mock.patch.object(preflight, "settle_images", build_text_alone):
         job = train.check_run(parse([*argv, "--world_size", str(rank_info.world)])[0])
     if unreadable_step:
         steps = list(make_sampler(job.config, job.rows, 1, 2).steps(1))

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 import block_expansion
 import train
@@ -25,14 +24,14 @@ from data.packing import make_sampler
 from data.rows import IGNORE
 from launch.ranks import RankInfo
 from models import attention
-from models.attention import CAUSAL, VARLEN
 from models.causal_lm import loss_sum
-from models.family import FUSED, Family, unwrapped_name
+from models.family import CAUSAL, FUSED, VARLEN, Family, unwrapped_name
 from models.registry import FAMILIES, build_on_meta, read_config
 from monitoring.layer_memory import layer_widths
 from monitoring.tracking import NoTracker
 from options.errors import DONE, describe
 from tests.helpers.adapters import args_for, build_peft_model
+from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.distributed import RankPool
 from tests.helpers.packing import (
     KERNEL,
@@ -92,7 +91,7 @@ def run_checks(subject: Subject) -> Iterator[tuple[str, str | None]]:
 def check_forward(subject: Subject) -> str | None:
     """Compare logits and loss of the model with transformers' own, and name the first module that differs."""
     _, model = set_up(subject.rank_info, subject.arguments("full"), random_adapters=False)
-    theirs = AutoModelForCausalLM.from_pretrained(
+    theirs = load_transformers_model(
         subject.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
     logits, expected = record_calls(model.eval())[1], record_calls(theirs)[1]
@@ -176,6 +175,8 @@ def check_packing(subject: Subject) -> str | None:
     """
     _, model = set_up(subject.rank_info, subject.arguments("full"))
     own = subject.family.attention
+    for dtype in (torch.float32, torch.bfloat16):  # it reads the config, as a run does
+        attention.choose_attention(model.config, subject.family, dtype, True, max(LENGTHS))
     model.set_attn_implementation(own)
     expected = _learn_rows_alone(model)
     packed, padded = packed_batch(), padded_batch()
@@ -183,7 +184,7 @@ def check_packing(subject: Subject) -> str | None:
     if _compare_tensors("gradient of", leaking, expected[1], 100 * GRADIENT) is None:
         return "rows that see one another do not change the gradients: this model cannot show a leak"
     ways = {"packed": (own, packed), "padded": (own, padded)}
-    if own == FUSED:
+    if own == FUSED and subject.family.passes_window:  # the tiny model has one if its config can
         ways |= {"padded, causal": (CAUSAL, padded)}
         if subject.family.passes_row_bounds:
             ways |= {"packed, variable-length kernel": (VARLEN, packed)}
@@ -225,7 +226,7 @@ def check_expansion(subject: Subject) -> str | None:
         if status != DONE:
             return f"block_expansion.py: {errors.getvalue().strip()}"
         base, expanded = (
-            AutoModelForCausalLM.from_pretrained(
+            load_transformers_model(
                 path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
             for path in (subject.folder, f"{folder}/out")
@@ -278,10 +279,28 @@ def check_widths(subject: Subject) -> str | None:
     model = build_on_meta(config, family)
     widths, layer = layer_widths(model, family), family.decoder_layers(model)[0]
     for name, output in zip(("query", "mlp"), family.outputs, strict=False):
+        if name == "mlp" and widths.experts_per_token:
+            continue
         found = layer.get_submodule(output).in_features
-        if getattr(widths, name) != found and not (name == "mlp" and widths.experts_per_token):
+        if getattr(widths, name) != found:
             return f"layer_widths: {name} {getattr(widths, name)} instead of {found}"
+    attention = layer.get_submodule(family.sublayers[0])
+    parts = {
+        "has_head_norms": any("norm" in type(module).__name__.lower() for module in attention.modules()),
+        "has_fused_qkv": _widest(layer, family, 0) > widths.query,
+        "has_fused_gate": not widths.experts_per_token and _widest(layer, family, 1) > widths.mlp,
+    }
+    for name, has_part in parts.items():
+        if getattr(widths, name) != has_part:
+            return f"layer_widths: {name} {getattr(widths, name)} instead of {has_part}"
     return None
+
+
+def _widest(layer: torch.nn.Module, family: Family, index: int) -> int:
+    """Return the largest number of output features of a sublayer's linears, without its last one."""
+    inputs = [name for name in family.linears if name.startswith(f"{family.sublayers[index]}.")]
+    linears = [layer.get_submodule(name) for name in inputs if not family.is_output(name)]
+    return max((linear.out_features for linear in linears if isinstance(linear, torch.nn.Linear)), default=0)
 
 
 CHECKS: dict[str, Callable[[Subject], str | None]] = {

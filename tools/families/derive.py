@@ -14,12 +14,12 @@ from typing import cast
 
 import peft.utils.constants as peft_constants
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from models.family import Family
 from options.errors import UserError
-from tools.families.calls import Call, record_calls
+from tools.families.calls import Call, is_close, record_calls
 from tools.families.draft import Draft
 from tools.families.settings import find_attention, find_buffers, find_compiles, find_logits, find_norm
 
@@ -135,7 +135,11 @@ def _find_linears(model: nn.Module, layers: str, calls: list[Call], draft: Draft
     called = [*inner]
     linears.sort(key=lambda n: (units.index(n.partition(".")[0]), called.index(n)))
     draft.set("linears", tuple(linears))
-    draft.set("default_targets", _default_targets(draft.model_type, linears))
+    _find_changed_results(linears, inner, draft)
+    targets = _default_targets(draft.model_type, linears)
+    draft.set("default_targets", targets)
+    if draft.model_type not in PEFT_TARGETS:
+        draft.remarks.append(f"PEFT has no default targets for {draft.model_type}: here {', '.join(targets)}")
     draft.set("sublayers", tuple(units))
     draft.set("outputs", outputs)
     _find_identity(call, units, inner, outputs, draft)
@@ -159,6 +163,15 @@ def _last_linears(unit: str, call: Call, inner: dict[str, Call], linears: list[s
         if not call.repeat(changed).any():
             return [name]
     return []
+
+
+def _find_changed_results(linears: list[str], inner: dict[str, Call], draft: Draft) -> None:
+    """Set changed_results: linears whose recorded results are not what the linear returns."""
+    calls = {name: inner[name] for name in linears if name in inner}
+    changed = [name for name, call in calls.items() if not is_close(call.repeat(), cast(Tensor, call.result))]
+    if changed:
+        names = ", ".join(f'"{name}"' for name in changed)
+        draft.settings["changed_results"] = f"lambda config: ({names}{',' * (len(changed) == 1)})"
 
 
 def _fill(module: nn.Module, value: float) -> None:
@@ -207,13 +220,14 @@ def _default_targets(model_type: str, linears: list[str]) -> tuple[str, ...]:
 def describe_differences(found: Family, known: Family, config: PretrainedConfig) -> list[str]:
     """Return how a family that was found differs from the one of the registry, attribute by attribute.
 
-    Functions of the config are compared by their results; those of modules are not compared.
+    Functions of the config are compared by their results. Functions of modules are not compared, nor
+    `wide_linears`, which only a trained model's activations show.
     """
     lines = []
     for name in vars(known):
         ours, theirs = getattr(found, name), getattr(known, name)
-        if name in ("logit_scale", "logit_cap", "constant_buffers"):
+        if name in ("changed_results", "logit_scale", "logit_cap", "constant_buffers"):
             ours, theirs = ours(config), theirs(config)
-        if ours != theirs and name not in ("select_linears", "match_checkpoint"):
+        if ours != theirs and name not in ("select_linears", "match_checkpoint", "wide_linears"):
             lines.append(f"{name}: {ours} instead of {theirs}")
     return lines

@@ -14,9 +14,11 @@ DEFAULTS = {f.name: f.default for f in fields(Family)}
 # What the settings mean, for the docstring of the file.
 DIFFERENCES = {
     "linears": "linears of other names",
+    "changed_results": "results of linears that are changed in place",
     "identity_init": "norms after attention and MLP",
     "attention": "attention that PyTorch's kernels do not compute",
     "passes_row_bounds": "masks between packed rows",
+    "passes_window": "masks for a sliding window",
     "constant_buffers": "a constant of the config in a buffer",
     "logit_scale": "scaled logits",
     "logit_cap": "a cap on the logits",
@@ -99,7 +101,7 @@ class Draft:
     def _setting(self, name: str, value: object) -> str:
         if name == "linears":
             text = self._linears()
-        elif name in ("constant_buffers", "logit_scale", "logit_cap"):
+        elif name in ("changed_results", "constant_buffers", "logit_scale", "logit_cap"):
             text = str(value)
         else:
             text = _literal(value)

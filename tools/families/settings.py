@@ -30,7 +30,8 @@ FACTORS = "scal|mult|factor|logit|cap|base"  # parts of the names of a config's 
 def find_attention(model: PreTrainedModel, logits: Tensor, draft: Draft) -> None:
     """Set attention, to the first that gives eager attention's logits, beyond the window: ours, sdpa, eager.
 
-    Ours stands for the kernel for packed rows too, which needs the rows' bounds: sets passes_row_bounds.
+    Ours stands for the kernel for packed rows too, which needs the rows' bounds and the window: sets
+    passes_row_bounds and passes_window.
     """
     for name in (FUSED, "sdpa"):
         try:
@@ -42,19 +43,24 @@ def find_attention(model: PreTrainedModel, logits: Tensor, draft: Draft) -> None
         if is_close(result, logits):
             draft.set("attention", name)
             if name == FUSED:
-                draft.set("passes_row_bounds", _passes_bounds(other))
+                _find_passed_arguments(other, draft)
             return
         draft.remarks.append(f"attention: {name} gives other logits than eager")
     draft.set("attention", "eager")
 
 
-def _passes_bounds(model: PreTrainedModel) -> bool:
-    """Return whether each attention passes on the bounds of packed rows, which the model is called with."""
-    missing = []
+def _find_passed_arguments(model: PreTrainedModel, draft: Draft) -> None:
+    """Set passes_row_bounds and passes_window: what each layer hands on to its attention.
+
+    The model is called with bounds of packed rows. A layer has a window if its mask hides the first token
+    from the last one.
+    """
+    passed: dict[str, list[bool]] = {"passes_row_bounds": [], "passes_window": []}
 
     def probe(module, query, key, value, attention_mask, **others):
-        if others.get("cu_seq_lens_q") is None:
-            missing.append(module)
+        is_hidden = attention_mask is not None and not attention_mask[0, 0, -1, 0]
+        passed["passes_row_bounds"].append(others.get("cu_seq_lens_q") is not None)
+        passed["passes_window"].append((others.get("sliding_window") is not None) == bool(is_hidden))
         return attend_fused(module, query, key, value, attention_mask, **others)
 
     AttentionInterface.register(PROBE, probe)
@@ -63,7 +69,8 @@ def _passes_bounds(model: PreTrainedModel) -> bool:
     bounds = torch.tensor([0, IDS.shape[1], IDS.numel()], dtype=torch.int32)
     with torch.no_grad():
         model(input_ids=IDS, use_cache=False, cu_seq_lens_q=bounds, max_length_q=IDS.shape[1])
-    return not missing
+    for name, values in passed.items():
+        draft.set(name, all(values))
 
 
 def _with_attention(model: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -6,17 +6,20 @@ biases, windows shorter than a row. Otherwise a family could leave it out, and t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from models.registry import CONFIG_ERRORS
 from options.errors import UserError, describe
+from tests.helpers.auto_classes import auto_class
 from tools.families.calls import MAX_REASON
 
 # Pattern of a value's name: its tiny size. The first pattern that fits the whole name decides.
@@ -47,6 +50,7 @@ SIZES = {
 FLOATS = {
     r"final_logit_softcapping|logits_soft_cap": 5.0,
     r"attn_logit_softcapping": 2.0,
+    r"clip_qkv": 0.5,
     r"attention_multiplier": 0.3,
     r"logits_scaling": 4.4,
     r"\w*multiplier|scale_emb|scale_depth|logit_scale|embedding_scale|residual_scale": 1.5,
@@ -56,21 +60,37 @@ SWITCHES = r"(\w+_)?bias|use_\w+_bias|\w+_bias"
 HEADS = 4
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> PretrainedConfig:
     """Return a config of this type with tiny sizes, of which transformers makes a model that computes.
 
-    Raises UserError if it makes none of any of them.
+    Args:
+        model_type: a key of transformers' CONFIG_MAPPING.
+        changes: values of the config that are to be other ones; a dictionary is merged with the config's.
+
+    Raises UserError for a change of a value that the config does not have, or if no model can be made.
     """
-    error = ""
-    for values in _candidates(CONFIG_MAPPING[model_type]()):
+    error, default = "", CONFIG_MAPPING[model_type]()
+    for name in changes or {}:
+        if name not in default.to_dict():
+            raise UserError(f"--set {name}: {type(default).__name__} of transformers has no such value")
+    for values in _candidates(default):
         try:
-            config = CONFIG_MAPPING[model_type](**values)
+            config = CONFIG_MAPPING[model_type](**_merge(values, _with_defaults(changes or {}, default)))
             with torch.no_grad():
                 make_tiny_model(config)(input_ids=torch.arange(40)[None], use_cache=False)
             return config
         except CONFIG_ERRORS as e:
             error = describe(e)[:MAX_REASON]
     raise UserError(f"model_type {model_type!r}: transformers makes no tiny model of it ({error})")
+
+
+def _with_defaults(changes: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """Return the changes; dictionaries, such as those of RoPE, with the config's values that stay."""
+    defaults = config.to_dict()
+    return {
+        name: (defaults[name] or {}) | value if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
@@ -121,8 +141,8 @@ def _floats(config: PretrainedConfig) -> dict[str, Any]:
     values = {name: _floats(part) for name, part in _parts(config).items()}
     for name, default in config.to_dict().items():
         value = _first(FLOATS, name)
-        caps = "cap" in name and default is None
-        if value is not None and (caps or type(default) in (float, int)):
+        is_bound = ("cap" in name or "clip" in name) and default is None
+        if value is not None and (is_bound or type(default) in (float, int)):
             values[name] = value
     return values
 
@@ -141,13 +161,35 @@ def _switches(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _windows(config: PretrainedConfig) -> dict[str, Any]:
-    """Return a window for a config that has none by default."""
-    values = {name: _windows(part) for name, part in _parts(config).items()}
-    return values | ({"sliding_window": 16} if getattr(config, "sliding_window", 0) is None else {})
+    """Return a window for a config that has none by default, or one that a switch turns off."""
+    values: dict[str, Any] = {name: _windows(part) for name, part in _parts(config).items()}
+    if getattr(config, "sliding_window", 0) is None:
+        values["sliding_window"] = 16
+    if getattr(config, "use_sliding_window", None) is False:
+        values |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+    return values
 
 
 def _first(table: dict[str, Any], name: str) -> Any:
     return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
+
+
+def find_untried_switches(config: PretrainedConfig) -> list[str]:
+    """Return NAME=VALUE of each switch of a config whose other value the tiny model does not have.
+
+    Only switches of the type's own config class count, and tied embeddings.
+    """
+    default = type(config)()
+    names = [f.name for f in fields(config)]
+    common = {f.name for f in fields(PretrainedConfig)} - {"tie_word_embeddings"} | {"use_cache"}
+    return [
+        f"{name}={json.dumps(not value)}"
+        for name in names
+        if name not in common
+        and not name.startswith("is_")
+        and type(value := getattr(config, name)) is bool
+        and value is getattr(default, name)
+    ]
 
 
 def make_tiny_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -158,10 +200,10 @@ def make_tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     torch.manual_seed(0)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(config).from_config(config).float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
