@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.image_format import ImageFormat
 from data.images import ImageRef
 from data.rows import TokenizedRows
 
@@ -49,12 +50,19 @@ class EvaluationData:
         prompts: the prompts of samples; may be empty.
         stop_ids: token ids that end an answer.
         remarks: lines to print at start, on this data and on the training data.
+        image_format: how the model takes images; None = it takes none.
     """
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
     stop_ids: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
+    image_format: ImageFormat | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a row or a prompt has an image."""
+        return bool(self.rows and self.rows.images.refs) or any(prompt.images for prompt in self.prompts)
 
     def largest_id(self, image_id: int = -1) -> int:
         """Return the largest token id of all rows and prompts; 0 if there are none.

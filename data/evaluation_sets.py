@@ -71,7 +71,11 @@ def prepare_sets(
         shown = evaluation_set.rendered if evaluation_set else training
         config, prompts = _make_sample_prompts(config, mixture.sets[0], shown, tokenizer, image_format)
     remarks += [f"evaluation {remark}" for remark in eval_remarks if remark not in remarks]
-    return config, rows, EvaluationData(evaluation, prompts, remarks=tuple(remarks))
+    return (
+        config,
+        rows,
+        EvaluationData(evaluation, prompts, remarks=tuple(remarks), image_format=image_format),
+    )
 
 
 def _describe_tokens(rows: TokenizedRows, rendered: list[Rendered], tokenizer) -> list[str]:

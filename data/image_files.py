@@ -99,6 +99,20 @@ class ImageFiles:
         return f" in {roots[0]}" + ("" if self._folder else "; --image_folder names another folder")
 
 
+def find_image(path: str, error_prefix: str) -> ImageRef:
+    """Return an image that the user names by its path, wherever that leads. Nothing is decoded.
+
+    Raises UserError, which begins with `error_prefix`, if it cannot be used.
+    """
+    if "://" in path or path.startswith(DATA_URL):
+        raise UserError(f"{error_prefix}: is an address; download it, and give its path")
+    try:
+        found = os.path.realpath(os.path.expanduser(path))
+    except ValueError:  # NUL, or half a character
+        raise UserError(f"{error_prefix}: no such file") from None
+    return replace(_read_ref(found, 0, None, error_prefix), origin=error_prefix)
+
+
 def _shown(source: str) -> str:
     """Return a path for a message: on one line, and not longer than that."""
     text = source if len(source) <= 200 else f"{source[:100]}..."

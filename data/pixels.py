@@ -23,17 +23,24 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 def read_pixels(ref: ImageRef, image_format: ImageFormat) -> torch.Tensor:
     """Return the pixels of an image, resized for the model: [3, height, width] uint8.
 
+    Raises UserError as `open_image` does.
+    """
+    return image_format.resize(open_image(ref))
+
+
+def open_image(ref: ImageRef) -> Image.Image:
+    """Return an image, decoded, in mode RGB.
+
     Raises UserError, which names the row, if the image cannot be read or is no longer what it was.
     """
     try:
-        image = _decode(_read_bytes(ref), (ref.width, ref.height))
+        return _decode(_read_bytes(ref), (ref.width, ref.height))
     except UserError as e:
         raise _error(ref, str(e)) from None
     except OSError as e:  # Pillow raises it, too, for a file that is truncated or no image
         raise _error(ref, e.strerror or describe(e)) from None
     except Exception as e:  # a damaged file raises SyntaxError, ValueError, struct.error and many others
         raise _error(ref, describe(e)) from None
-    return image_format.resize(image)
 
 
 def _read_bytes(ref: ImageRef) -> bytes:

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from data.batches import Batch, Step
+from data.image_batches import ImageBatch, PlannedImages
 from data.pixels import read_pixels
 from launch.devices import set_current_device
 from options.errors import UserError
@@ -21,6 +22,11 @@ def load_images(batches: Sequence[Batch], threads: ThreadPoolExecutor) -> list[B
     wanted = [(ref, images.format) for images in planned if images for ref in images.refs]
     pixels = threads.map(lambda each: read_pixels(*each), wanted)
     return [_take_pixels(batch, pixels) for batch in batches]
+
+
+def decode_images(planned: PlannedImages) -> ImageBatch:
+    """Return planned images with their pixels. Raises UserError for one that cannot be read."""
+    return planned.with_pixels([read_pixels(ref, planned.format) for ref in planned.refs])
 
 
 def _take_pixels(batch: Batch, pixels: Iterator[torch.Tensor]) -> Batch:

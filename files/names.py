@@ -9,9 +9,11 @@ ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's description of an adapter
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and its file that names the step
 EVENTS = "tensorboard"  # the folder of events for TensorBoard
+SAMPLE_IMAGES = "sample_images"  # the folder of small copies of the images in samples
 RUN_FILES = (OPTIONS, "run.json", METRICS, "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html",
              "memory*.html", "memory*.png", "memory_snapshot*.pickle",
-             f"{EVENTS}/events.out.tfevents.*", ADAPTER_CONFIG, ADAPTER, BLOCKS)  # fmt: skip
+             f"{EVENTS}/events.out.tfevents.*", f"{SAMPLE_IMAGES}/*.jpg",
+             ADAPTER_CONFIG, ADAPTER, BLOCKS)  # fmt: skip
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 ADDED_TOKENS = "added_tokens.json"

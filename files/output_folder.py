@@ -12,6 +12,7 @@ from files.names import (
     MODEL_FILES,
     PROCESSOR_FILES,
     RUN_FILES,
+    SAMPLE_IMAGES,
     SCORE,
     SMALL_MODEL_FILES,
     TOKENIZER_FILES,
@@ -37,7 +38,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     The subfolders are those that a run writes and removes.
     """
     check_writable(folder, "--output_dir")
-    for name in (CHECKPOINTS, "wandb", EVENTS):
+    for name in (CHECKPOINTS, "wandb", EVENTS, SAMPLE_IMAGES):
         if (folder / name).is_symlink():
             raise UserError(
                 f"--output_dir {folder}: its {name} is a symbolic link; only regular files and folders are"
@@ -60,8 +61,9 @@ def clear_output(folder: Path) -> None:
     for pattern in RUN_FILES + MODEL_FILES + copied:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
-    with contextlib.suppress(OSError):  # it does not exist, or holds files of others
-        (folder / EVENTS).rmdir()
+    for name in (EVENTS, SAMPLE_IMAGES):
+        with contextlib.suppress(OSError):  # it does not exist, or holds files of others
+            (folder / name).rmdir()
     for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):
         if (folder / name).is_symlink():  # its target is not ours
             (folder / name).unlink()

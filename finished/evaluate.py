@@ -23,6 +23,7 @@ from data.evaluation_sets import (
     read_in_trained_format,
 )
 from data.formats import Rendered
+from data.image_format import ImageFormat
 from data.mixtures import read_each_row_once
 from data.reading import ReadingOptions
 from data.rows import TokenizedRows, digest_rows
@@ -30,7 +31,16 @@ from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, to
 from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
 from files.names import BEST
-from finished.finished_run import Run, find_stop_ids, load_model, load_tokenizer, open_base, open_run
+from finished.finished_run import (
+    Run,
+    find_stop_ids,
+    load_model,
+    load_tokenizer,
+    open_base,
+    open_run,
+    read_run_image_format,
+)
+from finished.prompt_images import read_image_arguments
 from finished.prompt_template import MarkerCriterion
 from finished.text_scores import TEXT_METRICS, scored_with
 from launch.precision import choose_precision, has_bf16_gpu
@@ -44,6 +54,7 @@ from options.errors import UserError
 from options.evaluate import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
 from training.evaluation import group_rows, mean_loss, perplexity
+from training.run_images import explain_refused_images
 
 
 @torch.no_grad()
@@ -54,6 +65,7 @@ def generate_answers(
     stop_ids: list[int],
     batch_size: int,
     make_criterion: Callable[[int], StoppingCriteria] | None = None,
+    read_images: Callable[[list[int], int], dict[str, torch.Tensor]] = lambda indices, width: {},
 ) -> list[list[int]]:
     """Return the token ids of the greedy answer to each prompt, without the stop token that ends it.
 
@@ -66,6 +78,8 @@ def generate_answers(
         stop_ids: tokens that end an answer.
         batch_size: prompts per batch.
         make_criterion: maps the position where a batch's answers start to one more stopping criterion.
+        read_images: maps the indices of a batch's prompts and its number of tokens to the arguments of
+            `generate` for their images.
     """
     device = next(model.parameters()).device
     options = GenerationConfig(
@@ -93,33 +107,41 @@ def generate_answers(
             attention_mask=mask,
             generation_config=options,
             stopping_criteria=StoppingCriteriaList([make_criterion(width)] if make_criterion else []),
+            **read_images(row_indices, width),
         )
         for i, answer in zip(row_indices, output[:, width:].tolist(), strict=True):
             answers[i] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
     return answers
 
 
-def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered], tuple[str, ...]]:
+def read_rows(
+    run: Run, options: Options, tokenizer, image_format: ImageFormat | None = None
+) -> tuple[str, list[Rendered], tuple[str, ...]]:
     """Read the rows to score. Return (name of the data, rendered rows, remarks to print).
 
-    Without --dataset, reads the run's own evaluation set. Raises UserError for unusable data.
+    Without --dataset, reads the run's own evaluation set. Raises UserError for unusable data. image_format:
+    how the model takes images; None = it takes none.
     """
     config = run.config
+    if options.image_folder is not None:
+        config = dataclasses.replace(config, image_folder=options.image_folder)
     if options.dataset is None:
-        rows, remarks = read_evaluation_rows(config, tokenizer)
+        rows, remarks = read_evaluation_rows(config, tokenizer, image_format)
         if rows is None:
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
-        remarks = (*remarks, *_check_same_rows(run, rows, tokenizer))
+        remarks = (*remarks, *_check_same_rows(run, rows, tokenizer, image_format))
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
     columns = optional_columns(config)
     if options.columns is not None or options.text_column is not None:
         columns = ColumnNames.from_options(options.columns, options.text_column)
     if options.dataset_format is None:
-        examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer, columns)
+        examples = read_in_trained_format(
+            config, options.dataset, options.samples, tokenizer, columns, image_format=image_format
+        )
     else:
         reading = dataclasses.replace(
-            ReadingOptions.from_config(config, tokenizer),
+            ReadingOptions.from_config(config, tokenizer, image_format),
             format=options.dataset_format,
             samples=options.samples,
             columns=columns,
@@ -128,7 +150,9 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
     return options.dataset, examples.rendered, examples.remarks
 
 
-def _check_same_rows(run: Run, rows: list[Rendered], tokenizer) -> list[str]:
+def _check_same_rows(
+    run: Run, rows: list[Rendered], tokenizer, image_format: ImageFormat | None
+) -> list[str]:
     """Raise UserError unless the rows are those that the run was evaluated on.
 
     Otherwise rows of its training could be among them. Returns a remark if the RUN, of an earlier version of
@@ -141,7 +165,8 @@ def _check_same_rows(run: Run, rows: list[Rendered], tokenizer) -> list[str]:
     if not recorded:
         return [f"data: {path} does not record the rows that the run was evaluated on; they may have changed"]
     config = run.config
-    if digest_rows(tokenize(rows, tokenizer, config.context_length, "--dataset")) != recorded:
+    tokenized = tokenize(rows, tokenizer, config.context_length, "--dataset", image_format)
+    if digest_rows(tokenized) != recorded:
         source = config.eval_dataset or config.dataset
         raise UserError(
             f"--dataset: is needed; {source} no longer gives the rows that {run.folder} was evaluated on"
@@ -165,14 +190,22 @@ class EvaluationInputs:
     Attributes:
         rows: rows for the loss; None if perplexity is not requested.
         prompts: prompts to answer, with their references.
+        image_format: how the model takes the prompts' images; None = it takes none.
     """
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
+    image_format: ImageFormat | None = None
 
 
 def prepare_inputs(
-    metrics: Sequence[str], run: Run, rendered: list[Rendered], dataset: str, tokenizer, stop_ids: list[int]
+    metrics: Sequence[str],
+    run: Run,
+    rendered: list[Rendered],
+    dataset: str,
+    tokenizer,
+    stop_ids: list[int],
+    image_format: ImageFormat | None = None,
 ) -> EvaluationInputs:
     """Tokenize the rows for perplexity, and make prompts for text metrics, if they are in `metrics`.
 
@@ -183,21 +216,24 @@ def prepare_inputs(
         dataset: name of the data, for messages.
         tokenizer: the run's tokenizer.
         stop_ids: tokens that end an answer.
+        image_format: how the model takes images; None = it takes none.
 
     Raises UserError if a text metric finds no row with a question and an answer.
     """
     length = run.config.context_length
-    rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}") if "perplexity" in metrics else None
+    rows = None
+    if "perplexity" in metrics:
+        rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}", image_format)
     if tuple(metrics) == ("perplexity",):
         return EvaluationInputs(rows, [])
-    candidates = (make_row_prompt(r, tokenizer, length, stop_ids) for r in rendered)
+    candidates = (make_row_prompt(r, tokenizer, length, stop_ids, image_format) for r in rendered)
     prompts = [p for p in candidates if p and p.answer]
     if not prompts:
         raise UserError(
             f"--dataset {dataset}: its rows have no question and answer, as text metrics need;"
             " use --metrics perplexity"
         )
-    return EvaluationInputs(rows, prompts)
+    return EvaluationInputs(rows, prompts, image_format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +279,13 @@ def score_model(
         marker = inputs.prompts[0].marker  # all rows have one format
         make_criterion = partial(MarkerCriterion, tokenizer, marker) if marker else None
         lengths = (options.max_new_tokens, stop_ids, options.batch_size)
-        generated = generate_answers(model, [p.ids for p in inputs.prompts], *lengths, make_criterion)
+        asked = [(prompt.ids, prompt.images) for prompt in inputs.prompts]
+
+        def read_images(indices: list[int], width: int) -> dict[str, torch.Tensor]:
+            """Return the arguments of `generate` for the images of a batch of prompts."""
+            return read_image_arguments(model, [asked[i] for i in indices], width, inputs.image_format)
+
+        generated = generate_answers(model, [ids for ids, _ in asked], *lengths, make_criterion, read_images)
         answers = [normalize_answer(decode_answer(ids, tokenizer, stop_ids, marker)) for ids in generated]
         truncated = sum(_is_truncated(ids, options.max_new_tokens, tokenizer, marker) for ids in generated)
         for name in metrics:
@@ -264,7 +306,9 @@ def evaluate(options: Options) -> dict:
     names, run = options.metrics, check_options(options)
     base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
-    dataset, rendered, remarks = read_rows(run, options, tokenizer)
+    image_format, reason = read_run_image_format(run)
+    with explain_refused_images(reason):
+        dataset, rendered, remarks = read_rows(run, options, tokenizer, image_format)
     add_special_tokens = bool(rendered) and rendered[0].add_special_tokens
     encoded = encode(tokenizer, [row.text for row in rendered], add_special_tokens)
     tokens = torch.tensor([token for ids, _ in encoded for token in ids])
@@ -272,7 +316,7 @@ def evaluate(options: Options) -> dict:
     for remark in (*remarks, *describe_joined_prompts(rendered, tokenizer)):
         print(remark, flush=True)
     stop_ids = find_stop_ids(run, tokenizer)
-    inputs = prepare_inputs(names, run, rendered, dataset, tokenizer, stop_ids)
+    inputs = prepare_inputs(names, run, rendered, dataset, tokenizer, stop_ids, image_format)
     gpu = torch.cuda.is_available()
     device, dtype = (
         torch.device("cuda" if gpu else "cpu"),
@@ -306,8 +350,16 @@ def evaluate(options: Options) -> dict:
             name: {"base": base_scores.values[name], "tuned": value}
             for name, value in tuned_scores.values.items()
         },
-        "answers": [{"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} for p, b, t in answers],
+        "answers": [
+            {"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} | _list_images(p)
+            for p, b, t in answers
+        ],
     }
+
+
+def _list_images(prompt: Prompt) -> dict[str, list[str]]:
+    """Return the images of a prompt as results name them; {} if it has none."""
+    return {"images": [ref.label for ref in prompt.images]} if prompt.images else {}
 
 
 def format_table(results: dict) -> str:

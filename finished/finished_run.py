@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from checkpoints.adapter import check_adapter_tensors, load_adapter
 from checkpoints.trained_model import open_blocks
 from data.formats import RenderContext
+from data.image_format import ImageFormat
 from data.stop_ids import collect_stop_ids
 from data.template_choice import read_trained_tokenizer
 from files.base_model import (
@@ -59,6 +60,7 @@ from options.limits import MAX_CONFIG_BYTES, read_json
 from options.train import parse
 from options.yaml_file import read_options_file
 from quantize_layers import load_weights
+from training.run_images import read_image_format
 
 # Options that determine the model and its prompts. A run writes every option, so a config.yaml without one of
 # these is damaged.
@@ -325,6 +327,13 @@ def find_stop_ids(run: Run, tokenizer) -> list[int]:
     """Return the ids of the tokens that end an answer: those the run learned, and the base's own."""
     context = RenderContext(tokenizer, day=run.config.chat_date)
     return collect_stop_ids(run.base, eos_token_id(run.model_config), run.config.dataset_format, context)
+
+
+def read_run_image_format(run: Run) -> tuple[ImageFormat | None, str]:
+    """Return (how the run takes images, ""); (None, why) if it takes none."""
+    if not run.config.has_images:
+        return None, f"{run.folder} was trained on texts, and takes no image"
+    return read_image_format(run.config, run.model_config, run.family, run.base)
 
 
 def load_tokenizer(run: Run):

@@ -7,15 +7,23 @@ import json
 import shutil
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 import torch
 
 from data.answers import cut_repetition
+from data.image_store import IMAGE_COLUMNS
 from data.recognition import describe_unread_columns
 from data.schemas import find_schema
 from finished.conversation import Chat, choose_template, make_printable
 from finished.generation import BASE, AnsweringModels, has_bf16, make_template, open_runs
-from finished.prompt_template import Answer, AnswerStreamer, PromptTemplate
+from finished.prompt_template import (
+    Answer,
+    AnswerStreamer,
+    EncodedPrompt,
+    PromptTemplate,
+    RenderedPrompt,
+)
 from launch.program import print_error, quiet_libraries
 from options.errors import UserError
 from options.generate import Options, Prompt
@@ -83,13 +91,19 @@ def format_stacked(texts: dict[str, str]) -> str:
     return "\n".join(f"{name}: " + text.replace("\n", "\n    ") for name, text in texts.items())
 
 
-def format_answers(question: str, texts: dict[str, str]) -> str:
-    """Format a question and its answers for stdout: in columns on a wide terminal, otherwise stacked."""
+def format_answers(question: str, texts: dict[str, str], images: Sequence[str] = ()) -> str:
+    """Format a question and its answers for stdout: in columns on a wide terminal, otherwise stacked.
+
+    images: labels of the images that the question shows.
+    """
     texts = {name: make_printable(text.strip()) for name, text in texts.items()}
     columns = shutil.get_terminal_size().columns
     fits = sys.stdout.isatty() and columns >= len(texts) * (MIN_COLUMN_WIDTH + 3) - 3
     answers = format_columns(texts, columns) if fits else format_stacked(texts)
-    return format_stacked({"prompt": make_printable(question)}) + "\n" + answers
+    asked = {"prompt": make_printable(question)}
+    if images:
+        asked["images"] = make_printable(", ".join(images))
+    return format_stacked(asked) + "\n" + answers
 
 
 def choose_display_names(models: AnsweringModels) -> dict[str, str]:
@@ -107,10 +121,9 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
     rendered = {}
     for name, template in templates.items():
         texts = [template.render(prompt, options.system) for prompt in options.all_prompts]
-        rendered[name] = [
-            (text, template.encode(text, prompt.origin))
-            for text, prompt in zip(texts, options.all_prompts, strict=True)
-        ]
+        rendered[name] = [(text, template.encode(text)) for text in texts]
+    for line in describe_unread_fields(options.all_prompts, templates):
+        print(line, file=sys.stderr)  # stdout is for the answers
     display_names = choose_display_names(models)
     answers: list[dict[str, Answer]] = [{} for _ in options.all_prompts]
     for name in display_names:
@@ -118,8 +131,8 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
         prompts = rendered.get(name) or next(iter(rendered.values()))
         with models.activate(name):
             for i, prompt in enumerate(options.all_prompts):
-                text, ids = prompts[i]
-                answers[i][name] = models.generate_answer(template, ids, options.sampling)
+                text, encoded = prompts[i]
+                answers[i][name] = models.generate_answer(template, encoded, options.sampling)
                 if len(answers[i]) == len(display_names):
                     print_answers(options, prompt.content, text, answers[i], display_names)
 
@@ -131,44 +144,52 @@ def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTem
     for template in templates.values():
         matched = [template.match_row(row) for row in given]
         schemas = [find_schema(row, fitting, needs_answer=False) or fitting[0] for row, fitting in matched]
-        rows, renamed = [row for row, _ in matched], template.columns.names.values()
-        unread.append(describe_unread_columns(rows, schemas, renamed))
+        shown = IMAGE_COLUMNS if template.images.format else ()
+        rows = [{name: row[name] for name in row if name not in shown} for row, _ in matched]
+        unread.append(describe_unread_columns(rows, schemas, template.columns.names.values()))
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 
 def print_answers(
-    options: Options, given: str | dict, text: str, answers: dict[str, Answer], display_names: dict[str, str]
+    options: Options,
+    given: str | dict,
+    prompt: RenderedPrompt,
+    answers: dict[str, Answer],
+    display_names: dict[str, str],
 ) -> None:
     """Print one prompt and its answers: with --json as a line of JSON, otherwise as text.
 
     Args:
         options: options of the command.
         given: the prompt as it was given.
-        text: the prompt in the template of the model that answered last.
+        prompt: the prompt in the template of the model that answered last.
         answers: {model name: Answer}.
         display_names: {model name: name to print}.
     """
     if options.json:
         answer_fields = [{"model": name, **dataclasses.asdict(answer)} for name, answer in answers.items()]
-        print(json.dumps({"prompt": given, "rendered": text, "answers": answer_fields}), flush=True)
+        images = {"images": [ref.path for ref in prompt.images]} if prompt.images else {}
+        fields = {"prompt": given, "rendered": prompt.text, **images, "answers": answer_fields}
+        print(json.dumps(fields), flush=True)
         return
-    question = given if isinstance(given, str) else text.strip()
+    question = given if isinstance(given, str) else prompt.text.strip()
     texts = {
         display_names[name]: cut_repetition(a.text.rstrip()) + ("" if a.ended else " ...")
         for name, a in answers.items()
     }
-    print(format_answers(question, texts), end="\n\n", flush=True)
+    labels = [ref.label for ref in prompt.images]
+    print(format_answers(question, texts, labels), end="\n\n", flush=True)
 
 
 def chat(options: Options, models: AnsweringModels, templates: dict[str, PromptTemplate]) -> None:
     """Hold a conversation with streamed answers until the user leaves."""
 
-    def reply(name: str, template: PromptTemplate, ids: torch.Tensor, stream: AnswerStreamer) -> Answer:
+    def reply(name: str, template: PromptTemplate, prompt: EncodedPrompt, stream: AnswerStreamer) -> Answer:
         """Return the answer of the model `name`."""
         with models.activate(name):
-            return models.generate_answer(template, ids, options.sampling, stream)
+            return models.generate_answer(template, prompt, options.sampling, stream)
 
-    Chat(reply, models.names, templates, options.system).run()
+    Chat(reply, models.names, templates, options.system, options.image_path or ()).run()
 
 
 def run(options: Options) -> int:
@@ -186,11 +207,9 @@ def run(options: Options) -> int:
         check_precision(options.precision, device)
         runs = open_runs(options.runs, options.base_model)
         models = AnsweringModels(runs, options.base_model, device, options.precision, options.compare)
-        how = (options.dataset_format, options.thinking, options.system)
+        how = (options.dataset_format, options.thinking, options.system, options.image_folder)
         templates = {str(run.folder): make_template(run, *how) for run in runs}
         if options.all_prompts is not None:
-            for line in describe_unread_fields(options.all_prompts, templates):
-                print(line, file=sys.stderr)  # stdout is for the answers
             answer_prompts(options, models, templates)
         else:
             chat(options, models, templates)

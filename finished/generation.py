@@ -20,11 +20,27 @@ from data.answers import decode_answer
 from data.columns import ColumnNames
 from data.dataset_names import first_set, split_name
 from data.formats import FORMATS, GUANACO_MARKERS, RenderContext
+from data.image_files import ImageFiles
 from data.reading import ReadingOptions, find_format
 from data.stop_ids import collect_stop_ids
 from files.config_parts import eos_token_id, text_config
-from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
-from finished.prompt_template import Answer, AnswerStreamer, MarkerCriterion, PromptTemplate
+from finished.finished_run import (
+    Run,
+    load_model,
+    load_tokenizer,
+    open_base,
+    open_run,
+    read_run_image_format,
+    set_adapter,
+)
+from finished.prompt_images import PromptImages, read_image_arguments, without_dataset_option
+from finished.prompt_template import (
+    Answer,
+    AnswerStreamer,
+    EncodedPrompt,
+    MarkerCriterion,
+    PromptTemplate,
+)
 from launch.precision import Precision, choose_precision
 from models.adapters import replace_adapters
 from models.dora import cached_norms
@@ -52,6 +68,11 @@ def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
                 f"{run.folder}: its base is {_describe_packing(run)}, that of {runs[0].folder}"
                 f" {_describe_packing(runs[0])}; runs given together must have one base"
             )
+        if run.config.has_images != runs[0].config.has_images:
+            raise UserError(
+                f"{run.folder}: only one of it and {runs[0].folder} was trained on images; runs given"
+                " together must have one base, with its vision parts or without"
+            )
     return runs
 
 
@@ -61,11 +82,16 @@ def _describe_packing(run: Run) -> str:
     if config.method.quantizer is None:
         return "not packed"
     more = f" in {config.n_bits} bits, groups of {config.group_size}" if config.method.hqq else ""
+    more += ", also in the vision tower" if config.has_images and config.vision_bits == 4 else ""
     return f"packed by {config.method.quantizer}{more}"
 
 
 def make_template(
-    run: Run, dataset_format: str, thinking: str = "auto", system: str | None = None
+    run: Run,
+    dataset_format: str,
+    thinking: str = "auto",
+    system: str | None = None,
+    image_folder: str | None = None,
 ) -> PromptTemplate:
     """Make the prompt template of a run.
 
@@ -74,6 +100,7 @@ def make_template(
         dataset_format: replaces the run's own format, unless "auto".
         thinking: --thinking, which replaces the run's --empty_thinking, unless "auto".
         system: --system, which the template must be able to show.
+        image_folder: --image_folder, that paths of images in rows are relative to.
 
     Raises UserError if its format is unknown, or if `thinking` or `system` has no effect.
     """
@@ -92,7 +119,8 @@ def make_template(
             ) from None
         name, markers = format_name, list(GUANACO_MARKERS)
     empty_thinking = {"auto": run.config.empty_thinking, "true": "auto", "false": "prompt"}[thinking]
-    context = RenderContext(tokenizer, markers, run.config.chat_date, empty_thinking)
+    images = PromptImages(*read_run_image_format(run), ImageFiles(image_folder))
+    context = RenderContext(tokenizer, markers, run.config.chat_date, empty_thinking, images.placeholder)
     if thinking != "auto" and not (name == "chat" and context.chat.shows_empty_thought()):
         raise UserError(
             f"--thinking {thinking}: has no effect: the prompts of {run.folder} have no empty thinking block"
@@ -101,7 +129,9 @@ def make_template(
     marker = FORMATS[name].marker(context)
     max_positions = text_config(run.model_config).max_position_embeddings
     columns = dataclasses.replace(columns, must_exist=False)
-    template = PromptTemplate(FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker)
+    template = PromptTemplate(
+        FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker, images
+    )
     if system is not None:
         try:
             template.check_system()
@@ -197,30 +227,38 @@ class AnsweringModels:
     def generate_answer(
         self,
         template: PromptTemplate,
-        ids: torch.Tensor,
+        prompt: EncodedPrompt,
         sampling: Sampling,
         stream: AnswerStreamer | None = None,
     ) -> Answer:
         """Generate the answer to the prompt with the active model. The seed is set for each answer.
 
+        Raises UserError if an image of the prompt cannot be read.
+
         Args:
             template: template that the prompt was written with.
-            ids: the prompt, [1, P].
+            prompt: the prompt.
             sampling: sampling options.
             stream: receives the answer's tokens as they are generated.
         """
-        token_limit = template.max_positions - ids.shape[1]
-        ids, start = ids.to(self.device), ids.shape[1]
+        start = len(prompt.ids)
+        ids = torch.tensor([prompt.ids], device=self.device)
         torch.manual_seed(sampling.seed)
         stopping = [MarkerCriterion(template.tokenizer, template.marker, start)] if template.marker else []
         assert self.model is not None
+        with without_dataset_option():
+            asked = [(prompt.ids, prompt.images)]
+            images = read_image_arguments(self.model, asked, start, template.images.format)
         # PreTrainedModel has no generate(); the concrete classes inherit it from GenerationMixin.
         out = self.model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=_make_generation_config(sampling, token_limit, template.stop_ids),
+            generation_config=_make_generation_config(
+                sampling, template.max_positions - start, template.stop_ids
+            ),
             stopping_criteria=StoppingCriteriaList(stopping),
             streamer=stream,
+            **images,
         )[0, start:].tolist()
         ended = out[-1] in template.stop_ids
         text = decode_answer(out, template.tokenizer, template.stop_ids)
@@ -231,7 +269,7 @@ class AnsweringModels:
 
 def _adapter_options(run: Run) -> tuple:
     c = run.config
-    return c.method.adapter, c.lora_rank, c.lora_alpha, c.lora_target_modules
+    return c.method.adapter, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.vision_targets
 
 
 def _make_generation_config(

@@ -5,8 +5,8 @@ Shapes: P tokens of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +15,42 @@ from transformers import StoppingCriteria, TextStreamer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
 from data.encoding import encode_prompt
-from data.formats import FORMATS, Format, RenderContext, check_row
+from data.formats import FORMATS, Format, RenderContext
+from data.image_store import IMAGE_COLUMNS
+from data.images import ImageRef
 from data.messages import replace_system
-from data.schemas import Schema
+from data.schemas import Schema, find_schema
+from finished.prompt_images import PromptImages, without_dataset_option
 from options.errors import UserError
 from options.generate import Prompt
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt as a text.
+
+    Attributes:
+        origin: where it came from, for messages.
+        text: up to the answer, with a placeholder for each image.
+        images: in the order of their placeholders.
+    """
+
+    origin: str
+    text: str
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as a model takes it.
+
+    Attributes:
+        ids: [P] token ids.
+        images: whose tokens are among them, in order.
+    """
+
+    ids: list[int]
+    images: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +64,7 @@ class PromptTemplate:
         max_positions: tokens that the model can attend to.
         stop_ids: tokens that end an answer.
         marker: text that ends an answer, or None.
+        images: how prompts show images.
     """
 
     format: Format
@@ -41,6 +73,7 @@ class PromptTemplate:
     max_positions: int
     stop_ids: frozenset[int]
     marker: str | None
+    images: PromptImages = field(default_factory=PromptImages)
 
     @property
     def tokenizer(self) -> Any:
@@ -53,26 +86,54 @@ class PromptTemplate:
     def match_row(self, row: dict) -> tuple[dict, list[Schema]]:
         """Return (the row with the format's names for its columns, the schemas that it may have)."""
         [row], renamed = self.columns.rename([row], "--prompts")
-        fitting = [schema for schema in self.format.schemas if set(schema.columns) >= set(renamed.names)]
+        named = {*renamed.names} - {*IMAGE_COLUMNS}
+        fitting = [schema for schema in self.format.schemas if set(schema.columns) >= named]
         return row, fitting or [*self.format.schemas]
 
-    def render(self, prompt: Prompt, system: str | None = None) -> str:
-        """Render the prompt's text up to the answer, as in training.
+    def render(self, prompt: Prompt, system: str | None = None) -> RenderedPrompt:
+        """Render the prompt's text up to the answer, as in training, and find its images.
 
         system: the system prompt, in place of the row's; None = the row's. Raises UserError for a row without
-        a question.
+        a question, and for an image that cannot be used.
         """
-        given = self.make_row(prompt.content) if isinstance(prompt.content, str) else prompt.content
-        given, schemas = self.match_row(given)
-        row = check_row(given, self.format, prompt.origin, needs_answer=False, schemas=schemas)
+        if isinstance(prompt.content, str):
+            refs = self.images.find_named(prompt.image_paths, "--image_path")
+            row = self.show_question(prompt.content, refs, prompt.origin)
+            return self.render_shown(row, refs, prompt.origin, system)
+        with without_dataset_option():
+            row, schemas = self.match_row(prompt.content)
+            row, given = self.images.take_columns(row, prompt.folder, prompt.origin)
+            values = _read_row(row, schemas, prompt.origin)
+            values, refs = self.images.show_row(values, given, self.format, prompt.folder, prompt.origin)
+        return self.render_shown(values, refs, prompt.origin, system)
+
+    def show_question(self, text: str, images: Sequence[ImageRef], origin: str) -> dict:
+        """Return the row of a question that shows these images. Raises UserError if it cannot."""
+        row = _read_row(*self.match_row(self.make_row(text)), origin)
+        return self.images.show_named(row, images, self.format, origin)
+
+    def render_shown(
+        self, row: dict, images: Sequence[ImageRef], origin: str, system: str | None = None
+    ) -> RenderedPrompt:
+        """Render a row in the columns of the format, whose question shows its images already.
+
+        Args:
+            row: {column: value}.
+            images: in the order in which it shows them.
+            origin: where the prompt came from.
+            system: as for `render`.
+
+        Raises UserError for a row without a question.
+        """
+        row = self.format.check(row, origin)
         if not row[self.format.prompt_column]:
-            raise UserError(f"{prompt.origin}: {self.format.prompt_column} is empty")
+            raise UserError(f"{origin}: {self.format.prompt_column} is empty")
         if system is not None:
             row = row | {"messages": replace_system(row["messages"], system)}
-        with convert_template_errors(prompt.origin):
+        with convert_template_errors(origin):
             text = self.format.prompt(row, self.context)
             text.encode()
-        return text
+        return RenderedPrompt(origin, text, tuple(images))
 
     def check_system(self) -> None:
         """Raise UserError unless prompts can have a system prompt."""
@@ -80,16 +141,23 @@ class PromptTemplate:
             raise UserError("only conversations have a system prompt, which the run's format is not")
         self.context.chat.check_system()
 
-    def encode(self, text: str, origin: str) -> torch.Tensor:
-        """Tokenize a prompt's text: [1, P] int64. Raises UserError if it leaves no room for an answer."""
+    def encode(self, prompt: RenderedPrompt) -> EncodedPrompt:
+        """Tokenize a prompt. Raises UserError if it leaves no room for an answer, or hides an image."""
+        text = self.images.expand(prompt.text, prompt.images, prompt.origin)
         ids = encode_prompt(text, self.tokenizer, self.format.add_special_tokens)
         if not ids:
-            raise UserError(f"{origin}: is empty")
+            raise UserError(f"{prompt.origin}: is empty")
         if len(ids) >= self.max_positions:
             raise UserError(
-                f"{origin}: takes {len(ids):,} tokens; the model has {self.max_positions:,} positions"
+                f"{prompt.origin}: takes {len(ids):,} tokens; the model has {self.max_positions:,} positions"
             )
-        return torch.tensor([ids])
+        return EncodedPrompt(ids, prompt.images)
+
+
+def _read_row(row: dict, schemas: Sequence[Schema], origin: str) -> dict:
+    """Return a row in the columns of its format. Raises UserError if it has not those of a question."""
+    schema = find_schema(row, schemas, needs_answer=False) or schemas[0]
+    return schema.read(row, origin, needs_answer=False)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Shapes: B sequences of a batch, T tokens of a sequence, H hidden features, K tok
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,13 +16,25 @@ from transformers import PreTrainedModel
 from data.batches import Batch
 from data.image_batches import ImageBatch
 from models.image_attention import image_attention_inputs
-from models.loss import Head
+from models.loss import Head, capped_logits
 from models.vision import ImageFeatures, Vision
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
     Base = object  # `summed_loss_class` adds the model's class
+
+
+class LogitsOfImages(NamedTuple):
+    """What a model returns for a batch with images and without targets.
+
+    Attributes:
+        logits: [B, kept positions, V].
+        features: of the images, with which the same batch needs no tower when its sequences have grown.
+    """
+
+    logits: torch.Tensor
+    features: ImageFeatures
 
 
 class SummedLossMixin(Base):
@@ -37,9 +50,12 @@ class SummedLossMixin(Base):
         target_positions: torch.Tensor | None = None,
         row_lengths: torch.Tensor | None = None,
         images: ImageBatch | None = None,
+        image_features: ImageFeatures | None = None,
         **kwargs,
     ):
         """Return the model's own output, or with targets this rank's summed cross-entropy (fp32 scalar).
+
+        With images and without targets it returns LogitsOfImages.
 
         Args:
             args, kwargs: the model's own arguments.
@@ -48,7 +64,9 @@ class SummedLossMixin(Base):
                 `target_positions`.
             target_positions: Batch.target_positions.
             row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py).
-            images: the images of the batch, if it has targets, for a model with its vision parts.
+            images: the images of the batch, for a model with its vision parts. Without targets the arguments
+                are those of the text model, without a cache, and logits_to_keep: [positions].
+            image_features: their features, if they are known.
         """
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
@@ -56,21 +74,30 @@ class SummedLossMixin(Base):
         rotary: Any = getattr(decoder, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths
-        if targets is None:
+        if targets is None and images is None:
             return super().forward(*args, **kwargs)
+        kept = kwargs.pop("logits_to_keep", None)
         if images is not None:
-            kwargs |= self.image_inputs(images, **kwargs)
-            del kwargs["input_ids"]
+            inputs, image_features = self.image_inputs(images, image_features, **kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"} | inputs
         hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state
-        return self.get_output_embeddings()(hidden, targets, target_positions)
+        head: Any = self.get_output_embeddings()
+        if targets is not None:
+            return head(hidden, targets, target_positions)
+        assert image_features is not None
+        z = head(hidden if kept is None else hidden[:, kept]) * head.scale
+        return LogitsOfImages(capped_logits(z, head.softcap), image_features)
 
-    def image_inputs(self, images: ImageBatch, input_ids: torch.Tensor, **inputs) -> dict:
-        """Return the text model's inputs that depend on images: embeddings, attention, and positions.
+    def image_inputs(
+        self, images: ImageBatch, features: ImageFeatures | None, input_ids: torch.Tensor, **inputs
+    ) -> tuple[dict, ImageFeatures]:
+        """Return (the text model's inputs that depend on images, the images' features).
 
-        Collective if the model is sharded.
+        The inputs are embeddings, attention, and positions. Collective if the model is sharded.
 
         Args:
             images: the images of the batch.
+            features: their features; None = the tower makes them.
             input_ids: Batch.ids.
             inputs: the other arguments of the text model.
         """
@@ -79,11 +106,18 @@ class SummedLossMixin(Base):
         bounds, sees_whole = inputs.get("cu_seq_lens_q"), self.vision.sees_whole_image
         # The id of an image's token may be beyond the vocabulary.
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(images.owners > 0, 0))
-        features = self.image_features(images, embeddings.dtype)
+        features = features or self.image_features(images, embeddings.dtype)
         flat = embeddings.flatten(0, 1).index_copy(0, images.positions, features.tokens)
         inputs = self.vision.text_inputs(config, images, features, inputs)
         inputs |= image_attention_inputs(config, images, bounds, sees_whole)
-        return inputs | {"inputs_embeds": flat.view_as(embeddings)}
+        return inputs | {"inputs_embeds": flat.view_as(embeddings)}, features
+
+    def generation_inputs(self, images: ImageBatch) -> dict[str, torch.Tensor]:
+        """Return the arguments by which transformers' `generate` takes the images of prompts."""
+        assert self.vision is not None
+        embedding: Any = self.get_input_embeddings()
+        pixels = images.format.normalise(images.values, embedding.weight.dtype)
+        return self.vision.forward_inputs(images, pixels)
 
     def image_features(self, images: ImageBatch, dtype: torch.dtype) -> ImageFeatures:
         """Return the tower's features of the images' tokens, in `dtype`; without a gradient if it is frozen.
@@ -107,8 +141,20 @@ def summed_loss_class(
     It has the module's name of `model_class`, too: transformers renames tensors for its own classes only.
     vision: the vision parts that the model is built with; None without any.
     """
-    contents = {"__module__": model_class.__module__, "vision": vision}
+    contents: dict[str, Any] = {"__module__": model_class.__module__, "vision": vision}
+    if vision is not None:
+        contents["forward"] = _forward_with_arguments_of(model_class)
     return type(model_class.__name__, (SummedLossMixin, model_class), contents)
+
+
+def _forward_with_arguments_of(model_class: type[PreTrainedModel]) -> Callable:
+    """Return SummedLossMixin's forward with the signature of a class, in which `generate` finds images."""
+
+    @wraps(model_class.forward)
+    def forward(self, *args, **kwargs):
+        return SummedLossMixin.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:

@@ -43,6 +43,11 @@ def embed_images(
     return ImageFeatures(model.model.multi_modal_projector(hidden).flatten(0, 1))
 
 
+def forward_inputs(images: ImageBatch, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments of transformers' forward. By token_type_ids it lets images see both ways."""
+    return {"pixel_values": pixels, "token_type_ids": (images.owners > 0).long()}
+
+
 def tower_buffers(config: Any) -> dict[str, torch.Tensor]:
     """Return the numbers of the patches, for the tower's embedding of positions. config: the wrapper's."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
@@ -63,6 +68,7 @@ VISION = Vision(
     projector=(),  # its projection is a parameter of its own, not a linear
     embed=embed_images,
     read_format=read_fixed_images,
+    forward_inputs=forward_inputs,
     constant_buffers=tower_buffers,
     sees_whole_image=True,
 )

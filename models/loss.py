@@ -225,7 +225,8 @@ class Head(nn.Linear):
             return _SummedLoss.apply(x.to(dtype), rows, bias, targets.flatten(), *settings)
 
 
-def _capped_logits(z: Tensor, softcap: float | None) -> Tensor:
+def capped_logits(z: Tensor, softcap: float | None) -> Tensor:
+    """Return the logits c tanh(z / c) in fp32, of the cap c; z without one."""
     return z.float() if softcap is None else softcap * torch.tanh(z.float() / softcap)
 
 
@@ -236,7 +237,7 @@ def _softmax_statistics(z: Tensor, index: Tensor, is_local: Tensor, softcap: flo
     """
     if not z.shape[1]:
         return torch.tensor([-torch.inf, 0, 0], device=z.device).expand(len(z), 3)
-    logits = _capped_logits(z, softcap)
+    logits = capped_logits(z, softcap)
     largest = logits.amax(1)
     total = (logits - largest[:, None]).exp().sum(1)
     return torch.stack([largest, total, logits.gather(1, index[:, None])[:, 0] * is_local], 1)
@@ -248,7 +249,7 @@ def _logit_gradient(z: Tensor, index: Tensor, is_local: Tensor, lse: Tensor, sof
     It is (softmax - one-hot) times the cap's. lse [C]: logarithm of the softmax's denominator; infinite for
     tokens without a target.
     """
-    logits = _capped_logits(z, softcap)
+    logits = capped_logits(z, softcap)
     columns = torch.arange(z.shape[1], device=z.device)
     one_hot = (columns == index[:, None]) & is_local[:, None]
     gradient = (logits - lse[:, None]).exp() - one_hot.float()

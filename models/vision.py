@@ -45,6 +45,8 @@ class Vision:
         projector: the linears between tower and text model that `--vision_targets projector` adapts.
         embed: (model, ImageBatch, its pixels as `ImageFormat.normalise` returns them) -> ImageFeatures.
         read_format: (config, model folder) -> ImageFormat. Raises UserError.
+        forward_inputs: (ImageBatch, its pixels as `ImageFormat.normalise` returns them) -> the arguments by
+            which transformers' own forward takes the images, beside input_ids and attention_mask.
         config: name of the tower's config in the wrapper's.
         constant_buffers: returns {name: full contents} of the buffers that no file holds. Gets the wrapper's
             config.
@@ -59,6 +61,7 @@ class Vision:
     projector: tuple[str, ...]
     embed: Callable[..., ImageFeatures]
     read_format: Callable[..., Any]
+    forward_inputs: Callable[..., dict[str, torch.Tensor]]
     config: str = "vision_config"
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 import shlex
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -23,11 +23,13 @@ from files.names import ADAPTER, BLOCKS, CONFIG, OPTIONS, split_revision
 from launch.program import shell_command
 from monitoring import report_charts as charts
 from monitoring.run_files import RunFiles
+from monitoring.sample_images import embed_copy
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.declaration import format_value
 from options.resolve import resolve
 
 MAX_PROMPTS = 50
+MAX_IMAGE_CHARS = 2**21  # of all images that a page embeds
 # Options that the header and the data show already.
 SHOWN_ELSEWHERE = {"train_type", "model_name", "dataset", "dataset_format", "output_dir", "world_size"}
 
@@ -60,6 +62,7 @@ def render(template: str, **values) -> str:
     style, script = ((TEMPLATE_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src {_source_hash(style)}; script-src {_source_hash(script)};"
+        " img-src data:;"
         " base-uri 'none'; form-action 'none'"
     )
     return TEMPLATES.get_template(template).render(
@@ -77,7 +80,7 @@ def render_report(run: RunFiles) -> str:
     data = facts.get("data")
     name, _ = split_revision(config.model_name)
     loss, curves = _charts(run.steps)
-    samples = _samples_by_prompt(run.samples)
+    samples = _sampled_prompts(run)
     return render(
         "report.html.j2",
         title=f"{Path(name).name or name} · {config.train_type}",
@@ -93,7 +96,7 @@ def render_report(run: RunFiles) -> str:
             "Length of the rows", "rows by tokens", data["length_width"], data["lengths"], height=200
         ),
         first_rows=facts.get("first_rows", []),
-        samples=list(islice(samples.items(), MAX_PROMPTS)),
+        samples=samples[:MAX_PROMPTS],
         hidden_prompts=len(samples) - MAX_PROMPTS,
         options=_options(config),
         defaults_of="the demo" if config.model_name == TOY_MODEL else config.train_type,
@@ -174,12 +177,38 @@ def _charts(steps: list[dict]) -> tuple[list, list]:
     )
 
 
-def _samples_by_prompt(samples: list[dict]) -> dict[str, list[dict]]:
-    """Return {prompt: [its first sample, its last one]}, or only one if there is one."""
-    by_prompt: dict[str, list[dict]] = {}
-    for sample in sorted(samples, key=lambda s: s["step"]):
-        by_prompt[sample["prompt"]] = [*by_prompt.get(sample["prompt"], [])[:1], sample]
-    return by_prompt
+@dataclass(frozen=True)
+class SampledPrompt:
+    """A prompt and its answers.
+
+    Attributes:
+        text: the prompt.
+        reference: the row's own answer; "" if it has none.
+        shown: its first sample and its last one, or only one if there is one.
+        images: (label, `data:` URL or "") of each image.
+    """
+
+    text: str
+    reference: str
+    shown: list[dict]
+    images: list[tuple[str, str]]
+
+
+def _sampled_prompts(run: RunFiles) -> list[SampledPrompt]:
+    """Return the prompts of samples.jsonl. Images beyond MAX_IMAGE_CHARS are not embedded."""
+    by_prompt: dict[tuple, list[dict]] = {}
+    for sample in sorted(run.samples, key=lambda s: s["step"]):
+        key = sample["prompt"], *(tuple(image.values()) for image in sample["images"])
+        by_prompt[key] = [*by_prompt.get(key, [])[:1], sample]
+    prompts, left = list[SampledPrompt](), MAX_IMAGE_CHARS
+    for shown in by_prompt.values():
+        images = []
+        for image in shown[0]["images"] if len(prompts) < MAX_PROMPTS else ():
+            url = embed_copy(run.folder, image.get("copy", ""))
+            images.append((image["label"], url if len(url) <= left else ""))
+            left -= len(images[-1][1])
+        prompts.append(SampledPrompt(shown[0]["prompt"], shown[0]["reference"], shown, images))
+    return prompts
 
 
 def _options(config: Config) -> list[dict]:

@@ -24,7 +24,7 @@ class RunFiles:
 
     Attributes:
         steps: the lines of metrics.jsonl, at least one.
-        samples: the lines of samples.jsonl (step, prompt, text).
+        samples: the lines of samples.jsonl (step, prompt, text, reference or "", images: label and copy).
         facts: run.json; {} in a RUN of an earlier version.
         names: the names of all files of the RUN.
     """
@@ -59,7 +59,24 @@ def read_run(folder: Path) -> RunFiles:
 
 def read_samples(folder: Path) -> list[dict]:
     """Return the lines of a RUN's samples.jsonl, if it has any. Raises UserError if one is damaged."""
-    return _read_json_lines(folder / "samples.jsonl", ("step", "prompt", "text"))
+    path = folder / "samples.jsonl"
+    samples = [
+        {"reference": "", "images": [], **line} for line in _read_json_lines(path, ("step", "prompt", "text"))
+    ]
+    for sample in samples:
+        if not isinstance(sample["reference"], str) or not _are_images(sample["images"]):
+            raise UserError(f"{path}: reference or images of step {sample['step']} has the wrong type")
+    return samples
+
+
+def _are_images(images: object) -> bool:
+    """Return whether a value is a list of images as samples.jsonl has them."""
+    return isinstance(images, list) and all(
+        isinstance(image, dict)
+        and "label" in image
+        and all(isinstance(value, str) for value in image.values())
+        for image in images
+    )
 
 
 def _read_text(path: Path) -> str:

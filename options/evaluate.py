@@ -44,6 +44,7 @@ class Options:
         " these columns", commas=True, convert=check_columns, noun=f"like {EXAMPLE}")
     text_column: str | None = option(None, "Data", "as train.py takes it; unset = the run's, where the rows"
         " have it")
+    image_folder: str | None = option(None, "Data", "as train.py takes it; unset = the run's")
     samples: int = option(-1, "Data", "rows used, from the first; -1 = all", ge=1, sentinel=-1)
     metrics: tuple[str, ...] = option(METRICS, "Measurement", f"comma-separated: {', '.join(METRICS)}",
         convert=parse_metrics, commas=True)

@@ -36,6 +36,8 @@ class Prompt:
 
     origin: str  # for messages
     content: str | dict  # a text, or a row with the fields of the dataset format
+    image_paths: tuple[str, ...] = ()  # images that a text shows; a row names its own
+    folder: str = ""  # that paths of images in a row are relative to
 
 
 def _parse_device(text: str) -> str:
@@ -58,10 +60,16 @@ class Options:
         " share the loaded base", several=True)
     prompt: list[str] | None = option(None, "Prompts", "a prompt; may be given several times. Without"
         " --prompt and --prompts: a conversation at the terminal", repeat=True)
+    text_prompt: list[str] | None = option(None, "Prompts", "another name of --prompt", repeat=True)
+    image_path: list[str] | None = option(None, "Prompts", "an image that every prompt shows, or the first"
+        " question of a conversation; may be given several times. <image> in a prompt is its place",
+        repeat=True)
     prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl or .ndjson: rows"
         " with the fields of the format or of the data, whose answers are ignored")
     dataset_format: str = option("auto", "Prompts", "format of the prompts; auto = the run's",
         choices=DATASET_FORMATS)
+    image_folder: str | None = option(None, "Prompts", "folder that the paths of images in --prompts are"
+        " relative to; unset = the folder of that file")
     system: str | None = option(None, "Prompts", "system prompt of every question; it replaces the one of a"
         " conversation in --prompts")
     thinking: str = option("auto", "Prompts", "false = questions end with the chat template's empty thinking"
@@ -113,14 +121,31 @@ def parse(argv: list[str]) -> Options:
         if name in given and options.temperature == 0:
             raise UserError(f"--{name} has no effect with --temperature 0, which always takes the likeliest"
                             " token; set a temperature, or leave it out")  # fmt: skip
-    prompts = [Prompt(f"--prompt {i}", text) for i, text in enumerate(options.prompt or [], 1)]
+    if options.image_folder is not None and options.prompts is None:
+        raise UserError("--image_folder: has no effect without --prompts")
+    prompts = _read_all_prompts(options)
+    if options.json and not prompts:
+        raise UserError("--json: needs --prompt or --prompts")
+    return replace(options, all_prompts=prompts or None)
+
+
+def _read_all_prompts(options: Options) -> list[Prompt]:
+    """Return the prompts of all options, with the images of --image_path. Raises UserError."""
+    given = {"prompt": options.prompt, "text_prompt": options.text_prompt}
+    prompts = [
+        Prompt(f"--{name} {i}", text)
+        for name, texts in given.items()
+        for i, text in enumerate(texts or [], 1)
+    ]
     prompts += read_prompts(options.prompts) if options.prompts else []
     for prompt in prompts:
         if isinstance(prompt.content, str) and not prompt.content.strip():
             raise UserError(f"{prompt.origin}: is empty")
-    if options.json and not prompts:
-        raise UserError("--json: needs --prompt or --prompts")
-    return replace(options, all_prompts=prompts or None)
+        if isinstance(prompt.content, dict) and options.image_path:
+            raise UserError(
+                f"{prompt.origin}: is a row, which names its images itself; leave out --image_path"
+            )
+    return [replace(prompt, image_paths=tuple(options.image_path or ())) for prompt in prompts]
 
 
 def _check_runs(runs: list[str]) -> list[str]:
@@ -157,7 +182,21 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UserError(f"--prompts {path}: holds no prompt")
     if suffix not in JSON_LINES:
         return [Prompt(origin, line.rstrip("\r")) for origin, line in lines]
-    return [Prompt(origin, _parse_row(origin, line)) for origin, line in lines]
+    folder = os.path.dirname(os.path.abspath(path))
+    rows = (Prompt(origin, _parse_row(origin, line), folder=folder) for origin, line in lines)
+    return [prompt for row in rows for prompt in _explode(row)]
+
+
+def _explode(prompt: Prompt) -> list[Prompt]:
+    """Return a prompt for each question of a row with a list `questions`, as training reads it."""
+    row = prompt.content
+    if not isinstance(row, dict) or not isinstance(row.get("questions"), list):
+        return [prompt]
+    others = {name: value for name, value in row.items() if name not in ("questions", "answers")}
+    return [
+        replace(prompt, origin=f"{prompt.origin} question {i}", content={**others, "question": question})
+        for i, question in enumerate(row["questions"], 1)
+    ]
 
 
 def _parse_row(origin: str, line: str) -> str | dict:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from data.batches import Batch, make_batch
-from data.image_batches import plan_images
+from data.image_batches import ImageBatch, plan_images
 from data.prefetch import load_images
 from data.rows import TokenizedRows
 from launch.ranks import RankInfo, resolve_workers
@@ -189,6 +189,7 @@ def generate_greedily(
     stop_ids: Collection[int],
     rank_info: RankInfo,
     context: Context,
+    images: ImageBatch | None = None,
 ) -> list[list[int]]:
     """Return the token ids of a greedy answer to each prompt, without the stop token. Collective.
 
@@ -203,9 +204,10 @@ def generate_greedily(
         stop_ids: token ids that end an answer.
         rank_info: this process.
         context: context() is entered around every forward.
+        images: those of the prompts, in a batch padded on the right to the longest prompt; on the device.
     """
     rows = [list(p) for p in prompts]
-    unfinished = set(range(len(rows)))
+    unfinished, features = set(range(len(rows))), None
     with eval_mode(model):
         for _ in range(max_tokens):
             lengths = torch.tensor([len(r) for r in rows])
@@ -213,12 +215,13 @@ def generate_greedily(
             for i, row in enumerate(rows):
                 ids[i, : len(row)] = torch.tensor(row)
             positions, which = (lengths - 1).unique(return_inverse=True)
+            inputs = {"input_ids": ids.to(rank_info.device), "logits_to_keep": positions.to(rank_info.device)}
             with context():
-                logits = model(
-                    input_ids=ids.to(rank_info.device),
-                    use_cache=False,
-                    logits_to_keep=positions.to(rank_info.device),
-                ).logits  # [P, positions, V]
+                if images is None:
+                    logits = model(**inputs, use_cache=False).logits  # [P, positions, V]
+                else:  # the first forward makes the features of the images
+                    of_images = {"images": images.lengthen(ids.shape[1]), "image_features": features}
+                    logits, features = model(**inputs, **of_images)
             chosen = logits[torch.arange(len(rows)), which].argmax(-1)  # [P]
             if rank_info.world > 1:
                 dist.broadcast(chosen, 0)

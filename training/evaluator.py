@@ -21,13 +21,17 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from data.answers import cut_repetition, decode_answer
-from data.evaluation_data import EvaluationData
+from data.evaluation_data import EvaluationData, Prompt
+from data.image_batches import ImageBatch, plan_prompt_images
+from data.image_format import ImageFormat
+from data.prefetch import decode_images
 from files.atomic_writes import make_staging_folder, remove_folder, replace_folder, staging_path, write_text
 from files.disk_room import append_lines
 from files.names import BEST, SCORE
 from launch.ranks import RankInfo
 from models.family import longrope_threshold
 from monitoring.metrics import Meter, Metrics
+from monitoring.sample_images import write_copies
 from monitoring.tracking import NoTracker
 from options.errors import describe
 from training.evaluation import (
@@ -203,7 +207,10 @@ class Evaluator:
         return bool(succeeded.item())
 
     def _write_samples(self, step: int) -> None:
-        """Answer every prompt; rank 0 prints, writes and logs the answers. Collective."""
+        """Answer every prompt; rank 0 prints, writes and logs the answers. Collective.
+
+        Raises UserError if an image cannot be read.
+        """
         prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
@@ -213,7 +220,10 @@ class Evaluator:
         for batch in itertools.chain(*groups):
             indices = batch.tolist()
             options = (tokens, self.data.stop_ids, self.rank_info, self.context)
-            generated = generate_greedily(self.model, [prompts[i].ids for i in indices], *options)
+            images = _load_images(
+                [prompts[i] for i in indices], self.data.image_format, self.rank_info.device
+            )
+            generated = generate_greedily(self.model, [prompts[i].ids for i in indices], *options, images)
             answers |= zip(indices, generated, strict=True)
         if self.rank_info.rank != 0:
             return
@@ -222,10 +232,22 @@ class Evaluator:
             text = decode_answer(answers[i], self.tokenizer, self.data.stop_ids, prompt.marker)
             texts.append((prompt.text, text))
             line = {"step": step, "prompt": prompt.text, "text": text}
+            line |= {"reference": prompt.answer} if prompt.answer else {}
+            line |= {"images": write_copies(self.folder, prompt.images)} if prompt.images else {}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
             self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {cut_repetition(text)!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)
         self.tracker.log_samples(step, texts)
+
+
+def _load_images(
+    prompts: list[Prompt], image_format: ImageFormat | None, device: torch.device
+) -> ImageBatch | None:
+    """Return the images of a batch of prompts, on the device; None if it has none. Raises UserError."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    asked = [(prompt.ids, prompt.images) for prompt in prompts]
+    planned = plan_prompt_images(asked, longest, image_format)
+    return decode_images(planned).map_tensors(lambda tensor: tensor.to(device)) if planned else None
 
 
 @contextlib.contextmanager

@@ -256,7 +256,10 @@ def _check_data(
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
     if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
         raise UserError(_describe_unused_template(config.dataset_format))
-    if max(rows.largest_id(), evaluation.largest_id(rows.image_id)) >= vocabulary:
+    if (
+        max(rows.largest_id(), evaluation.largest_id(image_format.token_id if image_format else -1))
+        >= vocabulary
+    ):
         raise UserError(
             f"--model_name {folder}: the tokenizer returns ids of vocab_size {vocabulary} or more"
         )

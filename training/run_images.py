@@ -57,9 +57,9 @@ def settle_images(
 ) -> tuple[Config, tuple[str, ...]]:
     """Return (the options with true or false for --images, remarks).
 
-    Raises UserError for an option about images if no row, also of the evaluation set, has one.
+    Raises UserError for an option about images if no row has one, also of the evaluation set, and no prompt.
     """
-    if rows.images.refs or (evaluation.rows and evaluation.rows.images.refs):
+    if rows.images.refs or evaluation.has_images:
         return dataclasses.replace(config, images="true"), ()
     for name in ("image_folder", "image_size"):
         if (value := getattr(config, name)) is not None:

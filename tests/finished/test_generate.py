@@ -295,8 +295,8 @@ def dialogue(monkeypatch, capsys):
     def dialogue(run, typed: list[str], *argv):
         given = []
 
-        def answer(self, template, ids, sampling, stream=None):
-            given.append(template.tokenizer.decode(ids[0]))
+        def answer(self, template, prompt, sampling, stream=None):
+            given.append(template.tokenizer.decode(prompt.ids))
             return Answer(f" Yo{len(given)}", 3, True)
 
         monkeypatch.setattr(generation.AnsweringModels, "generate_answer", answer)

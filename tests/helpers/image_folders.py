@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, Qwen3VLConfig
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -103,4 +104,20 @@ def write_gemma_model(folder: Path) -> Path:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_talkative_gemma(folder: Path, chat_template: str) -> Path:
+    """Write a tiny Gemma 3 with a chat template, whose answers depend on all of the prompt.
+
+    The layers outweigh the embedding. Otherwise the head, which is tied to it, repeats the last token.
+    """
+    write_gemma_model(folder)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+                tensor += 20
+        save_file(tensors, path, metadata={"format": "pt"})
     return folder

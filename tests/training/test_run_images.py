@@ -67,6 +67,9 @@ def test_the_rows_decide(model, tmp_path):
     texts = write_rows(tmp_path / "texts", images=False)
     job = make_job(ONE_RANK, arguments(model, texts))
     assert job.config.images == "false" and not job.family.has_images and job.files.apart
+    job = make_job(ONE_RANK, arguments(model, texts, "--sample_every", 1, "--sample_prompts", with_images))
+    assert job.config.images == "true" and job.family.has_images and not job.rows.images.refs
+    assert len(job.evaluation.prompts[1].images) == 1
     job = make_job(ONE_RANK, arguments(model, texts, "--images", "true"))
     assert job.family.has_images and any("no row has an image" in remark for remark in job.remarks)
 

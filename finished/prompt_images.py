@@ -1,0 +1,156 @@
+"""The images of prompts: named by the user or by a row, shown in the prompt's text, and read for a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from data.formats import Format, Rendered
+from data.image_batches import plan_prompt_images
+from data.image_files import ImageFiles, find_image
+from data.image_format import ImageFormat
+from data.image_parts import MARK, has_image_parts
+from data.image_store import IMAGE_COLUMNS, ImageStore
+from data.image_texts import expand_images
+from data.images import ImageRef
+from data.prefetch import decode_images
+from data.row_files import Rows
+from data.row_images import MESSAGE_COLUMNS, check_reserved, show_images, take_image_columns
+from options.errors import UserError
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """How the prompts of a run show images.
+
+    Attributes:
+        format: how the model takes images; None = it takes none.
+        refusal: why it takes none.
+        files: finds the images that rows name.
+    """
+
+    format: ImageFormat | None = None
+    refusal: str = "takes texts only"
+    files: ImageFiles = field(default_factory=ImageFiles)
+
+    @property
+    def placeholder(self) -> str:
+        """The text that stands for an image; "" if the model takes none."""
+        return self.format.placeholder if self.format else ""
+
+    def find_named(self, paths: Sequence[str], option: str) -> list[ImageRef]:
+        """Return the images of paths that the user names. Raises UserError, which names the option."""
+        refs = []
+        for path in paths:
+            if self.format is None:
+                raise UserError(f"{option} {path}: {self.refusal}")
+            refs.append(find_image(path, f"{option} {path}"))
+            self._check_shape(refs[-1], f"{option} {path}")
+        return refs
+
+    def show_named(self, row: dict, refs: Sequence[ImageRef], form: Format, origin: str) -> dict:
+        """Return a question's row that shows these images, where MARK stands in it or before it.
+
+        Raises UserError, which begins with `origin`, for a text that means tokens of images, and unless MARK
+        stands once for each image or nowhere.
+        """
+        self._check_texts(row, bool(refs), origin)
+        if not refs:
+            return row
+        marks = str(row[form.prompt_column]).count(MARK)
+        if marks not in (0, len(refs)):
+            raise UserError(f"{origin}: has {marks} places {MARK} for {len(refs)} image(s)")
+        return show_images(row, [ref.path for ref in refs], form, self.placeholder, origin)[0]
+
+    def take_columns(self, row: dict, folder: str, origin: str) -> tuple[dict, list]:
+        """Return (a row without its columns of images, the images of these). Raises UserError for wrong ones.
+
+        folder: that paths are relative to.
+        """
+        with ImageStore(origin) as store:
+            data = Rows([store.take_row(row, IMAGE_COLUMNS)], [origin], folders=[folder])
+        data, given = take_image_columns(data, self.format is not None, ())
+        [row] = data.rows
+        if self.format is None and (given or any(has_image_parts(row.get(name)) for name in MESSAGE_COLUMNS)):
+            raise UserError(f"{origin}: has an image: {self.refusal}")
+        return row, given[0] if given else []
+
+    def show_row(
+        self, values: dict, given: list, form: Format, folder: str, origin: str
+    ) -> tuple[dict, list[ImageRef]]:
+        """Return (a row that shows its images, these in their order).
+
+        Args:
+            values: the row in the columns of its format.
+            given: the images of its columns.
+            form: the format.
+            folder: that paths are relative to.
+            origin: begins each error.
+
+        Raises UserError for an image that cannot be used or shown, and for texts that mean tokens of images.
+        """
+        self._check_texts(values, bool(given), origin)
+        values, sources = show_images(values, given, form, self.placeholder, origin)
+        refs = [self.files.find(source, folder, origin) for source in sources]
+        for ref in refs:
+            self._check_shape(ref, origin)
+        return values, refs
+
+    def expand(self, text: str, refs: Sequence[ImageRef], origin: str) -> str:
+        """Return a prompt's text with the text of each image's tokens in the place of its placeholder.
+
+        Raises UserError, which begins with `origin`, if the chat template does not show each image.
+        """
+        if not refs:
+            return text
+        shown = text.count(self.placeholder)
+        if shown != len(refs):
+            raise UserError(f"{origin}: the chat template shows {shown} of its {len(refs)} images")
+        return expand_images(Rendered(text, [], images=refs), self.format).text
+
+    def _check_texts(self, row: dict, has_images: bool, origin: str) -> None:
+        if self.format is not None:
+            texts = dict.fromkeys((self.placeholder, *self.format.reserved))
+            check_reserved(row, [text for text in texts if not (has_images and text == MARK)], origin)
+
+    def _check_shape(self, ref: ImageRef, origin: str) -> None:
+        reason = self.format.refuse(ref.width, ref.height) if self.format else ""
+        if reason:
+            raise UserError(f"{origin}: has an image of {reason}")
+
+
+@contextlib.contextmanager
+def without_dataset_option() -> Iterator[None]:
+    """Within the context, make UserErrors that begin with --dataset begin with the prompt's origin."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(str(e).removeprefix("--dataset ")) from None
+
+
+def read_image_arguments(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[Sequence[int], Sequence[ImageRef]]],
+    length: int,
+    image_format: ImageFormat | None,
+) -> dict[str, torch.Tensor]:
+    """Return the arguments by which `generate` takes the images of a batch of prompts; {} if it has none.
+
+    Args:
+        model: the model.
+        prompts: (token ids, images) of each.
+        length: T, of the batch, which is padded on the left.
+        image_format: how the model takes images; None = it takes none.
+
+    Raises UserError for an image that cannot be read.
+    """
+    planned = plan_prompt_images(prompts, length, image_format, on_the_right=True)
+    if planned is None:
+        return {}
+    device = next(model.parameters()).device
+    images = decode_images(planned).map_tensors(lambda tensor: tensor.to(device))
+    return model.generation_inputs(images)  # type: ignore[operator]
