@@ -57,7 +57,7 @@ def choose_attention(
     """
     if family.attention != FUSED:
         return family.attention
-    takes_images = getattr(config, "vision_config", None) is not None
+    takes_images = family.vision is not None and family.vision.sees_whole_image
     config = text_config(config)
     window = getattr(config, "sliding_window", None) or None  # 0 in Qwen2-MoE's configs without a window
     if window is not None and not family.passes_window:

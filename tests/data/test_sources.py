@@ -33,6 +33,7 @@ def answers(rows) -> list[str]:
 
 DOCUMENTED = {
     "toy": Recipe("toy.jsonl", format="alpaca"),
+    "toy_vision": Recipe(str(RECIPE_FOLDER / "toy_vision"), root=str(RECIPE_FOLDER)),
     "alpaca": Recipe("yahma/alpaca-cleaned", format="alpaca"),
     "alpaca_sample": Recipe("yahma/alpaca-cleaned", format="alpaca", samples=512),
     "dummy": Recipe(format="alpaca", samples=512,
@@ -54,7 +55,7 @@ def test_the_recipes_are_those_of_the_documentation():
         path.stem: find_recipe(path.stem)[0] for path in RECIPE_FOLDER.iterdir() if path.suffix == ".toml"
     }
     assert found == DOCUMENTED
-    assert {path.suffix for path in RECIPE_FOLDER.iterdir()} == {
+    assert {path.suffix for path in RECIPE_FOLDER.rglob("*") if path.is_file()} == {
         ".toml",
         ".jsonl",
     }  # never a .py: see the design

@@ -67,9 +67,10 @@ class TinyModel:
         return images[FIRSTS[row] : FIRSTS[row + 1]]
 
 
+FORMAT = FixedImages(*_START, text="", n_tokens=4, side=16, resample=2)  # of Gemma 3
 GEMMA = TinyModel(
     "gemma3_wrapper",
-    FixedImages(*_START, text="", n_tokens=4, side=16, resample=2),
+    FORMAT,
     sizes=((16, 16),) * FIRSTS[-1],
     n_tower_linears=2 * 6,
     n_projector_linears=0,

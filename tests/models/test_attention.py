@@ -64,7 +64,7 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     }
     assert lost == {16: FUSED, 17: FUSED}
     within = CAUSAL_VARLEN if has_varlen else CAUSAL
-    assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows | {"mistral3": within}
+    assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows
     mistral = checkpoints("mistral")
     short = {n: chosen_attention(mistral, packing=False, max_tokens=n) for n in (16, 17)}
     assert short == {16: CAUSAL, 17: beyond}

@@ -86,7 +86,7 @@ def test_an_epoch_is_timed_at_its_mean_length(packing, tokens, source, monkeypat
     config, _ = parse([*map(str, argv), "--gradient_accumulation_steps", "2"])
     planned = open_planned_model(config.model_name)
     found = probe.run_probe(config, planned, tokens, True, None)
-    config, rows = probe.read_rows(dataclasses.replace(config, context_length=tokens))
+    config, rows = probe.read_rows(dataclasses.replace(config, context_length=tokens), planned)
     sampler = make_sampler(config, rows, 0, 2)
     batches = [batch.ids for step in sampler.steps(1) for batch in step.batches]
     assert (found.epoch.steps, found.epoch.micro_batches) == (sampler.steps_per_epoch(), len(batches))
