@@ -133,6 +133,17 @@ class WeightHeaders:
         self.packed = {renamed[key]: weight for key, weight in self.packed.items() if key not in unused}
         self.vision = frozenset(filter(is_of_vision, self.tensors))
 
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless there is a tensor of this name and shape."""
+        if name not in self.tensors:
+            raise UserError(f"{self.folder}: tensor {name} is missing from the weights")
+        stored = self.tensors[name]
+        if stored.shape != shape:
+            raise UserError(
+                f"{self.folder}/{stored.file}: {self.stored_name(name)} has shape {list(stored.shape)},"
+                f" but config.json says {list(shape)}"
+            )
+
     def stored_name(self, name: str) -> str:
         """Return a parameter's name in the files."""
         return self.stored_names.get(name, name)

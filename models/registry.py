@@ -348,14 +348,7 @@ def find_packed_routers(model: PreTrainedModel, family: Family, files: WeightHea
 def check_shapes(model: PreTrainedModel, files: WeightHeaders) -> None:
     """Raise UserError unless `files` hold each parameter, in the model's shape."""
     for name, parameter in model.named_parameters():  # a tied head is listed once
-        if name not in files.tensors:
-            raise UserError(f"{files.folder}: tensor {name} is missing from the weights")
-        stored = files.tensors[name]
-        if stored.shape != tuple(parameter.shape):
-            raise UserError(
-                f"{files.folder}/{stored.file}: {files.stored_name(name)} has shape {list(stored.shape)},"
-                f" but config.json says {list(parameter.shape)}"
-            )
+        files.check_shape(name, tuple(parameter.shape))
 
 
 def remove_redundant(model: PreTrainedModel, files: WeightHeaders, family: Family) -> None:

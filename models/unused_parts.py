@@ -14,7 +14,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from files.weight_headers import WeightHeaders
 from models.checkpoint_names import ParameterNames
 from models.family import Family
-from options.errors import UserError
 
 
 def check_unused_parts(config: PretrainedConfig, family: Family, files: WeightHeaders) -> None:
@@ -39,15 +38,10 @@ def check_unused_parts(config: PretrainedConfig, family: Family, files: WeightHe
     for name, parameter in whole.named_parameters():
         if not name.startswith(expected):
             continue
-        if name not in stored_names:
-            raise UserError(f"{files.folder}: tensor {name} is missing from the weights")
-        stored = stored_names[name]
-        is_packed_header = f"{stored}.absmax" in held  # a header does not have the shape of a packed weight
-        if held[stored].shape != tuple(parameter.shape) and not is_packed_header:
-            raise UserError(
-                f"{files.folder}/{held[stored].file}: {stored} has shape {list(held[stored].shape)}, but"
-                f" config.json says {list(parameter.shape)}"
-            )
+        stored = stored_names.get(name, name)
+        # A header does not have the shape of a packed weight.
+        if stored not in held or f"{stored}.absmax" not in held:
+            files.apart.check_shape(stored, tuple(parameter.shape))
 
 
 def absent_parts(family: Family, files: WeightHeaders) -> list[str]:

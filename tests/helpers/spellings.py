@@ -45,7 +45,8 @@ def _model_twice(name: str) -> str:
     return _in_memory(name).replace("model.language_model.", "model.language_model.model.")
 
 
-# Of wrappers, as functions of the names that transformers 5 writes for a model that it made itself.
+# The spellings of a wrapper's files: each a function of the names that transformers 5 writes for a model that
+# it made itself.
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "hub": _on_the_hub,
     "memory": _in_memory,

@@ -96,7 +96,7 @@ LONG_ROPE = {
 }
 # HunYuan's: the base of the frequencies is stretched once, whatever the row's length.
 ALPHA_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
-# Of families that rotate half of a head.
+# All features of a head are rotated, for families whose default is half of them.
 FULL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # Layer 0 has a plain MLP.
 _EXPERTS = {

@@ -85,7 +85,7 @@ WINDOW = {
 
 
 def test_layers_that_keep_their_window_to_themselves(checkpoints):
-    """Of all families whose config can have a window. Eager attention gets it by transformers' masks."""
+    """All families whose config can have a window are looked at. Eager attention has transformers' masks."""
     found = {}
     for kind in CONFIGS:
         config, family = read_config(checkpoints(kind))

@@ -62,7 +62,7 @@ def test_layer_widths(kind, others, checkpoints):
 
 @pytest.mark.parametrize(("window", "expected"), [(0, 0), (16, 2 * 100**2 * (2 + 2))])
 def test_a_window_that_attention_does_not_get_has_masks(window, expected, checkpoints):
-    """Of two kinds, and one as a bias."""
+    """The two kinds of layers have a mask each: a boolean one, and one in bf16 that is added to scores."""
     widths = layer_widths_of(checkpoints("qwen2_moe"), sliding_window=window)
     config, _ = parse(["--model_name", "any", "--batch_size", "2"])
     precision = Precision(torch.bfloat16, torch.float32)

@@ -50,7 +50,8 @@ from tools.families.draft import family_from_source
 LOSS, GRADIENT = 1e-5, 1e-4  # relative tolerances; of gradients, to the largest element of a tensor
 # By the first update of new layers, relative to the logits. Zeros before a norm lead to more than 0.1.
 SMALL_CHANGE = 0.05
-# Of trained tensors after five steps of AdamW at 1e-3. Where a gradient is rounding noise, so is the update.
+# The tolerance of tensors after five steps of AdamW at 1e-3. Where a gradient is rounding noise, so is the
+# update.
 AFTER_STEPS = 1e-4
 
 
