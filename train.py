@@ -51,7 +51,7 @@ from models.registry import build_on_meta
 from monitoring import weight_memory
 from monitoring.layer_memory import layer_input_bytes
 from monitoring.memory_history import BETWEEN_STEPS
-from monitoring.messages import describe_data
+from monitoring.messages import describe_data, describe_nothing_done
 from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
 from monitoring.run_facts import run_facts_json
@@ -180,7 +180,9 @@ def train(
     pin = rank_info.device.type == "cuda"
     decoders = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
     steps = PrefetchedSteps(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin, decoders)
-    if job.rows.images.refs:
+    if job.rows.images.refs and step_numbers:
+        with ranks.errors_on_all_ranks(rank_info.world, describe_nothing_done(steps_done)):
+            steps.raise_next_error()
         stopping.watch_data(steps.next_error)
     for index, step in zip(step_numbers, steps, strict=False):
         loss = torch.zeros((), device=rank_info.device)

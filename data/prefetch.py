@@ -80,6 +80,11 @@ class PrefetchedSteps(Iterator[Step]):
         error = self._next.exception()
         return error if isinstance(error, UserError) else None
 
+    def raise_next_error(self) -> None:
+        """Wait for the next step. Raises UserError if it cannot be made."""
+        if error := self.next_error():
+            raise error
+
     def close(self) -> None:
         """End the threads."""
         self._worker.shutdown(cancel_futures=True)

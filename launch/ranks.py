@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,7 @@ from launch import memory
 from launch.devices import set_current_device
 from launch.nccl import reach_gpus, tell_of_silence
 from launch.program import is_under_torchrun
-from options.errors import UserError
+from options.errors import UserError, describe
 
 MAX_CPU_RANKS = 16  # allowed on any machine, for trying things out; more only with as many CPUs
 T = TypeVar("T")
@@ -132,6 +133,25 @@ def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = No
     if world > 1:
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+@contextlib.contextmanager
+def errors_on_all_ranks(world: int, remark: str = "") -> Iterator[None]:
+    """Within the context, let all ranks raise the UserError of the first rank that raises one. Collective.
+
+    Otherwise the others would wait for that rank in their next forward.
+
+    Args:
+        world: number of ranks.
+        remark: what follows the error's line.
+    """
+    line = ""
+    try:
+        yield
+    except UserError as e:
+        line = describe(e)
+    if line := next(filter(None, gather_from_ranks(line, world)), ""):
+        raise UserError(line + remark)
 
 
 def smallest_gpu_room(rank_info: RankInfo) -> float:

@@ -65,16 +65,22 @@ class NoStopRequests:
 
     Attributes:
         reason: why the run has to stop, or "".
-        data_error: the line about the next step's data, if that is why; the same on all ranks.
+        error: this rank's error about data that it cannot read, once known.
+        data_error: the line about data that cannot be read, if that is why; the same on all ranks.
     """
 
     reason = data_error = ""
+    error: UserError | None = None
 
     def watch_data(self, next_error: Callable[[], UserError | None]) -> None:
         """Stop when the next step's data cannot be read.
 
         next_error: waits for that data, and returns the error or None.
         """
+
+    def stop_if_unreadable(self) -> contextlib.AbstractContextManager:
+        """Return a context for reading data besides that of a step. Here its errors end the run at once."""
+        return contextlib.nullcontext()
 
     def poll_all_ranks(self, last: bool) -> tuple[bool, bool]:
         """Return (whether to stop after this step, whether to save a checkpoint): (False, False) here.
@@ -118,14 +124,24 @@ class StopRequests(NoStopRequests):
     def watch_data(self, next_error: Callable[[], UserError | None]) -> None:
         self.next_error = next_error
 
+    @contextlib.contextmanager
+    def stop_if_unreadable(self) -> Iterator[None]:
+        """Within the context, turn a UserError about data into a request to stop after this step."""
+        try:
+            yield
+        except UserError as e:
+            self.error = e
+
     def poll_all_ranks(self, last: bool) -> tuple[bool, bool]:
         """Return (whether to stop, whether to save), from all ranks' signals and rank 0's clock. Collective.
 
-        Data for the next step that some rank cannot read asks to stop, too. On the last step nothing does:
-        the run ends by itself.
+        Data for the next step that some rank cannot read asks to stop, too. On the last step only data that
+        an evaluation or a sample could not read does: otherwise the run ends by itself.
         """
-        received, error = self.received, None if last else self.next_error()
-        flags = (received.save, *self._check_clock(), error is not None)
+        received = self.received
+        if not last and not self.error:
+            self.error = self.next_error()
+        flags = (received.save, *self._check_clock(), self.error is not None)
         requests = torch.tensor([received.stop or 0, *flags], dtype=torch.int64)
         if dist.get_world_size() > 1:
             dist.all_reduce(requests, dist.ReduceOp.MAX)
@@ -134,11 +150,11 @@ class StopRequests(NoStopRequests):
             received.acknowledge_save()
         if save_due:
             self.last_save = time.time()
-        if last:
+        if last and not failed:
             return False, bool(save or save_due)
         self.reason = signal.Signals(stop).name if stop else "--max_minutes" if out_of_time else ""
         if failed:
-            lines = gather_from_ranks(describe(error) if error else "", dist.get_world_size())
+            lines = gather_from_ranks(describe(self.error) if self.error else "", dist.get_world_size())
             self.reason, self.data_error = "data that cannot be read", next(filter(None, lines))
         return bool(self.reason), bool(save or save_due)
 

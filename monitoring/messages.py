@@ -129,6 +129,16 @@ def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder:
     return f"stopped at {step} ({reason}); resume with: {resume_command(folder)}"
 
 
+def describe_nothing_done(steps_done: int) -> str:
+    """Return what follows an error line about the first step after a start: why it wrote no checkpoint.
+
+    steps_done: those before the run was resumed.
+    """
+    if steps_done:
+        return f"; the checkpoint of step {steps_done} stays"
+    return "; no step was done, so there is no checkpoint"
+
+
 def resume_command(folder: Path) -> str:
     """Return the command that resumes the run in `folder`; under torchrun, words that describe it."""
     if is_under_torchrun():  # its options are not known here

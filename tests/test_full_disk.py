@@ -190,7 +190,7 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
 
     def evaluator() -> Evaluator:
         options = dict.fromkeys(("batch_size", "most_tokens", "sample_every", "sample_tokens"), 1)
-        none = dict.fromkeys(("loss_sum", "context", "meter", "tokenizer"))
+        none = dict.fromkeys(("loss_sum", "context", "meter", "stopping", "tokenizer"))
         return Evaluator(
             None,
             None,

@@ -24,7 +24,7 @@ from data.batches import Batch, make_batch
 from data.image_batches import ImageBatch, plan_images
 from data.prefetch import load_images
 from data.rows import TokenizedRows
-from launch.ranks import RankInfo, resolve_workers
+from launch.ranks import RankInfo, errors_on_all_ranks, resolve_workers
 from models.family import longrope_threshold
 
 PROMPT_BATCH_SIZE = 8
@@ -65,8 +65,8 @@ def mean_loss(
     The batches are the same for any number of ranks, which take turns. Each batch's sum has its own element
     of the reduced tensor, so the result depends on the number of ranks only as far as the kernels do. The
     longest rows come first, so that a lack of memory shows at once. A rank without a batch in a round
-    computes a batch of padding, with a blank image if another rank has images. Raises UserError if an image
-    cannot be read.
+    computes a batch of padding, with a blank image if another rank has images. Raises UserError, on all
+    ranks, if one of them cannot read an image.
 
     Args:
         model: the model, sharded or not.
@@ -90,7 +90,7 @@ def mean_loss(
             indices = batches[rank_info.rank] if has_batch else batches[0][:0]
             shape = len(batches[0]), int(lengths[batches[0][0]])
             max_targets = max(int(targets[each].sum()) for each in batches)
-            batch = _load_batch(rows, indices, shape, max_targets, torch.cat(batches), threads)
+            batch = _load_batch(rows, indices, shape, max_targets, torch.cat(batches), threads, world)
             with context():
                 total = loss_sum(model, batch.to(rank_info.device))
             if has_batch:
@@ -108,17 +108,24 @@ def _load_batch(
     n_positions: int,
     all_rows: torch.Tensor,
     threads: ThreadPoolExecutor,
+    world: int,
 ) -> Batch:
-    """Return a rank's batch of a round, with its images.
+    """Return a rank's batch of a round, with its images. Collective, if any row of the set has an image.
 
     Args:
         rows, indices, shape, n_positions: as for `make_batch`.
         all_rows: the rows of all ranks in the round.
         threads: decode the images.
+        world: number of ranks.
+
+    Raises UserError, on all ranks, if one of them cannot read an image.
     """
     images = plan_images(rows, indices[:, None].tolist(), shape, all_rows)
     batch = replace(make_batch(rows, indices, shape, n_positions), planned_images=images)
-    return load_images([batch], threads)[0]
+    if rows.images.refs:
+        with errors_on_all_ranks(world):
+            batch = load_images([batch], threads)[0]
+    return batch
 
 
 def group_rows(

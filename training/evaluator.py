@@ -28,8 +28,10 @@ from data.prefetch import decode_images
 from files.atomic_writes import make_staging_folder, remove_folder, replace_folder, staging_path, write_text
 from files.disk_room import append_lines
 from files.names import BEST, SCORE
-from launch.ranks import RankInfo
+from launch.ranks import RankInfo, errors_on_all_ranks
+from launch.signals import NoStopRequests
 from models.family import longrope_threshold
+from monitoring.messages import describe_nothing_done
 from monitoring.metrics import Meter, Metrics
 from monitoring.sample_images import write_copies
 from monitoring.tracking import NoTracker
@@ -72,6 +74,7 @@ class Evaluator:
         context: context() is entered around every forward.
         save: save(folder) writes what is trained, collectively.
         meter: restarted after an evaluation, whose time is no step's.
+        stopping: asked to end the run if an image cannot be read.
         tracker: prints lines.
         tokenizer: rank 0's, if there are prompts.
     """
@@ -95,6 +98,7 @@ class Evaluator:
         context: Context,
         save: Callable[[Path], None],
         meter: Meter,
+        stopping: NoStopRequests,
         tracker: NoTracker,
         tokenizer,
     ):
@@ -104,7 +108,7 @@ class Evaluator:
         self.eval_every, self.patience, self.save_best = eval_every, patience, save_best
         self.sample_every, self.sample_tokens = sample_every, sample_tokens
         self.loss_sum, self.context, self.save = loss_sum, context, save
-        self.meter, self.tracker, self.tokenizer = meter, tracker, tokenizer
+        self.meter, self.stopping, self.tracker, self.tokenizer = meter, stopping, tracker, tokenizer
         self.should_stop, self.best_step, self.best_loss, self.evals_since_best = False, 0, math.inf, 0
         self.saved_step, self.saved_loss = 0, math.inf
 
@@ -126,21 +130,31 @@ class Evaluator:
         self.saved_loss = state.get("kept_loss", self.best_loss)
 
     def before_first_step(self, steps_done: int) -> None:
-        """Write samples of the untrained model, unless a resumed run has steps done already. Collective."""
+        """Write samples of the untrained model, unless a resumed run has steps done already. Collective.
+
+        Raises UserError, on all ranks, if an image cannot be read.
+        """
         if self.data.prompts and not steps_done:
             self._write_samples(0)
             self.meter.restart()
 
     def evaluate_if_due(self, metrics: Metrics) -> Metrics:
-        """Evaluate and write samples if due at this step. Return its metrics with the results. Collective."""
+        """Evaluate and write samples if due at this step. Return its metrics with the results. Collective.
+
+        An image that cannot be read ends the run after this step's checkpoint. A resumed run goes on with the
+        next step, without this one's evaluation.
+        """
         evaluates = self._is_eval_step(metrics.step)
         if evaluates:
-            loss = self._compute_loss()
-            metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
-            self._update_best(metrics.step, loss, trained=bool(metrics.applied_steps))
+            with self.stopping.stop_if_unreadable():
+                loss = self._compute_loss()
+                metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
+            if metrics.eval_loss is not None:
+                self._update_best(metrics.step, metrics.eval_loss, trained=bool(metrics.applied_steps))
         samples = self._is_sample_step(metrics.step) or (bool(self.data.prompts) and self.should_stop)
-        if samples:
-            self._write_samples(metrics.step)
+        if samples and not self.stopping.error:
+            with self.stopping.stop_if_unreadable():
+                self._write_samples(metrics.step)
         if evaluates or samples:
             self.meter.restart()
         return metrics
@@ -209,20 +223,20 @@ class Evaluator:
     def _write_samples(self, step: int) -> None:
         """Answer every prompt; rank 0 prints, writes and logs the answers. Collective.
 
-        Raises UserError if an image cannot be read.
+        Raises UserError, on all ranks, if an image cannot be read.
         """
         prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
+        remark = "" if step else describe_nothing_done(0)
         groups = group_rows(
             lengths, PROMPT_BATCH_SIZE, longrope_threshold(self.model.config), max_growth=tokens
         )
         for batch in itertools.chain(*groups):
             indices = batch.tolist()
             options = (tokens, self.data.stop_ids, self.rank_info, self.context)
-            images = _load_images(
-                [prompts[i] for i in indices], self.data.image_format, self.rank_info.device
-            )
+            asked = [prompts[i] for i in indices]
+            images = _load_images(asked, self.data.image_format, self.rank_info, remark)
             generated = generate_greedily(self.model, [prompts[i].ids for i in indices], *options, images)
             answers |= zip(indices, generated, strict=True)
         if self.rank_info.rank != 0:
@@ -241,13 +255,26 @@ class Evaluator:
 
 
 def _load_images(
-    prompts: list[Prompt], image_format: ImageFormat | None, device: torch.device
+    prompts: list[Prompt], image_format: ImageFormat | None, rank_info: RankInfo, remark: str
 ) -> ImageBatch | None:
-    """Return the images of a batch of prompts, on the device; None if it has none. Raises UserError."""
+    """Return the images of a batch of prompts, on the device; None if it has none. Collective.
+
+    Args:
+        prompts: the same on all ranks.
+        image_format: how the model takes images.
+        rank_info: this process.
+        remark: what follows an error's line.
+
+    Raises UserError, on all ranks, if one of them cannot read an image.
+    """
     longest = max(len(prompt.ids) for prompt in prompts)
     asked = [(prompt.ids, prompt.images) for prompt in prompts]
     planned = plan_prompt_images(asked, longest, image_format)
-    return decode_images(planned).map_tensors(lambda tensor: tensor.to(device)) if planned else None
+    if planned is None:
+        return None
+    with errors_on_all_ranks(rank_info.world, remark):
+        images = decode_images(planned)
+    return images.map_tensors(lambda tensor: tensor.to(rank_info.device))
 
 
 @contextlib.contextmanager

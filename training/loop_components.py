@@ -96,6 +96,7 @@ def make_loop_components(
         context=partial(job.precision.context, rank_info.device.type),
         save=save_best,
         meter=meter,
+        stopping=stopping,
         tracker=tracker,
         tokenizer=job.read_tokenizer() if needs_tokenizer else None,
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import train
@@ -15,22 +16,40 @@ from checkpoints.storage import checkpoint_steps
 from data.image_sizes import FixedImages
 from data.images import ImageRef, RowImages
 from data.packing import make_sampler
+from data.rows import TokenizedRows
 from options.errors import UserError
 from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.picture_rows import rows_replaced, write_pictures
 from tests.helpers.resuming import adapter, lines, repeatable_metrics
-from training import preflight
+from training import evaluator, loop_components, preflight
 
 BOS = 256  # each row has one, which stands for the token of an image here
 
 
-def run_with_images(
-    rank_info, argv: list[str], refs: list[ImageRef], unreadable_step: int = 0
-) -> tuple[str, str]:
-    """Run a model of text whose rows have an image each; return (output, error line).
+def without(rows: TokenizedRows, ref: ImageRef) -> TokenizedRows:
+    """Return the rows without the file of an image."""
+    gone = replace(ref, path=f"{ref.path}.gone")
+    refs = [gone if each == ref else each for each in rows.images.refs]
+    return replace(rows, images=replace(rows.images, refs=refs))
 
-    unreadable_step: the step in which an image of rank 1 is gone; 0 = none.
+
+def run_with_images(
+    rank_info,
+    argv: list[str],
+    refs: list[ImageRef],
+    unreadable_step: int = 0,
+    unreadable: str = "",
+) -> tuple[str, str]:
+    """Run a model of text whose rows and prompts have an image each; return (output, error line).
+
+    Args:
+        rank_info: this process.
+        argv: options of train.py.
+        refs: the images.
+        unreadable_step: the step in which an image of rank 1 is gone; 0 = none.
+        unreadable: "evaluation": an image of rank 1's first batch in an evaluation is gone; "samples": that
+            of a prompt is, after the samples of step 0.
     """
     image_format = FixedImages("", BOS, (), (0.5,) * 3, (0.5,) * 3, text="", n_tokens=1, side=8, resample=2)
 
@@ -46,17 +65,30 @@ def run_with_images(
     if unreadable_step:
         steps = list(make_sampler(job.config, job.rows, 1, 2).steps(1))
         ref = steps[unreadable_step - 1].batches[-1].planned_images.refs[0]
-        gone = replace(ref, path=f"{ref.path}.gone")
-        images = job.rows.images
-        images = replace(images, refs=[gone if each == ref else each for each in images.refs])
-        job = replace(job, rows=replace(job.rows, images=images))
+        job = replace(job, rows=without(job.rows, ref))
+    if job.evaluation.rows:
+        rows = add_images(job.evaluation.rows)
+        if unreadable == "evaluation":
+            second = int(rows.lengths().argsort(descending=True, stable=True)[1])
+            rows = without(rows, rows.images.refs[second])
+        job = replace(job, evaluation=replace(job.evaluation, rows=rows))
+    prompts = [replace(prompt, images=(refs[-1],)) for prompt in job.evaluation.prompts]
+    job = replace(job, evaluation=replace(job.evaluation, prompts=prompts, image_format=image_format))
     loss_sum, output, error = train.loss_sum, io.StringIO(), ""
 
     def loss_of_text(model, batch):
         assert len(batch.images.values) == len(batch.ids)
+        if unreadable == "samples" and rank_info.rank == 0:
+            Path(refs[-1].path).unlink(missing_ok=True)
         return loss_sum(model, replace(batch, images=None))
 
-    with mock.patch.object(train, "loss_sum", loss_of_text), contextlib.redirect_stdout(output):
+    replaced = mock.patch.object
+    with (
+        replaced(train, "loss_sum", loss_of_text),
+        replaced(loop_components, "loss_sum", loss_of_text),
+        replaced(evaluator, "generate_greedily", lambda model, prompts, *_: [[] for _ in prompts]),
+        contextlib.redirect_stdout(output),
+    ):
         try:
             train.run_rank(rank_info, job)
         except UserError as e:
@@ -86,6 +118,59 @@ def test_a_run_ends_with_a_checkpoint_and_resumes(two_ranks, checkpoints, short_
     assert [error for _, error in resumed] == ["", ""]
     assert repeatable_metrics(stopped) == repeatable_metrics(whole)
     torch.testing.assert_close(adapter(stopped), adapter(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("unreadable", ["evaluation", "samples"])
+@pytest.mark.parametrize("last", [3, 2])
+def test_an_evaluation_in_a_run_ends_with_a_checkpoint(
+    unreadable, last, two_ranks, checkpoints, short_rows, tmp_path
+):
+    """Also after the last step, whose result is then not saved before the run is resumed."""
+    refs = write_pictures(tmp_path, 64)
+    options = f"--max_steps {last} --batch_size 1 --log_to stdout"
+    args = [*args_for(checkpoints(), short_rows, "lora"), *options.split()]
+    out = tmp_path / "out"
+    args = [*map(str, args), "--output_dir", str(out)]
+    due = {"evaluation": ["--eval_dataset", str(short_rows), "--eval_every", "2"]}
+    also = due.get(unreadable, ["--sample_every", "2"])
+    (output, error), (_, same) = two_ranks(run_with_images, [*args, *also], refs, 0, unreadable)
+    assert error == same and error.startswith("--dataset rows.jsonl, row ")
+    assert error.endswith(": cannot be read (No such file or directory); mend it, or leave out the row")
+    assert f"stopped at step 2 of {last} (data that cannot be read); resume with: " in output
+    assert checkpoint_steps(out) == [2] and len(lines(out)) == 2
+    assert not (out / "adapter_model.safetensors").exists()
+
+    resumed = two_ranks(run_with_images, [*args, "--resume", "auto"], refs)
+    assert [error for _, error in resumed] == ["", ""]
+    assert len(lines(out)) == last and (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("when", "step"), [("", 1), ("samples", 0)])
+def test_before_the_first_step_there_is_nothing_to_save(
+    when, step, two_ranks, checkpoints, short_rows, tmp_path
+):
+    refs = write_pictures(tmp_path, 64)
+    args = [*args_for(checkpoints(), short_rows, "lora"), "--max_steps", "2", "--batch_size", "1"]
+    args = [*map(str, args), "--output_dir", str(tmp_path / "out"), "--log_to", "stdout"]
+    if when:
+        Path(refs[-1].path).unlink()
+        args += ["--sample_every", "1"]
+    (_, error), (_, same) = two_ranks(run_with_images, args, refs, step, when)
+    assert error == same and error.startswith("--dataset rows.jsonl, row ")
+    assert error.endswith("or leave out the row; no step was done, so there is no checkpoint")
+    assert checkpoint_steps(tmp_path / "out") == []
+
+
+def test_the_first_step_after_a_resume_leaves_the_checkpoint(two_ranks, checkpoints, short_rows, tmp_path):
+    refs = write_pictures(tmp_path, 64)
+    args = [*args_for(checkpoints(), short_rows, "lora"), "--batch_size", "1", "--save_every", "1"]
+    args = [*map(str, args), "--output_dir", str(tmp_path / "out"), "--log_to", "stdout"]
+    two_ranks(run_with_images, [*args, "--max_steps", "1"], refs)
+    results = two_ranks(run_with_images, [*args, "--max_steps", "2", "--resume", "auto"], refs, 2)
+    assert {error.partition("leave out the row")[2] for _, error in results} == {
+        "; the checkpoint of step 1 stays"
+    }
+    assert checkpoint_steps(tmp_path / "out") == [1]
 
 
 def test_an_image_that_no_step_needs_is_no_error(two_ranks, checkpoints, short_rows, tmp_path):
