@@ -9,8 +9,9 @@ from options.foreign_sets import MESSAGE_KEYS, Data, as_mapping, as_text, as_tex
 from options.yaml_file import Tree
 
 DATASET_INFO = "dataset_info.json"  # {name: description of a data set}
-INSTRUCTION_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
-CHAT_COLUMNS = {"messages": "messages", "system": "system", "tools": "tools"}
+INSTRUCTION_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system",
+                       "images": "images"}  # fmt: skip
+CHAT_COLUMNS = {"messages": "messages", "system": "system", "tools": "tools", "images": "images"}
 # {tag: the value that means it by default, with `from`; the values that are read here with `role`}.
 TAGS = {
     "user_tag": ("human", "user"),

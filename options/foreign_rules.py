@@ -6,6 +6,7 @@ tables of docs/migrate.md.
 
 from __future__ import annotations
 
+from options import foreign_images as images
 from options import foreign_parallel as parallel
 from options import foreign_rows as rows
 from options import foreign_values as values
@@ -53,6 +54,12 @@ MODEL_AND_METHOD = (
     _rule("--lora_rank", same("lora_rank"), hf="lora_r r", axolotl="lora_r", factory="lora_rank"),
     _rule("--lora_target_modules", values.target_modules, hf="lora_target_modules target_modules",
         axolotl="lora_target_linear", factory="lora_target", note="names with commas, or all"),
+    _rule("--vision_targets", images.vision_targets, hf="finetune_vision_layers", axolotl="freeze_mm_modules",
+        factory="freeze_vision_tower freeze_multi_modal_projector",
+        note="projector or all; the vision parts are frozen by default"),
+    _rule("--lora_target_modules", images.language_parts,
+        hf="finetune_language_layers finetune_attention_modules finetune_mlp_modules",
+        factory="freeze_language_model", note="all linears of the text model by default"),
     _rule("--lora_alpha", values.rank_stabilized, hf="use_rslora", axolotl="peft_use_rslora",
         note="the scale here is alpha / rank; rsLoRA's is that of alpha x sqrt(rank)"),
 )
@@ -76,6 +83,10 @@ DATA = (
         axolotl="sequence_len", factory="cutoff_len"),
     _rule("", rows.answers_only, hf="assistant_only_loss completion_only_loss",
         note="answers alone are learned; `completion` learns all of a text"),
+    _rule("--image_folder", same("image_folder"), factory="media_dir", note="unset = the data file's folder"),
+    _rule("--image_size", images.image_size, axolotl="image_size", note="the longest side, in pixels"),
+    _rule("--image_size", images.image_area, factory="image_max_pixels",
+        note="there an area, here the longest side: that of a square of this area"),
     _rule("--packing", switch("packing"), hf="packing", axolotl="sample_packing",
         factory="neat_packing", note="each row attends to itself alone, as with `neat_packing`"),
 )
@@ -167,7 +178,11 @@ LOST = {
         " loss_watchdog_patience",
     "--profile_memory and --profile record the first steps": "profiler_steps",
     "4-bit weights are NF4 or HQQ's": "gptq bnb_4bit_quant_type quantization_type",
-    "rows are texts": "processor_type image_size image_resize_algorithm image_max_pixels video_max_pixels",
+    "images are resized as the model's own processor does it": "image_resize_algorithm image_min_pixels"
+        " image_do_pan_and_scan crop_to_patches",
+    "answers alone are learned, never the tokens of an image": "unmask_image_tokens",
+    "rows are texts and images, not videos or sounds": "video_max_pixels video_min_pixels video_fps"
+        " video_maxlen use_audio_in_video audio_sampling_rate",
     "no code of a model's repository is run": "trust_remote_code",
     "only adapters are trained beside frozen weights":
         "lora_target_parameters unfrozen_parameters"
@@ -277,7 +292,7 @@ NEEDLESS = {
         " dataset_kwargs dataset_keep_in_memory shuffle_merged_datasets dataloader_pin_memory"
         " dataloader_prefetch_factor dataloader_drop_last dataloader_persistent_workers dataloader_in_order"
         " dataloader_multiprocessing_context preprocessing_batch_size length_column_name"
-        " skip_prepare_dataset cache_dir media_dir dataset_dir eval_dataset_dir buffer_size"
+        " skip_prepare_dataset cache_dir dataset_dir eval_dataset_dir buffer_size"
         " dataset_shard_idx preprocess_iterable",
     "torch.distributed is set up here": "local_rank ddp_timeout ddp_backend ddp_find_unused_parameters"
         " ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph accelerator_config"
@@ -297,6 +312,7 @@ NEEDLESS = {
         " fsdp_mixed_precision_policy",
     "checkpointing is non-reentrant": "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
         " use_reentrant_gc use_unsloth_gc",
+    "the image processor is that of the model's folder": "processor_type",
     "torch's defaults hold": "tf32 fp16_full_eval bf16_full_eval",
     "the token is that of `hf auth login`": "hub_token hf_hub_token use_auth_token hf_use_auth_token"
         " ms_hub_token om_hub_token",

@@ -109,6 +109,14 @@ EXPECTED = {
         "--train_type full --precision bf16 --resume auto --overwrite false --dataset no_such_name "
         "--num_epochs 3 --lr 1e-05"
     ),
+    "factory_images.yaml": (
+        "--train_type lora --vision_targets all --image_size 512 --image_folder data/pictures "
+        "--model_name Qwen/Qwen2.5-VL-7B-Instruct --dataset no_such_name"
+    ),
+    "axolotl_images.yml": (
+        "--train_type qlora --vision_targets none --image_size 1024 --dataset_format chat "
+        "--dataset HuggingFaceH4/llava-instruct-mix-vsft --context_length 8192"
+    ),
     "factory_llama_pro.yaml": (
         "--train_type llama_pro --model_name models/llama3-8b-pro --precision fp16_autocast"
     ),
@@ -146,6 +154,8 @@ SAID = {
     "factory_lora.yaml": ["trust_remote_code: true"],
     "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0", "16 x sqrt(8)"],
     "factory_full.yaml": ["no_such_name: not in", "--resume auto, not --overwrite"],
+    "factory_images.yaml": ["video_max_pixels: 16384: rows are texts and images", "the longest side"],
+    "axolotl_images.yml": ["image_resize_algorithm: bilinear: images are resized as the model's own"],
     "factory_llama_pro.yaml": ["block_expansion.py makes the expanded model"],
     "accelerate_fsdp2.yaml": ["torchrun --nnodes 2 --nproc_per_node 8 train.py", "add --model_name"],
     "accelerate_multi_gpu.yaml": ["gpu_ids: 0,1: CUDA_VISIBLE_DEVICES=0,1 before the command"],
@@ -344,6 +354,8 @@ def factory_info(tmp_path: Path, **changes) -> Path:
         ({"formatting": "sharegpt", "columns": {"messages": "talk", "tools": "functions"}}, {},
          ("chat", "messages=talk,tools=functions")),
         ({"formatting": "sharegpt", "columns": {"system": "rules"}}, {}, ("chat", "system=rules")),
+        ({"formatting": "sharegpt", "columns": {"images": "pics"}}, {}, ("chat", "images=pics")),
+        ({"columns": {"images": "images"}}, {}, ("chat", None)),
     ],
 )  # fmt: skip
 def test_columns_and_formats_of_dataset_info(info, changes, expected, capsys, tmp_path):
@@ -354,13 +366,13 @@ def test_columns_and_formats_of_dataset_info(info, changes, expected, capsys, tm
 
 def test_what_an_entry_of_dataset_info_loses(capsys, tmp_path):
     """Sets to evaluate on are read as those to train on."""
-    info = {"formatting": "sharegpt", "folder": "sub", "num_samples": 20, "columns": {"images": "pics"},
+    info = {"formatting": "sharegpt", "folder": "sub", "num_samples": 20, "columns": {"videos": "clips"},
             "tags": {"user_tag": "u", "assistant_tag": "gpt", "system_tag": "system"}}  # fmt: skip
     file = factory_info(tmp_path, info=info, eval_dataset="rows", template="remove")
     comments = migrated(capsys, file)[1]
     for key in ("dataset rows", "eval_dataset rows"):
         assert f"{key}: folder: sub" in comments and f"{key}: num_samples: 20" in comments
-        assert f"{key}: columns: images: pics" in comments
+        assert f"{key}: columns: videos: clips" in comments
         assert f"{key}: tags: user_tag: u: write human in the rows" in comments
     assert "assistant_tag" not in comments and "no template: the tokenizer's own is used" in comments
     tags = {"role_tag": "role", "content_tag": "content", "assistant_tag": "assistant"}
