@@ -174,3 +174,5 @@ SHAPES: dict[str, Shape | Gemma3Shape] = {
         Shape(2560, 10240, 34, 8, 4, 262208, 131072, tied=True), 256, Tower(1152, 4304, 27, 16, 896, 14)
     ),
 }
+# Those of models that take images.
+IMAGE_SHAPES = tuple(name for name, shape in SHAPES.items() if isinstance(shape, Gemma3Shape))

@@ -24,7 +24,7 @@ from files.weight_headers import WeightHeaders
 from models.family import Family
 from models.redundant import is_tied_by_default
 from models.registry import build_on_meta, family_of, open_headers, read_config
-from models.shapes import SHAPES
+from models.shapes import IMAGE_SHAPES, SHAPES
 from options.config import TOY_MODEL
 from options.errors import UserError
 
@@ -77,6 +77,11 @@ def open_planned_model(name: str, images: bool = False) -> PlannedModel:
         UserError: it is none of these, is not accessible, is no model to train, or takes no images.
     """
     if is_named_shape(name):
+        if images and name.lower() not in IMAGE_SHAPES:
+            raise UserError(
+                f"--model_name {name}: the shape of a model of text alone; shapes that take images:"
+                f" {', '.join(IMAGE_SHAPES)}"
+            )
         shape = SHAPES[name.lower()].model_config()
         shape.name_or_path = name  # for messages
         return _plan_by_config(name, Path(name), shape, family_of(shape, images))

@@ -312,7 +312,7 @@ def test_a_plan_with_images(capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--model_name=8b --images_per_row=1", "^8b/config.json: llama is trained on text alone"),
+        ("--model_name=8b --images_per_row=1", "^--model_name 8b: the shape .* take images: tiny-gemma3, "),
         ("--images_per_row=4 --context_length=1024", "^--images_per_row 4: its images take 1,024 tokens"),
         ("--images_per_row=1 --image_size=400", "^--image_size 400: this model takes images of 896 x 896"),
         ("--images_per_row=1 --images=false", "^--images_per_row: contradicts --images false"),
