@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from data.answers import decode_answer, normalize_answer
 from data.columns import ColumnNames
 from data.encoding import encode
 from data.evaluation_data import Prompt
@@ -26,7 +21,7 @@ from data.formats import Rendered
 from data.image_format import ImageFormat
 from data.mixtures import read_each_row_once
 from data.reading import ReadingOptions
-from data.rows import TokenizedRows, digest_rows
+from data.rows import digest_rows
 from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
@@ -40,78 +35,17 @@ from finished.finished_run import (
     open_run,
     read_run_image_format,
 )
-from finished.prompt_images import read_image_arguments
-from finished.prompt_template import MarkerCriterion
-from finished.text_scores import TEXT_METRICS, scored_with
+from finished.score_table import describe_scoring_details, format_table
+from finished.scoring import EvaluationInputs, score_model
+from finished.text_scores import scored_with
 from launch.precision import choose_precision, has_bf16_gpu
 from launch.program import print_error, quiet_libraries
-from launch.ranks import RankInfo
-from models.causal_lm import loss_sum
-from models.family import longrope_threshold
 from models.lora import adapters_off
 from monitoring.run_facts import EVALUATION, FACTS
 from options.errors import UserError
 from options.evaluate import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
-from training.evaluation import group_rows, mean_loss, perplexity
 from training.run_images import explain_refused_images
-
-
-@torch.no_grad()
-def generate_answers(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_ids: list[int],
-    batch_size: int,
-    make_criterion: Callable[[int], StoppingCriteria] | None = None,
-    read_images: Callable[[list[int], int], dict[str, torch.Tensor]] = lambda indices, width: {},
-) -> list[list[int]]:
-    """Return the token ids of the greedy answer to each prompt, without the stop token that ends it.
-
-    Uses transformers' generate with its cache. Prompts of similar length share a batch, padded on the left.
-
-    Args:
-        model: the model; its generation config is not used.
-        prompts: token ids of each prompt.
-        max_new_tokens: limit for each answer.
-        stop_ids: tokens that end an answer.
-        batch_size: prompts per batch.
-        make_criterion: maps the position where a batch's answers start to one more stopping criterion.
-        read_images: maps the indices of a batch's prompts and its number of tokens to the arguments of
-            `generate` for their images.
-    """
-    device = next(model.parameters()).device
-    options = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=stop_ids or None,
-        pad_token_id=0,
-    )
-    answers: list[list[int]] = [[] for _ in prompts]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    for batch in itertools.chain(
-        *group_rows(lengths, batch_size, longrope_threshold(model.config), max_growth=max_new_tokens)
-    ):
-        row_indices = batch.tolist()
-        width = len(prompts[row_indices[0]])
-        ids = torch.zeros(len(row_indices), width, dtype=torch.int64, device=device)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(row_indices):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        # PreTrainedModel has no generate(); the concrete classes inherit it from GenerationMixin.
-        output = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=mask,
-            generation_config=options,
-            stopping_criteria=StoppingCriteriaList([make_criterion(width)] if make_criterion else []),
-            **read_images(row_indices, width),
-        )
-        for i, answer in zip(row_indices, output[:, width:].tolist(), strict=True):
-            answers[i] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
-    return answers
 
 
 def read_rows(
@@ -183,21 +117,6 @@ def check_options(options: Options) -> Run:
     return open_run(options.run, options.base_model)
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationInputs:
-    """Inputs that both models are scored on.
-
-    Attributes:
-        rows: rows for the loss; None if perplexity is not requested.
-        prompts: prompts to answer, with their references.
-        image_format: how the model takes the prompts' images; None = it takes none.
-    """
-
-    rows: TokenizedRows | None
-    prompts: list[Prompt]
-    image_format: ImageFormat | None = None
-
-
 def prepare_inputs(
     metrics: Sequence[str],
     run: Run,
@@ -234,71 +153,6 @@ def prepare_inputs(
             " use --metrics perplexity"
         )
     return EvaluationInputs(rows, prompts, image_format)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelScores:
-    """Scores of one model.
-
-    Attributes:
-        values: {metric: value}, None if undefined.
-        answers: text of each answer, as it is compared.
-        truncated: number of answers cut at --max_new_tokens.
-    """
-
-    values: dict[str, float | None]
-    answers: list[str]
-    truncated: int
-
-
-def score_model(
-    model: PreTrainedModel,
-    metrics: Sequence[str],
-    inputs: EvaluationInputs,
-    options: Options,
-    tokenizer,
-    stop_ids: list[int],
-) -> ModelScores:
-    """Compute the named metrics of one model; generates the answers if a text metric is among them.
-
-    Args:
-        model: the loaded model, which computes on the device of its parameters.
-        metrics: names of the requested metrics.
-        inputs: from `prepare_inputs`, for the same metrics.
-        options: options of the command: batch size and longest answer.
-        tokenizer: decodes the answers.
-        stop_ids: tokens that end an answer.
-    """
-    values: dict[str, float | None] = {}
-    answers, truncated = [], 0
-    rank_info = RankInfo(0, 1, 0, 1, next(model.parameters()).device)
-    if inputs.rows is not None:
-        loss = mean_loss(model, inputs.rows, options.batch_size, loss_sum, rank_info, contextlib.nullcontext)
-        values["perplexity"] = perplexity(loss)
-    if inputs.prompts:
-        marker = inputs.prompts[0].marker  # all rows have one format
-        make_criterion = partial(MarkerCriterion, tokenizer, marker) if marker else None
-        lengths = (options.max_new_tokens, stop_ids, options.batch_size)
-        asked = [(prompt.ids, prompt.images) for prompt in inputs.prompts]
-
-        def read_images(indices: list[int], width: int) -> dict[str, torch.Tensor]:
-            """Return the arguments of `generate` for the images of a batch of prompts."""
-            return read_image_arguments(model, [asked[i] for i in indices], width, inputs.image_format)
-
-        generated = generate_answers(model, [ids for ids, _ in asked], *lengths, make_criterion, read_images)
-        answers = [normalize_answer(decode_answer(ids, tokenizer, stop_ids, marker)) for ids in generated]
-        truncated = sum(_is_truncated(ids, options.max_new_tokens, tokenizer, marker) for ids in generated)
-        for name in metrics:
-            if name in TEXT_METRICS:
-                values |= TEXT_METRICS[name](answers, [p.answer for p in inputs.prompts])
-    return ModelScores(values, answers, truncated)
-
-
-def _is_truncated(ids: list[int], max_new_tokens: int, tokenizer, marker: str | None) -> bool:
-    """Return whether an answer (without its stop token) ended at max_new_tokens, not by itself."""
-    return len(ids) == max_new_tokens and not (
-        marker and marker in tokenizer.decode(ids, skip_special_tokens=True)
-    )
 
 
 def evaluate(options: Options) -> dict:
@@ -360,40 +214,6 @@ def evaluate(options: Options) -> dict:
 def _list_images(prompt: Prompt) -> dict[str, list[str]]:
     """Return the images of a prompt as results name them; {} if it has none."""
     return {"images": [ref.label for ref in prompt.images]} if prompt.images else {}
-
-
-def format_table(results: dict) -> str:
-    """Format the metrics of base and tuned model as a table. results: `evaluate`'s."""
-    lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
-    for name, values in results["metrics"].items():
-        lines.append(f"{name:12} {_format_score(values['base'])} {_format_score(values['tuned'])}")
-    return "\n".join(lines)
-
-
-def _format_score(value: float | None) -> str:
-    return f"{'undefined':>12}" if value is None else f"{value:12,.2f}"
-
-
-def describe_scoring_details(results: dict) -> list[str]:
-    """Return lines that explain the table: scorers, undefined values, truncated answers."""
-    lines = [f"{name}: {how}" for name, how in results["scored_with"].items()]
-    if None in results["metrics"].get("bleu", {}).values():
-        lines.append("bleu is undefined where no answer, or no reference, has four tokens")
-    unanswered = results["rows"] - results["answered"] if results["answers"] else 0
-    if unanswered:
-        text_metrics = ", ".join(name for name in results["metrics"] if name != "perplexity")
-        lines.append(
-            f"{text_metrics}: of {results['rows']:,} rows {unanswered:,} are left out, without a question or"
-            " an answer to compare with"
-        )
-    lines += [f"perplexity: {reason}" for reason in results["row_reasons"]]
-    base_cut, tuned_cut = results["cut"]["base"], results["cut"]["tuned"]
-    if base_cut or tuned_cut:
-        lines.append(
-            f"of {results['answered']:,} answers {base_cut:,} of the base and {tuned_cut:,} of the tuned"
-            f" model were cut at --max_new_tokens {results['max_new_tokens']}"
-        )
-    return lines
 
 
 def run(options: Options) -> int:

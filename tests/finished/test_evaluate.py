@@ -23,6 +23,7 @@ import train
 from data.formats import ALPACA, FORMATS, QA, RenderContext
 from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
+from finished import scoring
 from finished.finished_run import load_model, open_run
 from finished.prompt_template import MarkerCriterion
 from models.lora import adapters_off
@@ -107,14 +108,14 @@ def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_
     model = load_model(open_run(tmp_path / "run"), SINGLE_RANK.device, torch.float32)
     prompts = [[65], list(range(70, 99)), list(range(100, 103))]
     alone = [generate_greedily(model, [p], 6, [], SINGLE_RANK, context)[0] for p in prompts]
-    assert finished.evaluate.generate_answers(model, prompts, 6, [], 2) == alone
+    assert scoring.generate_answers(model, prompts, 6, [], 2) == alone
     stop = alone[1][3]
     cut = [a[: a.index(stop)] if stop in a else a for a in alone]
-    assert finished.evaluate.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
+    assert scoring.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
     cut = [a[: a.index(stop) + 1] if stop in a else a for a in alone]
     spelled = SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids.tolist()))
     make_criterion = partial(MarkerCriterion, spelled, f"<{stop}>")
-    made = finished.evaluate.generate_answers(model, prompts, 6, [], 3, make_criterion)
+    made = scoring.generate_answers(model, prompts, 6, [], 3, make_criterion)
     assert [m[: len(c)] for m, c in zip(made, cut, strict=True)] == cut != alone
     assert all(set(m[len(c) :]) <= {0} for m, c in zip(made, cut, strict=True))  # padding
 
@@ -146,9 +147,9 @@ def test_a_model_that_says_what_the_data_say(monkeypatch):
         made = [
             tokenizer(f"<think>\n\n</think>\n\n{a}", add_special_tokens=False)["input_ids"] for a in answers
         ]
-        monkeypatch.setattr(finished.evaluate, "generate_answers", lambda *_: made)
+        monkeypatch.setattr(scoring, "generate_answers", lambda *_: made)
         options = Options("RUN", max_new_tokens=len(made[0]))
-        return finished.evaluate.score_model(
+        return scoring.score_model(
             torch.nn.Linear(1, 1), names, asked, options, tokenizer, [tokenizer.eos_token_id]
         )
 
