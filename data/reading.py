@@ -15,6 +15,7 @@ from data.image_files import ImageFiles, ImageSource
 from data.image_format import ImageFormat
 from data.image_store import IMAGE_COLUMNS
 from data.images import ImageRef
+from data.reading_remarks import describe_choice, describe_two_systems, describe_unmarked
 from data.recognition import (
     check_columns_are_read,
     describe_unread_columns,
@@ -31,7 +32,7 @@ from data.row_images import (
     show_all_images,
     take_image_columns,
 )
-from data.schemas import Auto, Schema, find_schema, has_content, match_schemas
+from data.schemas import Schema, find_schema, has_content, match_schemas
 from data.sources import Recipe, find_recipe, load_rows
 from options.config import Config
 from options.errors import UserError
@@ -144,17 +145,17 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
     remarks = [
         *data.remarks,
         *_describe_unread(data.rows, matched, renamed.names.values()),
-        *_describe_unmarked(data.rows, name, recipe.markers),
+        *(describe_unmarked(data.rows, recipe.markers[1]) if FORMATS[name].has_markers else ()),
     ]
     if options.format == recipe.format == options.preferred == "auto":
-        remarks += _describe_choice(name, matched[0], options.has_template, has_images)
+        remarks += describe_choice(name, matched[0], options.has_template, has_images)
     read, names = zip(data.rows, matched, data.origins, strict=True), renamed.describe()
     rows = [
         schema.read(row, f"--dataset {origin}", options.needs_answer, names) for row, schema, origin in read
     ]
     files = ImageFiles(options.image_folder)
     rows, images = show_all_images(rows, data, given, FORMATS[name], files, options.image_format)
-    remarks += _describe_two_systems(data.rows, rows)
+    remarks += describe_two_systems(data.rows, rows)
     return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit, images)
 
 
@@ -283,54 +284,3 @@ def _describe_unread(rows: list[dict], schemas: list[Schema], renamed: Iterable[
     """
     unread = describe_unread_columns(rows, schemas, renamed)
     return [f"data: columns that are not read: {unread}"] if unread else []
-
-
-def _describe_unmarked(rows: list[dict], name: str, markers: Sequence[str]) -> list[str]:
-    """Return a list with one remark on rows that are not learned for lack of a marker, or an empty list.
-
-    name: of their format.
-    """
-    unmarked = sum(markers[1] not in str(row.get("text")) for row in rows) if FORMATS[name].has_markers else 0
-    if not unmarked:
-        return []
-    return [
-        f"data: {unmarked:,} of {len(rows):,} rows have no marker {markers[1]!r}; nothing of them is learned"
-    ]
-
-
-def _describe_two_systems(given: list[dict], read: list[dict]) -> list[str]:
-    """Return a list with one remark on rows whose column `system` gives way to their own, or an empty list.
-
-    given: the rows as they came; read: in the columns of the format.
-    """
-    count = 0
-    for row, values in zip(given, read, strict=True):
-        messages, system = values.get("messages"), row.get("system")
-        if isinstance(system, str) and system.strip() and isinstance(messages, list) and messages:
-            count += isinstance(messages[0], Mapping) and messages[0].get("content") != system
-    if not count:
-        return []
-    return [
-        f"data: {count:,} of {len(given):,} rows begin with a system message of their own; their column"
-        " system is not read"
-    ]
-
-
-def _describe_choice(name: str, schema: Schema, has_template: bool, has_images: bool) -> list[str]:
-    """Return a list with one remark if the tokenizer decides on the format of a schema, or an empty list.
-
-    Args:
-        name: of the format.
-        schema: as it was recognised.
-        has_template: whether the tokenizer has a chat template.
-        has_images: whether rows have images. Then it decides on all that are texts.
-    """
-    if schema.auto not in (Auto.WITH_TEMPLATE, Auto.WITHOUT_TEMPLATE) and not (
-        has_images and schema.has_texts and name != "completion"
-    ):
-        return []
-    columns, reason = " and ".join(schema.required), "a" if has_template else "no"
-    return [
-        f"data: columns {columns} are read as {name}, since the tokenizer has {reason} chat template;"
-        " --dataset_format chooses another format (docs/data.md)"
-    ]
