@@ -28,30 +28,14 @@ from data.chat_turns import (
     find_endings,
     make_answer,
     split_at_probe,
-    try_apply,
 )
 from data.messages import convert_arguments, drop_train_flags
 from data.parted_text import ContentForm, find_content_form, fit_contents
 from data.template_date import set_template_date
+from data.tool_calls import ToolCallForm, find_tool_call_form
 from options.errors import UserError
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class ToolCallForm(NamedTuple):
-    """The form in which a template can show tool calls.
-
-    Attributes:
-        takes_objects: arguments may be objects, which transformers asks for.
-        takes_text: arguments may be JSON text, which is shown unchanged.
-        needs_content: a message with a call must have a content, which may be empty.
-        example: the text that the template writes of a call; "" if it writes none.
-    """
-
-    takes_objects: bool
-    takes_text: bool
-    needs_content: bool
-    example: str
 
 
 class RenderedChat(NamedTuple):
@@ -279,27 +263,8 @@ class ChatTemplate:
 
     @cached_property
     def _tool_call_form(self) -> ToolCallForm:
-        """The form of tool calls that the template takes, found out on a conversation with a call.
-
-        The call has no content if the template takes that, else an empty one.
-        """
-        for content in ({}, {"content": ""}):
-            objects = self._apply_to_call({"x": "1"}, content)
-            text = self._apply_to_call('{"x": "1"}', content)
-            takes_objects = bool(objects) and "{'x'" not in objects  # Python's form of an object is not JSON
-            takes_text = '{"x": "1"}' in text
-            if takes_objects or takes_text:
-                example = objects if takes_objects else text
-                return ToolCallForm(takes_objects, takes_text, bool(content), example)
-        return ToolCallForm(True, False, False, "")
-
-    def _apply_to_call(self, arguments: dict | str, content: dict) -> str:
-        """Return the text of a conversation with a tool call; "" if the template refuses it.
-
-        content: {} or {"content": text}, of the message with the call.
-        """
-        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        return try_apply(self.apply, [HELLO, {"role": "assistant", "tool_calls": [call]} | content]) or ""
+        """The form of tool calls that the template takes."""
+        return find_tool_call_form(self.apply)
 
     def _get_template(self, tools: list[dict] | None) -> str:
         """Return the template for conversations with or without tools, with `self.day` as its date."""
