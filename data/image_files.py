@@ -31,6 +31,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, Ov
           Image.DecompressionBombError)  # fmt: skip
 DIGEST_BYTES = 2**16  # of an image's beginning
 TAIL_BYTES = 2**16  # of a JPEG's end, where its last marker is; few cameras append more
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's, of grey values with more than 8 bits
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
 ImageSource = StoredImage | str  # what a row has of an image: its bytes, or a path
@@ -156,23 +157,23 @@ def _read_ref(path: str, start: int, size: int | None, error_prefix: str) -> Ima
             encoded = file if size is None else io.BytesIO(file.read(size))
             head = encoded.read(DIGEST_BYTES)
             digest = hashlib.sha256(length.to_bytes(8, "little") + head).digest()
-            width, height = _read_size(encoded, length, error_prefix)
+            width, height, is_deep = _read_header(encoded, length, error_prefix)
     except OSError as e:
         raise UserError(f"{error_prefix}: {e.strerror or 'cannot be read'}") from None
-    return ImageRef(path, start, size, width, height, "", digest=digest)
+    return ImageRef(path, start, size, width, height, "", digest=digest, is_deep=is_deep)
 
 
-def _read_size(encoded: BinaryIO, length: int, error_prefix: str) -> tuple[int, int]:
-    """Return (width, height) of an encoded image, turned as EXIF says. Raises UserError if it is unusable.
+def _read_header(encoded: BinaryIO, length: int, error_prefix: str) -> tuple[int, int, bool]:
+    """Return (width, height, `is_deep` of ImageRef) of an encoded image, turned as EXIF says.
 
-    length: in bytes.
+    Raises UserError if it is unusable. length: in bytes.
     """
     encoded.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused here, and of odd tags
             image = Image.open(encoded, formats=IMAGE_FORMATS)
-            width, height = image.size
+            (width, height), is_deep = image.size, image.mode in DEEP_MODES
             if width * height > MAX_IMAGE_PIXELS:
                 raise _too_large(f"{width} x {height} pixels", error_prefix)
             # MPO is a photo with a preview behind it.
@@ -191,7 +192,7 @@ def _read_size(encoded: BinaryIO, length: int, error_prefix: str) -> tuple[int, 
     except DAMAGE as e:
         reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
         raise UserError(f"{error_prefix}: is truncated or damaged ({reason})") from None
-    return (height, width) if is_turned else (width, height)
+    return (height, width, is_deep) if is_turned else (width, height, is_deep)
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -6,7 +6,7 @@ Shapes: R examples.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ class ImageRef:
         origin: the data file and row that name it, for errors.
         name: what the data calls it; "" = the file's name.
         digest: of its size in bytes and its first bytes; images of equal digests count as equal.
+        is_deep: whether its grey values have more than 8 bits: those over 255 are cut.
     """
 
     path: str
@@ -33,6 +34,7 @@ class ImageRef:
     origin: str
     name: str = ""
     digest: bytes = b""
+    is_deep: bool = False
 
     @property
     def label(self) -> str:
@@ -66,6 +68,18 @@ class RowImages:
         if not self.refs:
             return ()
         return self.refs[int(self.starts[index]) : int(self.starts[index + 1])]
+
+
+def describe_deep_images(refs: Iterable[ImageRef]) -> tuple[str, ...]:
+    """Return a remark on the images whose values are cut, if there are any. Each image counts once."""
+    count = len({(ref.path, ref.start) for ref in refs if ref.is_deep})
+    if not count:
+        return ()
+    images = "image has" if count == 1 else "images have"
+    return (
+        f"data: {count:,} grey {images} more than 8 bits: values over 255 are cut to white, as other programs"
+        " do it; convert them to 8 bits (docs/vision.md)",
+    )
 
 
 def join_row_images(parts: Sequence[tuple[RowImages, int]]) -> RowImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig
 
 from data.evaluation_data import EvaluationData
 from data.image_format import ImageFormat
+from data.images import describe_deep_images
 from data.rows import TokenizedRows
 from models.family import Family
 from options.config import Config
@@ -60,7 +62,10 @@ def settle_images(
     Raises UserError for an option about images if no row has one, also of the evaluation set, and no prompt.
     """
     if rows.images.refs or evaluation.has_images:
-        return dataclasses.replace(config, images="true"), ()
+        evaluated = evaluation.rows.images.refs if evaluation.rows else ()
+        asked = (ref for prompt in evaluation.prompts for ref in prompt.images)
+        remarks = describe_deep_images(itertools.chain(rows.images.refs, evaluated, asked))
+        return dataclasses.replace(config, images="true"), remarks
     for name in ("image_folder", "image_size"):
         if (value := getattr(config, name)) is not None:
             raise UserError(f"--{name} {value}: has no effect, since no row has an image; leave it out")

@@ -32,11 +32,13 @@ def model(tmp_path_factory):
     return write_gemma_model(tmp_path_factory.mktemp("gemma") / "model")
 
 
-def write_rows(folder, images: bool):
-    """Write questions; with images, all but the first have one."""
+def write_rows(folder, images: bool, deep: tuple[int, ...] = ()):
+    """Write questions; with images, all but the first have one. deep: which images have 16 bits."""
     rows = [{"question": f"What is {i}?", "answer": f"A scan of {i}."} for i in range(6)]
     for i, row in enumerate(rows[1:] if images else ()):
-        Image.new("RGB", (20 + i, 30), (40 * i, 90, 200)).save(folder / f"{i}.png")
+        color = {"I;16": 300, "RGB": (40 * i, 90, 200)}
+        mode = "I;16" if i in deep else "RGB"
+        Image.new(mode, (20 + i, 30), color[mode]).save(folder / f"{i}.png")
         row["image"] = f"{i}.png"
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
@@ -45,6 +47,17 @@ def write_rows(folder, images: bool):
 def arguments(model, data, *more) -> list[str]:
     options = ["--model_name", model, "--dataset", data, "--train_type", "bnb_dora", "--lora_rank", 4, *more]
     return [str(word) for word in options]
+
+
+@pytest.mark.parametrize(
+    ("deep", "said"), [((), None), ((1,), "1 grey image has"), ((0, 3), "2 grey images have")]
+)
+def test_a_line_counts_images_of_more_than_8_bits(model, deep, said, tmp_path):
+    """Each counts once, also those of rows to evaluate on and of prompts."""
+    rows = write_rows(tmp_path, images=True, deep=deep)
+    args = arguments(model, rows, "--eval_dataset", rows, "--sample_every", 1)
+    remarks = [line for line in make_job(ONE_RANK, args).remarks if "more than 8 bits" in line]
+    assert len(remarks) == bool(said) and all(f"data: {said} more than 8 bits" in line for line in remarks)
 
 
 def test_rows_with_images_are_trained_on(model, one_rank, tmp_path):
