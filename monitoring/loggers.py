@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from data.dataset_names import split_mixture, split_name
 from monitoring.metrics import Metrics
@@ -17,6 +18,20 @@ from options.config import Config
 from options.errors import UserError
 
 DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")  # which name sets of data
+
+
+class Sample(NamedTuple):
+    """A prompt and a model's answer.
+
+    Attributes:
+        prompt: as the model saw it.
+        answer: the model's.
+        images: (label, small copy) of the prompt's images, as monitoring/sample_images.py writes them.
+    """
+
+    prompt: str
+    answer: str
+    images: Sequence[tuple[str, Path]] = ()
 
 
 class NoLogger:
@@ -37,8 +52,8 @@ class NoLogger:
     def log_best(self, metrics: Metrics) -> None:
         """Do nothing; a logger records that the evaluation of this step is the best so far."""
 
-    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Do nothing; a logger records (prompt, answer) of the samples after a step; 0 = before the first."""
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Do nothing; a logger records the samples after a step; 0 = before the first."""
 
     def finish(self) -> None:
         """Do nothing; a logger writes what is still to be written."""

@@ -1,4 +1,4 @@
-"""Small copies of the images that a run's samples show: written into the RUN, and embedded in its report.
+"""Small copies of the images in a run's samples: written into the RUN, for its report and its logger.
 
 The images themselves may be gone, or on another machine, when report.py makes the page again.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -66,10 +67,27 @@ def _write(path: Path, encoded: bytes) -> bool:
     return False
 
 
-def embed_copy(folder: Path, name: str) -> str:
-    """Return a copy in a RUN as a `data:` URL for a page; "" if it is none, or is missing."""
+def find_copy(folder: Path, name: str) -> Path | None:
+    """Return the path of a copy in a RUN; None if the name is not one of a copy, or the copy is missing."""
     path = folder / SAMPLE_IMAGES / name
     if not COPY_NAME.fullmatch(name) or path.parent.is_symlink() or path.is_symlink() or not path.is_file():
+        return None
+    return path
+
+
+def find_copies(folder: Path, images: Sequence[Mapping[str, str]]) -> list[tuple[str, Path]]:
+    """Return (label without folders, path) of those images of a sample that have a copy in the RUN.
+
+    images: as `write_copies` returns them.
+    """
+    found = ((os.path.basename(image["label"]), find_copy(folder, image.get("copy", ""))) for image in images)
+    return [(label, path) for label, path in found if path]
+
+
+def embed_copy(folder: Path, name: str) -> str:
+    """Return a copy in a RUN as a `data:` URL for a page; "" if it is none, or is missing."""
+    path = find_copy(folder, name)
+    if path is None:
         return ""
     with path.open("rb") as file:
         encoded = file.read(MAX_BYTES + 1)

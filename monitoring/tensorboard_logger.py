@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 
 from files.disk_room import check_free_space
 from files.names import EVENTS
 from launch.memory import MIB
-from monitoring.loggers import NoLogger, logged_fields, public_facts, public_options
+from monitoring.loggers import NoLogger, Sample, logged_fields, public_facts, public_options
 from monitoring.metrics import Metrics
 from options.config import Config
 from options.errors import UserError
@@ -42,6 +44,7 @@ class TensorboardLogger(NoLogger):
 
     def __init__(self, config: Config, folder: Path, steps_done: int):
         self.folder, self.steps_done, self.options = folder / EVENTS, steps_done, public_options(config)
+        self.shows_images = True
         self.writer: Any = self._open(purge_step=steps_done + 1 if steps_done else None)
 
     def _open(self, purge_step: int | None = None):
@@ -61,12 +64,20 @@ class TensorboardLogger(NoLogger):
         finite = {name: value for name, value in logged_fields(metrics).items() if math.isfinite(value)}
         self._write("add_scalar", finite, metrics.step)
 
-    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         texts = {
-            f"samples/{i}": f"prompt\n\n{_as_code(prompt)}\n\nanswer\n\n{_as_code(answer)}"
-            for i, (prompt, answer) in enumerate(samples, 1)
+            f"samples/{i}": f"prompt\n\n{_as_code(each.prompt)}\n\nanswer\n\n{_as_code(each.answer)}"
+            for i, each in enumerate(samples, 1)
         }
         self._write("add_text", texts, step)
+        if self.shows_images:  # the prompts of a run do not change
+            images = {
+                f"samples/{i}/image_{j}": _read_pixels(path)
+                for i, each in enumerate(samples, 1)
+                for j, (_, path) in enumerate(each.images, 1)
+            }
+            self._write("add_image", images, step)
+            self.shows_images = False
 
     def finish(self) -> None:
         if self.writer:
@@ -82,6 +93,12 @@ class TensorboardLogger(NoLogger):
         except OSError:  # the thread has ended
             self.writer = None
             raise
+
+
+def _read_pixels(path: Path) -> np.ndarray:
+    """Return an image as uint8 [3, height, width]."""
+    with Image.open(path, formats=("JPEG",)) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _as_code(text: str) -> str:

@@ -15,7 +15,7 @@ from files.atomic_writes import nonfinite_to_null, stage_files
 from files.disk_room import append_bytes, warn_on_full_disk
 from files.names import METRICS
 from files.output_folder import output_folder
-from monitoring.loggers import NoLogger
+from monitoring.loggers import NoLogger, Sample
 from monitoring.metrics import Metrics, read_metrics
 from monitoring.progress import Progress, make_progress
 from monitoring.tensorboard_logger import TensorboardLogger
@@ -49,8 +49,8 @@ class NoTracker:
     def log_facts(self, facts_json: str) -> None:
         """Do nothing; a Tracker gives run.json to its logger."""
 
-    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Do nothing; a Tracker gives (prompt, answer) of the samples after a step to its logger."""
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Do nothing; a Tracker gives the samples after a step to its logger."""
 
     def finish(self) -> None:
         """Do nothing; a Tracker writes its pending lines, closes metrics.jsonl and draws loss.png."""
@@ -106,7 +106,7 @@ class Tracker(NoTracker):
             if self.best:  # of the steps before a resume: the logger may be new
                 self.logger.log_best(self.best)
 
-    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         with self._warn_of_lost_logs():
             self.logger.log_samples(step, samples)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from monitoring.loggers import NoLogger, logged_fields, public_facts, public_options
+from monitoring.loggers import NoLogger, Sample, logged_fields, public_facts, public_options
 from monitoring.metrics import Metrics
 from monitoring.run_files import read_samples
+from monitoring.sample_images import find_copies
 from options.config import Config
 from options.errors import UserError
 
@@ -34,8 +36,11 @@ class WandbLogger(NoLogger):
     def __init__(self, config: Config, folder: Path, run_id: str | None):
         import wandb
 
-        self.make_table = wandb.Table
-        self.samples = [[s["step"], s["prompt"], s["text"]] for s in read_samples(folder)]
+        self.make_table, self.make_image = wandb.Table, cache(wandb.Image)
+        self.samples = [
+            (s["step"], Sample(s["prompt"], s["text"], find_copies(folder, s["images"])))
+            for s in read_samples(folder)
+        ]
         self.run = wandb.init(
             id=run_id,
             resume="allow",  # an unknown id starts a new run
@@ -63,11 +68,16 @@ class WandbLogger(NoLogger):
     def log_best(self, metrics: Metrics) -> None:
         self.run.summary.update({"best_eval_loss": metrics.eval_loss, "best_step": metrics.step})
 
-    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        self.samples += [[step, prompt, answer] for prompt, answer in samples]
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self.samples += [(step, sample) for sample in samples]
         del self.samples[:-MAX_TABLE_ROWS]
-        table = self.make_table(columns=["step", "prompt", "answer"], data=self.samples)
-        self.run.log({"samples": table}, step=step)
+        most = max(len(sample.images) for _, sample in self.samples)
+        rows = []
+        for of_step, sample in self.samples:
+            images = [self.make_image(str(path), caption=label) for label, path in sample.images]
+            rows.append([of_step, sample.prompt, sample.answer, *images, *[None] * (most - len(images))])
+        columns: list[str | int] = ["step", "prompt", "answer", *(f"image {i + 1}" for i in range(most))]
+        self.run.log({"samples": self.make_table(columns=columns, data=rows)}, step=step)
 
     def finish(self) -> None:
         self.run.finish()

@@ -31,9 +31,10 @@ from files.names import BEST, SCORE
 from launch.ranks import RankInfo, errors_on_all_ranks
 from launch.signals import NoStopRequests
 from models.family import longrope_threshold
+from monitoring.loggers import Sample
 from monitoring.messages import describe_nothing_done
 from monitoring.metrics import Meter, Metrics
-from monitoring.sample_images import write_copies
+from monitoring.sample_images import find_copies, write_copies
 from monitoring.tracking import NoTracker
 from options.errors import describe
 from training.evaluation import (
@@ -241,17 +242,18 @@ class Evaluator:
             answers |= zip(indices, generated, strict=True)
         if self.rank_info.rank != 0:
             return
-        lines, texts = "", []
+        lines, samples = "", []
         for i, prompt in enumerate(prompts):
             text = decode_answer(answers[i], self.tokenizer, self.data.stop_ids, prompt.marker)
-            texts.append((prompt.text, text))
             line = {"step": step, "prompt": prompt.text, "text": text}
             line |= {"reference": prompt.answer} if prompt.answer else {}
-            line |= {"images": write_copies(self.folder, prompt.images)} if prompt.images else {}
+            copies = write_copies(self.folder, prompt.images)
+            line |= {"images": copies} if copies else {}
+            samples.append(Sample(prompt.text, text, find_copies(self.folder, copies)))
             lines += json.dumps(line, ensure_ascii=False) + "\n"
             self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {cut_repetition(text)!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)
-        self.tracker.log_samples(step, texts)
+        self.tracker.log_samples(step, samples)
 
 
 def _load_images(

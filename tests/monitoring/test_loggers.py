@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from data.images import ImageRef
 from files.output_folder import check_output, clear_output
-from monitoring.loggers import NoLogger, public_facts, public_options
+from monitoring.loggers import NoLogger, Sample, public_facts, public_options
 from monitoring.metrics import Metrics
 from monitoring.progress import ProgressLines
+from monitoring.sample_images import find_copies, write_copies
 from monitoring.tensorboard_logger import TensorboardLogger
 from monitoring.tracking import Tracker, make_tracker
+from monitoring.wandb_logger import WandbLogger
 from options.errors import UserError
 from options.train import parse
 from tests.helpers.here import SINGLE_RANK
@@ -153,6 +158,72 @@ def test_no_folder_of_this_machine_is_sent(tmp_path, monkeypatch):
     assert public_facts(hub_adapter) == hub_adapter
 
 
+def write_sample(folder: Path, colors: list[tuple]) -> Sample:
+    """Return a sample whose images have these colors, with copies in the RUN, and write it there."""
+    refs = []
+    for color in colors:
+        path = folder / f"{'-'.join(map(str, color))}.png"
+        Image.new("RGB", (300, 150), color).save(path)
+        refs.append(ImageRef(str(path), 0, None, 300, 150, "", name=f"/home/me/{path.name}"))
+    images = write_copies(folder, refs)
+    sample = Sample(f"q{len(colors)}", "a", find_copies(folder, images))
+    line = {"step": 0, "prompt": sample.prompt, "text": "a", "images": images}
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return sample
+
+
+COLORS = [(200, 0, 0), (0, 0, 200)]
+
+
+def test_wandb_gets_the_images_of_samples(tmp_path, monkeypatch):
+    """Also those of samples before a resume; a name that is not one of a copy is none."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    write_sample(tmp_path, COLORS[:1])
+    secret = [{"label": "x", "copy": f"../{COLORS[0]}.png"}]
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 0, "prompt": "q", "text": "a", "images": secret}) + "\n")
+    config, _ = parse(["--output_dir", str(tmp_path), "--log_to", "wandb"])
+    logger = WandbLogger(config, tmp_path, None)
+    both = write_sample(tmp_path, COLORS)
+    for number in (1, 2):
+        logger.log_samples(number, [both, Sample("q0", "a")])
+    logger.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    tables = [r.artifact for r in wandb_records(file) if r.WhichOneof("record_type") == "artifact"]
+    files = {each.path: Path(each.local_path) for each in tables[-1].manifest.contents}
+    table = json.loads(files.pop("samples.table.json").read_text())
+    assert table["columns"] == ["step", "prompt", "answer", "image 1", "image 2"]
+    colors = []
+    for row in table["data"]:
+        cells = [cell for cell in row[3:] if cell]
+        assert all(
+            "/" not in cell["caption"] and (cell["width"], cell["height"]) == (160, 80) for cell in cells
+        )
+        colors.append([Image.open(files[cell["path"]]).getpixel((9, 9)) for cell in cells])
+    rounded = [[tuple(round(value, -1) for value in color) for color in row] for row in colors]
+    assert rounded == [COLORS[:1], [], COLORS, [], COLORS, []]
+
+
+def test_tensorboard_gets_the_images_of_samples_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    config, _ = parse(["--output_dir", str(tmp_path)])
+    logger = TensorboardLogger(config, tmp_path, steps_done=0)
+    both = write_sample(tmp_path, COLORS)
+    for number in (1, 2):
+        logger.log_samples(number, [Sample("q0", "a"), both])
+    logger.finish()
+    reader = events_of(tmp_path)
+    assert list(texts_of(reader, "samples/2")) == [1, 2]
+    assert reader.Tags()["images"] == ["samples/2/image_1", "samples/2/image_2"]
+    for tag, color in zip(reader.Tags()["images"], COLORS, strict=True):
+        (event,) = reader.Images(tag)
+        shown = Image.open(io.BytesIO(event.encoded_image_string))
+        assert event.step == 1 and shown.size == (160, 80)
+        assert tuple(round(value, -1) for value in shown.getpixel((9, 9))) == color
+
+
 def step(number: int, loss: float = 1.0, **more) -> Metrics:
     values = dict.fromkeys(("epoch", "lr", "grad_norm", "step_seconds", "tokens_per_second"), 1.0)
     values |= dict.fromkeys(("tokens", "trained_tokens", "memory_allocated_gib", "memory_reserved_gib"), 1)
@@ -171,7 +242,7 @@ def test_a_resumed_run_doubles_no_step(tmp_path):
         logger = TensorboardLogger(config, tmp_path, steps_done=steps[0] - 1)
         for number in steps:
             logger.log(step(number, loss))
-            logger.log_samples(number, [("q", f"{loss}")])
+            logger.log_samples(number, [Sample("q", f"{loss}")])
         logger.finish()
     assert losses_of(tmp_path) == [(i, 1.0) for i in (1, 2, 3)] + [(i, 2.0) for i in (4, 5, 6)]
     assert list(texts_of(events_of(tmp_path), "samples/1")) == [1, 2, 3, 4, 5, 6]
@@ -198,7 +269,7 @@ def test_a_full_disk_costs_a_warning(small_disk, capsys):
     tracker.logger.writer.flush()
     fill(small_disk)
     tracker.log(step(2))
-    tracker.log_samples(2, [("q", "a")])
+    tracker.log_samples(2, [Sample("q", "a")])
     (small_disk / "others").unlink()
     tracker.log(step(3))
     tracker.finish()

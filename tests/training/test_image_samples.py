@@ -47,12 +47,13 @@ def write_rows(folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(two_ranks, tmp_path_factory):
     """(RUN of two ranks, what it printed, file of its rows)."""
+    pytest.importorskip("tensorboard")
     root = tmp_path_factory.mktemp("trained")
     model = write_talkative_gemma(root / "model", TEMPLATE)
     write_rows(root)
     rows, folder = root / "rows.jsonl", root / "run"
     options = ["--num_epochs", 2, "--batch_size", 1, "--max_steps", 4, "--lr", "5e-2", "--world_size", 2]
-    options += ["--log_to", "stdout", "--output_dir", folder, "--eval_dataset", rows, "--eval_every", 4]
+    options += ["--log_to", "tensorboard", "--output_dir", folder, "--eval_dataset", rows, "--eval_every", 4]
     options += ["--sample_every", 4, "--sample_tokens", TOKENS, "--sample_prompts", rows]
     args = args_for(model, rows, "bnb_dora", *options)
     printed = two_ranks(full_run, train.check_run(parse([*map(str, args)])[0]))[0]
@@ -91,6 +92,13 @@ def test_samples_are_the_answers_of_generate(trained, capsys):
     ):
         difference = torch.tensor(list(copy.tobytes())).float() - torch.tensor(list(own.tobytes())).float()
     assert copy.size == own.size and difference.abs().mean() < 60
+
+
+def test_the_logger_gets_the_images(trained):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator(str(trained[0] / "tensorboard")).Reload()
+    shown = ["1/image_1", "2/image_1", "2/image_2", "4/image_1", "5/image_1"]
+    assert reader.Tags()["images"] == [f"samples/{name}" for name in shown]
 
 
 def test_evaluation_is_that_of_the_command(trained, capsys, tmp_path):
