@@ -120,8 +120,7 @@ def test_a_run_ends_with_a_checkpoint_and_resumes(two_ranks, checkpoints, short_
     torch.testing.assert_close(adapter(stopped), adapter(whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("unreadable", ["evaluation", "samples"])
-@pytest.mark.parametrize("last", [3, 2])
+@pytest.mark.parametrize(("unreadable", "last"), [("evaluation", 3), ("samples", 2)])
 def test_an_evaluation_in_a_run_ends_with_a_checkpoint(
     unreadable, last, two_ranks, checkpoints, short_rows, tmp_path
 ):
