@@ -19,8 +19,6 @@ import train
 from data.batches import StepSampler, make_batch
 from data.evaluation_data import EvaluationData, Prompt
 from data.formats import FORMATS
-from data.image_sizes import FixedImages
-from data.pixels import read_pixels
 from data.rows import IGNORE
 from data.tokenizing import tokenize
 from files.names import ADAPTER
@@ -32,7 +30,6 @@ from options.train import parse
 from tests.helpers.adapters import build_peft_model
 from tests.helpers.evaluation import options
 from tests.helpers.here import SINGLE_RANK, context
-from tests.helpers.picture_rows import make_picture_rows, write_pictures
 from tests.helpers.runs import dense_tensors, full_run, make_job, randomize, trained_tensors
 from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import write_alpaca
@@ -120,44 +117,6 @@ def test_the_loss_does_not_depend_on_the_batches(checkpoints):
         for size, most_tokens in ((1, math.inf), (2, math.inf), (5, 60))
     ]
     assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
-
-
-def loss_of_images(rank_info, rows) -> tuple[float, int]:
-    """Return (the mean loss of a model that adds up pixels, the number of blank images that it got)."""
-    model, blank = nn.Linear(1, 1), 0
-    model.config = LlamaConfig()
-
-    def loss_sum(model, batch):
-        nonlocal blank
-        if batch.images is None:
-            return torch.zeros(())
-        blank += not batch.images.bounds
-        means = batch.images.values.double().mean((1, 2, 3))
-        return sum(
-            (means[i] * (first - start) for i, (start, first, _) in enumerate(batch.images.bounds)),
-            start=torch.zeros(()),
-        )
-
-    return mean_loss(model, rows, 2, loss_sum, rank_info, context), blank
-
-
-def test_rows_are_evaluated_with_their_images(one_rank, two_ranks, tmp_path):
-    """A rank without images gets a blank one while the other rank has some."""
-    image_format = FixedImages("", 7, (), (0.5,) * 3, (0.5,) * 3, text="", n_tokens=4, side=8, resample=2)
-    counts = [1, 0, 2, 0, 0, 1, 0, 0, 0, 1, 0]
-    rows = make_picture_rows(write_pictures(tmp_path, sum(counts)), counts, image_format)
-    expected = 0.0
-    for i in range(len(rows)):
-        tokens = rows.tokens[rows.starts[i] : rows.starts[i + 1]]
-        firsts = (tokens == 7).nonzero()[::4, 0].tolist()
-        for first, ref in zip(firsts, rows.images.of_row(i), strict=True):
-            expected += first * float(read_pixels(ref, image_format).double().mean())
-    expected /= int(rows.targets().sum())
-    ((alone, _),) = one_rank(loss_of_images, rows)
-    assert alone == pytest.approx(expected, rel=1e-6)
-    both = two_ranks(loss_of_images, rows)
-    assert [loss for loss, _ in both] == pytest.approx([expected] * 2, rel=1e-6)
-    assert sum(blank for _, blank in both), "a rank had none, and the other one had some"
 
 
 def test_groups_of_rows():

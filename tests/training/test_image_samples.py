@@ -11,19 +11,26 @@ import re
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from transformers import LlamaConfig
 
 import evaluate
 import generate
 import train
 from data.image_batches import plan_prompt_images
+from data.image_sizes import FixedImages
 from data.images import ImageRef
+from data.pixels import read_pixels
 from options.train import parse
 from tests.helpers.adapters import args_for
+from tests.helpers.here import context
 from tests.helpers.image_folders import write_talkative_gemma
 from tests.helpers.image_models import FORMAT, IMAGE
 from tests.helpers.images import TEMPLATE
+from tests.helpers.picture_rows import make_picture_rows, write_pictures
 from tests.helpers.pictures import draw
 from tests.helpers.runs import full_run
+from training.evaluation import mean_loss
 
 TOKENS = 6
 QUESTION = "What is it?"
@@ -130,3 +137,41 @@ def test_grown_sequences_have_the_same_images():
     grown, expected = short.with_pixels(pixels).lengthen(13), long.with_pixels(pixels)
     assert grown.bounds == expected.bounds and short.bounds != long.bounds
     assert torch.equal(grown.positions, expected.positions) and torch.equal(grown.owners, expected.owners)
+
+
+def loss_of_images(rank_info, rows) -> tuple[float, int]:
+    """Return (the mean loss of a model that adds up pixels, the number of blank images that it got)."""
+    model, blank = nn.Linear(1, 1), 0
+    model.config = LlamaConfig()
+
+    def loss_sum(model, batch):
+        nonlocal blank
+        if batch.images is None:
+            return torch.zeros(())
+        blank += not batch.images.bounds
+        means = batch.images.values.double().mean((1, 2, 3))
+        return sum(
+            (means[i] * (first - start) for i, (start, first, _) in enumerate(batch.images.bounds)),
+            start=torch.zeros(()),
+        )
+
+    return mean_loss(model, rows, 2, loss_sum, rank_info, context), blank
+
+
+def test_rows_are_evaluated_with_their_images(one_rank, two_ranks, tmp_path):
+    """A rank without images gets a blank one while the other rank has some."""
+    image_format = FixedImages("", 7, (), (0.5,) * 3, (0.5,) * 3, text="", n_tokens=4, side=8, resample=2)
+    counts = [1, 0, 2, 0, 0, 1, 0, 0, 0, 1, 0]
+    rows = make_picture_rows(write_pictures(tmp_path, sum(counts)), counts, image_format)
+    expected = 0.0
+    for i in range(len(rows)):
+        tokens = rows.tokens[rows.starts[i] : rows.starts[i + 1]]
+        firsts = (tokens == 7).nonzero()[::4, 0].tolist()
+        for first, ref in zip(firsts, rows.images.of_row(i), strict=True):
+            expected += first * float(read_pixels(ref, image_format).double().mean())
+    expected /= int(rows.targets().sum())
+    ((alone, _),) = one_rank(loss_of_images, rows)
+    assert alone == pytest.approx(expected, rel=1e-6)
+    both = two_ranks(loss_of_images, rows)
+    assert [loss for loss, _ in both] == pytest.approx([expected] * 2, rel=1e-6)
+    assert sum(blank for _, blank in both), "a rank had none, and the other one had some"
