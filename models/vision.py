@@ -5,8 +5,8 @@ It names the types of data/ in texts only: models/family.py, which nearly everyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Vision:
         read_format: (config, model folder) -> ImageFormat. Raises UserError.
         forward_inputs: (ImageBatch, its pixels as `ImageFormat.normalise` returns them) -> the arguments by
             which transformers' own forward takes the images, beside input_ids and attention_mask.
+        matrices: {parameter: adapt} of the projector's bare matrices, which are no linear's weights; LoRA can
+            adapt them, too. adapt(its module, rank, alpha, dtype of A and B) -> a LowRankModule in its place.
         config: name of the tower's config in the wrapper's.
         constant_buffers: returns {name: full contents} of the buffers that no file holds. Gets the wrapper's
             config.
@@ -64,6 +66,7 @@ class Vision:
     embed: Callable[..., ImageFeatures]
     read_format: Callable[..., Any]
     forward_inputs: Callable[..., dict[str, torch.Tensor]]
+    matrices: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict, hash=False)
     config: str = "vision_config"
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]
