@@ -121,3 +121,20 @@ def write_talkative_gemma(folder: Path, chat_template: str) -> Path:
                 tensor += 20
         save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def write_flat_config(folder: Path) -> None:
+    """Rewrite the config.json of a Qwen2.5-VL as the hub's releases have it: without a text_config."""
+    raw = json.loads((folder / "config.json").read_text())
+    text, vision = raw.pop("text_config"), raw["vision_config"]
+    rope = text.pop("rope_parameters")
+    for name in ("model_type", "dtype", "layer_types", "pad_token_id"):
+        text.pop(name, None)
+    for name in ("model_type", "rope_parameters", "initializer_range", "dtype"):
+        vision.pop(name, None)
+    vision["in_chans"] = vision.pop("in_channels")
+    vision["spatial_patch_size"] = vision["patch_size"]
+    raw |= text | {"sliding_window": 32768, "torch_dtype": raw.pop("dtype"), "transformers_version": "4.41.2"}
+    raw |= {"rope_theta": rope["rope_theta"]}
+    raw |= {"rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
