@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, Qwen3VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Qwen3VLConfig,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -37,6 +43,14 @@ OLD_SETTINGS = {  # as files of the hub are, with other numbers
     "rescale_factor": 0.00392156862745098,
     "size": {"height": SIDE, "width": SIDE},
 }
+# Like that of Qwen-VL, without its system prompt.
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 QWEN_SETTINGS = {
     "size": {"longest_edge": 40_000, "shortest_edge": 2_000},
     "patch_size": 8,
@@ -120,6 +134,30 @@ def write_talkative_gemma(folder: Path, chat_template: str) -> Path:
             if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
                 tensor += 20
         save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def write_qwen_model(folder: Path, kind: str) -> Path:
+    """Write a tiny Qwen3-VL or Qwen2.5-VL with random weights, as a whole folder with a chat template.
+
+    Its answers depend on all of the prompt: the layers outweigh the embedding.
+    """
+    folder.mkdir()
+    write_qwen_folder(folder)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    config = CONFIGS[kind]()
+    config.vision_config.patch_size = QWEN_SETTINGS["patch_size"]
+    if kind == "qwen2_5_vl":
+        config.vision_config.window_size = 2 * 2 * QWEN_SETTINGS["patch_size"]  # 2 x 2 tokens
+    names = ("vision_start", "image", "vision_end", "video")
+    for i, name in enumerate(names):
+        setattr(config, f"{name}_token_id", FIRST_ID + i)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05 if "embed_tokens" in name else 0.15)
+    model.save_pretrained(folder)
     return folder
 
 
