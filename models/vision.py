@@ -34,6 +34,39 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
+class TowerBlock:
+    """What the forward of a tower's block makes of each patch, for the model of memory. The defaults: SigLIP.
+
+    H stands for the features of a patch, M for those within the MLP.
+
+    Attributes:
+        attention: H that backward reads: results of the two norms; query, key and value, and what attention
+            returns. A fused linear for the three keeps its result beside the rotated ones, and attention to
+            images apart its results beside the joined one.
+        mlp: M that backward reads: results of linears and of the activation, and of a gate's product.
+        live_mlp: M that are alive at a time in the MLP.
+        mlp_outputs: M that come out of linears.
+        casts: H of further copies under autocast, where linears with the same input cast it for themselves.
+        has_rotary: whether queries and keys are rotated, in fp32.
+        has_fp32_norms: whether norms read an fp32 copy of their input.
+        kept, kept_fp32: H that the tower's forward holds to its end: SigLIP's embeddings of patches, in the
+            dtype of the hidden states; Qwen3-VL's positions, in fp32.
+        ends: hidden states after the last block that backward reads: those of a last norm, of a projector.
+    """
+
+    attention: int = 6
+    mlp: int = 2
+    live_mlp: int = 2
+    mlp_outputs: int = 1
+    casts: int = 2
+    has_rotary: bool = False
+    has_fp32_norms: bool = False
+    kept: int = 1
+    kept_fp32: int = 0
+    ends: int = 2
+
+
+@dataclass(frozen=True)
 class Vision:
     """The vision parts of a wrapper. Names are dotted and absolute, if nothing else is said.
 
@@ -56,6 +89,7 @@ class Vision:
         text_inputs: (config, ImageBatch, ImageFeatures, inputs of the text model) -> these inputs, with those
             that depend on the images of a batch, such as positions of three axes.
         feature_layers: (config) -> number of the text model's first layers after which `by_layer` is added.
+        block: what a block of the tower makes of a patch.
         sees_whole_image: whether the tokens of an image see each other both ways.
     """
 
@@ -71,6 +105,7 @@ class Vision:
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]
     feature_layers: Callable[[Any], int] = lambda config: 0
+    block: TowerBlock = TowerBlock()
     sees_whole_image: bool = False
 
     def tower_blocks(self, model: nn.Module) -> nn.ModuleList:
