@@ -155,6 +155,26 @@ def test_packed_texts_are_rows_alone(images, name, checkpoints, alpaca_file, one
     assert in_pack == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gemma3", *slow(["qwen3_vl", "qwen2_5_vl"])])
+def test_the_tower_takes_a_micro_batch_at_once(name, checkpoints, alpaca_file, one_rank):
+    """The images of all padded rows, in one call; so the planner counts its memory."""
+    args = args_for(checkpoints(MODELS[name].kind), alpaca_file, "lora", *IMAGES)
+    assert one_rank(patches_of_calls, args, MODELS[name])[0] == [
+        sum(width * height for width, height in MODELS[name].sizes) // 4**2
+    ]
+
+
+def patches_of_calls(rank_info, args, of: TinyModel) -> list[int]:
+    """Return the patches of each call of the tower in the forward of a batch with all rows."""
+    job, model = set_up(rank_info, args)
+    found = []
+    block = job.family.vision.tower_blocks(model)[0]
+    block.register_forward_hook(lambda module, given, result: found.append(result.numel() // 16))
+    with torch.no_grad():
+        model(**padded(ROWS, of=of).inputs())
+    return found
+
+
 def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
     """Return (this rank's loss sum, gradients of all ranks' losses). batches: of each rank."""
     _, model = set_up(rank_info, args)
