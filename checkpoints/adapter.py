@@ -20,8 +20,8 @@ from files.names import ADAPTER, ADAPTER_CONFIG
 from files.saved_adapter import ADAPTER_DTYPES, PEFT_PREFIX, TensorHeaders, read_adapter_modules
 from files.tensors import save_tensors
 from models.family import Family, unwrapped_name
-from models.lora import LoRALinear
-from models.peft_names import peft_exclusions, peft_target_modules
+from models.lora import LowRankModule
+from models.peft_names import peft_exclusions, peft_target_modules, peft_target_parameters
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import Config
 from options.errors import UserError
@@ -50,7 +50,7 @@ def save_adapter(
     """
     tensors = {}
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankModule):
             for name, full in module.peft_tensors(gather_to_cpu).items():
                 if dist.get_rank() == 0:
                     tensors[f"{PEFT_PREFIX}{unwrapped_name(path)}.{name}"] = full.contiguous()
@@ -103,7 +103,7 @@ def _gather_vocabulary(model: PreTrainedModel, family: Family) -> dict[str, Tens
 
 def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, family: Family) -> dict:
     """Return the contents of adapter_config.json."""
-    alpha, embeddings = config.lora_alpha, {}
+    alpha, embeddings, matrices = config.lora_alpha, {}, peft_target_parameters(family, config)
     if config.train_embeddings:
         # PEFT makes a tied head anew, without a bias. Apart, it loads both modules with all of their tensors.
         has_bias = model.get_submodule(family.head).bias is not None
@@ -124,6 +124,7 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **({"target_parameters": matrices} if matrices else {}),  # older versions of PEFT do not know it
     } | embeddings
 
 
@@ -152,7 +153,7 @@ def check_adapter_tensors(
     expected = {
         f"{PEFT_PREFIX}{name}.{suffix}": list(tensor.shape)
         for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LowRankModule)
         for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
     }
     expected |= {
@@ -199,7 +200,7 @@ def load_adapter(
     modules = {unwrapped_name(name): module for name, module in model.named_modules()}
     for name, tensors in read_adapter_modules(path):
         module = modules[name]
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankModule):
             module.set_peft_tensors(tensors, fill_shard)
         else:
             set_parameters(module, tensors)

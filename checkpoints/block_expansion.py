@@ -200,9 +200,10 @@ def expanded_config(raw: dict, config: PretrainedConfig, originals: list[int]) -
     """
     new = dict(sync_tied_embeddings(raw, config))
     text = text_config(config)
-    if text is not config:
+    is_flat = "num_hidden_layers" in raw and "text_config" not in raw  # so are old wrappers (Qwen2.5-VL)
+    if text is not config and not is_flat:
         return new | {"text_config": _expanded_text_config(raw.get("text_config") or {}, text, originals)}
-    return _expanded_text_config(new, config, originals)
+    return _expanded_text_config(new, text, originals)
 
 
 def _expanded_text_config(raw: dict, config: PretrainedConfig, originals: list[int]) -> dict:

@@ -29,12 +29,12 @@ PEFT_PREFIX = "base_model.model."  # PEFT's tensor names start with it
 ADAPTER_DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names
 PICKLE = "adapter_model.bin"
 # Settings of PEFT's LoraConfig that change what the adapter computes, or what it is put on. Only their UNSET
-# values are computed here. exclude_modules is none of them: it names the modules of a wrapper that text does
-# not need. If it left out a linear of the decoder layers, the file would lack the linear's tensors.
+# values are computed here. Two others are checked elsewhere. target_parameters is compared with the model.
+# exclude_modules names the modules of a wrapper that text does not need. If it left out a linear of the
+# decoder layers, the file would lack the linear's tensors.
 FOREIGN_SETTINGS = (
     "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
     "layer_replication", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
-    "target_parameters",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
     "kasa_config", "arrow_config", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
 )  # fmt: skip

@@ -46,7 +46,7 @@ from launch.ranks import RankInfo
 from models.adapters import apply_method, check_quantization
 from models.family import Family
 from models.llama_pro import new_layers
-from models.peft_names import peft_exclusions
+from models.peft_names import peft_exclusions, peft_target_parameters
 from models.registry import build_on_meta, open_weights, read_config
 from models.vocabulary import (
     peft_modules_to_save,
@@ -251,6 +251,7 @@ def _check_adapter_config(path: Path, run: Run) -> None:
     expected = {
         "modules_to_save": peft_modules_to_save(run.family) if config.train_embeddings else None,
         "exclude_modules": peft_exclusions(model, run.family, config),
+        "target_parameters": peft_target_parameters(run.family, config),
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_dora": config.method.adapter == "dora",

@@ -21,7 +21,7 @@ from launch.precision import Precision
 from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family
 from models.longrope import make_rotary
-from models.lora import LoRALinear
+from models.lora import LowRankModule
 from models.registry import build_on_meta
 from parallel.shards import fill_shard
 from quantization.layer import ConvertingModule, convert_tensor, quantize_linears, quantizer_for
@@ -157,7 +157,7 @@ def _load_submodule(
                 fill_shard(params[key], full)
                 filled.add(key)
     for name, module in submodule.named_modules(prefix=path):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankModule):
             module.set_peft_tensors(select_module_tensors(name, adapter), fill_shard)
             filled |= {
                 f"{name}.{key}".removeprefix(prefix)

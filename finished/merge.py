@@ -26,6 +26,7 @@ from finished.finished_run import Run
 from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
 from models.registry import build_on_meta
+from models.vision_parts import vision_matrices
 from options.errors import UserError
 from quantization.operators import TINY
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
@@ -35,6 +36,8 @@ WHOLE = ("weight", "bias")  # ends of the names of an adapter's tensors that wer
 
 def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
     """Merge a linear's LoRA or DoRA adapter into its weight, in place; return the merged weight.
+
+    A bare matrix [I, O] has B [I, R] and A [R, O] (LoRAProjector in models/gemma3.py). The sum is the same.
 
     Args:
         weight: W [O, I] fp32; it is overwritten.
@@ -77,9 +80,10 @@ def make_merged_entries(
         device: device that merges the weights.
     """
     adapters: dict[str, dict[str, torch.Tensor]] = {}
+    matrices = {name.rpartition(".")[0]: name for name in vision_matrices(run.family, run.config)}
     for name, tensor in adapter.items():
         module, key = split_name(name)
-        target = f"{module}.{key}" if key in WHOLE else f"{module}.weight"
+        target = f"{module}.{key}" if key in WHOLE else matrices.get(module, f"{module}.weight")
         adapters.setdefault(target, {})[key] = tensor
     if run.model_config.tie_word_embeddings:  # the files hold a tied weight once
         adapters.pop(f"{run.family.head}.weight", None)

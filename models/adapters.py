@@ -20,7 +20,7 @@ from launch.precision import Precision
 from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
-from models.lora import LoRALinear
+from models.lora import LoRALinear, LowRankModule
 from models.moe import is_any_in_experts
 from models.peft_names import peft_targets
 from models.vision_parts import (
@@ -28,6 +28,7 @@ from models.vision_parts import (
     freeze_vision,
     packed_vision_linears,
     vision_linears,
+    vision_matrices,
     vision_targets,
 )
 from models.vocabulary import vocabulary_modules
@@ -218,6 +219,12 @@ def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch
         size = (base.out_features, base.in_features)
         options = (size, config.lora_rank, config.lora_alpha, config.lora_dropout, dtype)
         model.set_submodule(path, ADAPTERS[name](base, *options))
+    vision = family.built_vision()
+    for matrix in vision_matrices(family, config):
+        assert vision is not None
+        path, adapt = matrix.rpartition(".")[0], vision.matrices[matrix]
+        base = model.get_submodule(path)
+        model.set_submodule(path, adapt(base, config.lora_rank, config.lora_alpha, dtype))
 
 
 @torch.no_grad()
@@ -227,11 +234,11 @@ def replace_adapters(model: nn.Module, family: Family, config: Config) -> None:
     The base stays loaded. The caller must set the new A, B and magnitudes.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankModule):
             model.set_submodule(name, module.unwrap_base())
     _add_adapters(model, family, config, torch.float32)
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankModule):
             module.eval().requires_grad_(False)
         if isinstance(module, DoRALinear):
             module.squared_norm.copy_(module.compute_squared_norm(module.base.weight))

@@ -13,9 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
+    Gemma3MultiModalProjector,
     Gemma3RotaryEmbedding,
 )
 
@@ -23,6 +25,7 @@ from data.image_batches import ImageBatch
 from models.family import Family, wrap_family
 from models.gemma2 import IDENTITY_INIT, WIDE_LINEARS, constant_buffers, logit_cap
 from models.image_settings import read_fixed_images
+from models.lora import LowRankModule
 from models.vision import ImageFeatures, Vision
 
 FAMILY = Family(
@@ -54,6 +57,41 @@ def tower_buffers(config: Any) -> dict[str, torch.Tensor]:
     return {"model.vision_tower.embeddings.position_ids": torch.arange(patches)[None]}
 
 
+class LoRAProjector(LowRankModule):
+    """transformers' projector with LoRA on its matrix: x W + s x B A, as PEFT's ParamWrapper has it.
+
+    A linear computes x W^T. Here W is [I, O], x @ W, and so B is [I, R] and A [R, O]. The tensors keep the
+    names of the projector's.
+
+    Args:
+        base: the frozen projector.
+        rank, alpha, dtype: as for LoRALinear.
+    """
+
+    def __init__(self, base: Gemma3MultiModalProjector, rank: int, alpha: float, dtype: torch.dtype):
+        matrix = base.mm_input_projection_weight
+        super().__init__((matrix.shape[0], matrix.shape[1]), rank, alpha, dtype, matrix.device)
+        self.base = (base,)  # in a tuple it is no submodule, which would give the tensors second names
+        self.patches_per_image, self.avg_pool = base.patches_per_image, base.avg_pool
+        self.mm_soft_emb_norm = base.mm_soft_emb_norm
+        self.mm_input_projection_weight = matrix
+
+    def unwrap_base(self) -> nn.Module:
+        base = self.base[0]
+        base.mm_input_projection_weight = self.mm_input_projection_weight  # the one that was loaded
+        return base
+
+    def forward(self, vision_outputs: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of image tokens, [images, tokens, O], of patches, [images, patches, I]."""
+        side = self.patches_per_image
+        squares = vision_outputs.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+        x = self.mm_soft_emb_norm(self.avg_pool(squares).flatten(2).transpose(1, 2))
+        y = x @ self.mm_input_projection_weight
+        if self.active:  # apart from W, since 16 bits would round W + s B A
+            y = y + x @ (self.lora_B * self.scaling).to(x.dtype) @ self.lora_A.to(x.dtype)
+        return y.type_as(vision_outputs)
+
+
 VISION = Vision(
     parts=("model.vision_tower", "model.multi_modal_projector"),
     blocks="model.vision_tower.encoder.layers",
@@ -65,7 +103,8 @@ VISION = Vision(
         "mlp.fc1",
         "mlp.fc2",
     ),
-    projector=(),  # its projection is a parameter of its own, not a linear
+    projector=(),  # its projection is a bare matrix, not a linear
+    matrices={"model.multi_modal_projector.mm_input_projection_weight": LoRAProjector},
     embed=embed_images,
     read_format=read_fixed_images,
     forward_inputs=forward_inputs,

@@ -13,6 +13,8 @@ block_expansion.py writes the expanded model; its config.json lists the new laye
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PretrainedConfig
 
@@ -28,7 +30,12 @@ NEW_LAYERS = "llama_pro_new_layers"
 
 def is_expanded(config: PretrainedConfig) -> bool:
     """Return whether the config has llama_pro_new_layers, as block_expansion.py writes it."""
-    return getattr(text_config(config), NEW_LAYERS, None) is not None
+    return _recorded_layers(config) is not None
+
+
+def _recorded_layers(config: PretrainedConfig) -> Any:
+    """Return what config.json says about new layers, of an old wrapper without text_config at its top."""
+    return getattr(text_config(config), NEW_LAYERS, getattr(config, NEW_LAYERS, None))
 
 
 def new_layers(config: PretrainedConfig) -> list[int]:
@@ -36,8 +43,8 @@ def new_layers(config: PretrainedConfig) -> list[int]:
 
     Layer 0 is never new: there is no layer before it to copy.
     """
-    path, text = f"{config.name_or_path}/{CONFIG}", text_config(config)
-    layers, count = getattr(text, NEW_LAYERS, None), text.num_hidden_layers
+    path, layers = f"{config.name_or_path}/{CONFIG}", _recorded_layers(config)
+    count = text_config(config).num_hidden_layers
     if layers is None:
         raise UserError(
             f"{path}: has no {NEW_LAYERS}, so this is no expanded model; make one with"

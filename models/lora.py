@@ -21,7 +21,60 @@ from quantization.layer import ConvertingModule, Linear4bit, convert_tensor, par
 from quantization.quantizers import PackedWeight, Quantizer
 
 
-class LoRALinear(ConvertingModule):
+class LowRankModule(ConvertingModule):
+    """A module with trained A [R, I] and B [O, R], as PEFT stores them: `LoRALinear`, or one of a family.
+
+    Args:
+        features: (O, I).
+        rank: R.
+        alpha: lora_alpha of the scaling s.
+        dtype: of A and B for the optimizer.
+        device: of A and B.
+    """
+
+    def __init__(
+        self, features: tuple[int, int], rank: int, alpha: float, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__()
+        out_features, in_features = features
+        self.scaling = alpha / rank
+        self.active = True  # switched by `adapters_off`
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
+
+    def unwrap_base(self) -> nn.Module:
+        """Return the module as it was before it got this adapter."""
+        raise NotImplementedError
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Return {lora_A: Kaiming-uniform values, lora_B: zeros}, both on the CPU."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        a = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        return {"lora_A": a, "lora_B": torch.zeros(self.lora_B.shape)}
+
+    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return {PEFT's name below the module: full tensor}. Collective: every rank must call it.
+
+        gather: makes a full tensor of a sharded parameter.
+        """
+        return {"lora_A.weight": gather(self.lora_A), "lora_B.weight": gather(self.lora_B)}
+
+    @torch.no_grad()
+    def set_peft_tensors(
+        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Copy the full tensors of `peft_tensors` into this module, sharded or not, and empty the dict.
+
+        fill(parameter, full tensor): copies this rank's shard, and raises AssertionError for another shape.
+        Raises KeyError for a name that is missing or not known.
+        """
+        fill(self.lora_A, tensors.pop("lora_A.weight"))
+        fill(self.lora_B, tensors.pop("lora_B.weight"))
+        if tensors:
+            raise KeyError(next(iter(tensors)))
+
+
+class LoRALinear(LowRankModule):
     """A frozen linear layer, dense or 4-bit, with a trained low-rank branch: [T, I] -> [T, O].
 
     Its parameters are made on base's device.
@@ -44,20 +97,15 @@ class LoRALinear(ConvertingModule):
         dropout: float,
         dtype: torch.dtype,
     ):
-        super().__init__()
-        (out_features, in_features), device = features, next(base.parameters()).device
-        self.base, self.scaling, self.dropout = base, alpha / rank, dropout
-        self.active = True  # switched by `adapters_off`
+        super().__init__(features, rank, alpha, dtype, next(base.parameters()).device)
+        self.base, self.dropout = base, dropout
         self.saves_output = False  # for backward instead of a recompute; set by wrapping.py
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
     def base_output(self, x: torch.Tensor) -> torch.Tensor:
         """Return the result without the adapter: W x + bias."""
         return self.base(x)
 
     def unwrap_base(self) -> nn.Module:
-        """Return the base layer as it was before this adapter wrapped it."""
         return self.base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,41 +139,14 @@ class LoRALinear(ConvertingModule):
     def quantizer_for(self, name: str) -> Quantizer | None:
         return quantizer_for(self.base, name)
 
-    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Return {lora_A: Kaiming-uniform values, lora_B: zeros}, both on the CPU."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
-        a = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        return {"lora_A": a, "lora_B": torch.zeros(self.lora_B.shape)}
-
-    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return {PEFT's name below the layer: full tensor}. Collective: every rank must call it.
-
-        gather: makes a full tensor of a sharded parameter.
-        """
-        return {"lora_A.weight": gather(self.lora_A), "lora_B.weight": gather(self.lora_B)}
-
-    @torch.no_grad()
-    def set_peft_tensors(
-        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> None:
-        """Copy the full tensors of `peft_tensors` into this layer, sharded or not, and empty the dict.
-
-        fill(parameter, full tensor): copies this rank's shard, and raises AssertionError for another shape.
-        Raises KeyError for a name that is missing or not known.
-        """
-        fill(self.lora_A, tensors.pop("lora_A.weight"))
-        fill(self.lora_B, tensors.pop("lora_B.weight"))
-        if tensors:
-            raise KeyError(next(iter(tensors)))
-
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Context in which all LoRA and DoRA layers of the model compute only what their base layer does.
+    """Context in which all modules of the model with LoRA or DoRA compute only what their base does.
 
     An embedding and a head that were trained beside them have the base's weights.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in model.modules() if isinstance(m, LowRankModule)]
     vocabulary = [m for m in model.modules() if has_two_weights(m)]
     try:
         for layer in layers:

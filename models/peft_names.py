@@ -1,4 +1,4 @@
-"""The linears of a run's adapters as PEFT's adapter_config.json names them: target_modules, exclude_modules.
+"""What a run adapts, as PEFT's adapter_config.json names it: target_modules, exclude_modules and others.
 
 PEFT adapts each module whose dotted name ends with a target, unless exclude_modules matches the whole name.
 target_modules is a plain list: some servers refuse a regular expression there.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from models.family import Family, unwrapped_name
-from models.vision_parts import vision_targets
+from models.vision_parts import vision_matrices, vision_targets
 from options.config import Config
 
 
@@ -44,13 +44,22 @@ def peft_target_modules(model: nn.Module, family: Family, config: Config) -> lis
     return targets
 
 
+def peft_target_parameters(family: Family, config: Config) -> list[str] | None:
+    """Return PEFT's target_parameters: the projector's bare matrices with adapters; None without any.
+
+    The names are those of their module and of the parameter, as PEFT's documentation has them.
+    """
+    names = vision_matrices(family, config)
+    return [".".join(name.split(".")[-2:]) for name in names] or None
+
+
 def peft_exclusions(model: nn.Module, family: Family, config: Config) -> str | None:
     """Return PEFT's exclude_modules: a regular expression for the parts beside the text model, or None.
 
     Their linears may have the same last names as those of the text model. A part with adapters is not among
     them. Args: as for `peft_target_modules`; the model may lack the parts.
     """
-    adapted = vision_targets(model, family, config)
+    adapted = vision_targets(model, family, config) + vision_matrices(family, config)
     return exclude_parts([p for p in family.unused if not any(name.startswith(f"{p}.") for name in adapted)])
 
 

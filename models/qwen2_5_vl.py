@@ -26,7 +26,7 @@ from models import qwen2
 from models.family import wrap_family
 from models.image_grids import forward_inputs, grid_inputs, rotary_buffers, send, text_inputs
 from models.image_settings import read_patch_images
-from models.vision import ImageFeatures, Vision
+from models.vision import ImageFeatures, TowerBlock, Vision
 
 
 def find_packed_rows(text_model: PreTrainedModel) -> None:
@@ -71,6 +71,17 @@ VISION = Vision(
     read_format=read_patch_images,
     constant_buffers=partial(rotary_buffers, Qwen2_5_VLVisionRotaryEmbedding),
     text_inputs=text_inputs,
+    block=TowerBlock(
+        attention=9,
+        mlp=4,
+        live_mlp=3,
+        mlp_outputs=2,
+        casts=1,
+        has_rotary=True,
+        has_fp32_norms=True,
+        kept=0,
+        ends=1,
+    ),
 )
 
 TEXT = replace(qwen2.FAMILY, rotary_class=Qwen2_5_VLRotaryEmbedding, match_checkpoint=find_packed_rows)

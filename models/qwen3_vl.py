@@ -26,7 +26,7 @@ from models import image_grids, qwen3
 from models.family import wrap_family
 from models.image_grids import forward_inputs, grid_inputs, rotary_buffers, send
 from models.image_settings import read_patch_images
-from models.vision import ImageFeatures, Vision
+from models.vision import ImageFeatures, TowerBlock, Vision
 
 
 def add_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -88,6 +88,7 @@ VISION = Vision(
     read_format=read_patch_images,
     constant_buffers=partial(rotary_buffers, Qwen3VLVisionRotaryEmbedding),
     text_inputs=text_inputs,
+    block=TowerBlock(attention=9, casts=0, has_rotary=True, kept=0, kept_fp32=1, ends=1),
     feature_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
 )
 

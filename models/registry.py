@@ -161,6 +161,8 @@ def _read_known_config(folder: Path, raw: dict) -> PretrainedConfig:
         ) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/{CONFIG}: {explain_unlisted_type(config, list(FAMILIES))}")
+    if "text_config" not in raw and "tie_word_embeddings" in raw:  # an old config.json says it once
+        text_config(config).tie_word_embeddings = config.tie_word_embeddings
     texts, text = FAMILIES[config.model_type].texts, text_config(config).model_type
     if texts and text not in texts:
         raise UserError(

@@ -5,8 +5,8 @@ It names the types of data/ in texts only: models/family.py, which nearly everyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,39 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
+class TowerBlock:
+    """What the forward of a tower's block makes of each patch, for the model of memory. The defaults: SigLIP.
+
+    H stands for the features of a patch, M for those within the MLP.
+
+    Attributes:
+        attention: H that backward reads: results of the two norms; query, key and value, and what attention
+            returns. A fused linear for the three keeps its result beside the rotated ones, and attention to
+            images apart its results beside the joined one.
+        mlp: M that backward reads: results of linears and of the activation, and of a gate's product.
+        live_mlp: M that are alive at a time in the MLP.
+        mlp_outputs: M that come out of linears.
+        casts: H of further copies under autocast, where linears with the same input cast it for themselves.
+        has_rotary: whether queries and keys are rotated, in fp32.
+        has_fp32_norms: whether norms read an fp32 copy of their input.
+        kept, kept_fp32: H that the tower's forward holds to its end: SigLIP's embeddings of patches, in the
+            dtype of the hidden states; Qwen3-VL's positions, in fp32.
+        ends: hidden states after the last block that backward reads: those of a last norm, of a projector.
+    """
+
+    attention: int = 6
+    mlp: int = 2
+    live_mlp: int = 2
+    mlp_outputs: int = 1
+    casts: int = 2
+    has_rotary: bool = False
+    has_fp32_norms: bool = False
+    kept: int = 1
+    kept_fp32: int = 0
+    ends: int = 2
+
+
+@dataclass(frozen=True)
 class Vision:
     """The vision parts of a wrapper. Names are dotted and absolute, if nothing else is said.
 
@@ -48,12 +81,15 @@ class Vision:
         read_format: (config, model folder) -> ImageFormat. Raises UserError.
         forward_inputs: (ImageBatch, its pixels as `ImageFormat.normalise` returns them) -> the arguments by
             which transformers' own forward takes the images, beside input_ids and attention_mask.
+        matrices: {parameter: adapt} of the projector's bare matrices, which are no linear's weights; LoRA can
+            adapt them, too. adapt(its module, rank, alpha, dtype of A and B) -> a LowRankModule in its place.
         config: name of the tower's config in the wrapper's.
         constant_buffers: returns {name: full contents} of the buffers that no file holds. Gets the wrapper's
             config.
         text_inputs: (config, ImageBatch, ImageFeatures, inputs of the text model) -> these inputs, with those
             that depend on the images of a batch, such as positions of three axes.
         feature_layers: (config) -> number of the text model's first layers after which `by_layer` is added.
+        block: what a block of the tower makes of a patch.
         sees_whole_image: whether the tokens of an image see each other both ways.
     """
 
@@ -64,10 +100,12 @@ class Vision:
     embed: Callable[..., ImageFeatures]
     read_format: Callable[..., Any]
     forward_inputs: Callable[..., dict[str, torch.Tensor]]
+    matrices: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict, hash=False)
     config: str = "vision_config"
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     text_inputs: Callable[[Any, Any, ImageFeatures, dict], dict] = lambda *given: given[-1]
     feature_layers: Callable[[Any], int] = lambda config: 0
+    block: TowerBlock = TowerBlock()
     sees_whole_image: bool = False
 
     def tower_blocks(self, model: nn.Module) -> nn.ModuleList:

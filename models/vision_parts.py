@@ -12,6 +12,11 @@ from models.family import Family
 from options.config import Config
 from options.errors import UserError
 
+_ONLY_LORA = (
+    "this model's is a bare matrix, which PEFT adapts by LoRA alone (lora, qlora, hqq_lora), without"
+    " --lora_dropout"
+)
+
 
 def vision_linears(model: nn.Module, family: Family) -> list[str]:
     """Return the names of the linears of the tower's blocks."""
@@ -45,6 +50,26 @@ def vision_targets(model: nn.Module, family: Family, config: Config) -> list[str
     return list(vision.projector_linears(model)) if vision and config.vision_targets == "projector" else []
 
 
+def vision_matrices(family: Family, config: Config) -> list[str]:
+    """Return the names of the bare matrices of the projector that --vision_targets adapts.
+
+    PEFT has only LoRA for a parameter that is no linear's (target_parameters): no DoRA, and no dropout.
+    """
+    vision = family.built_vision()
+    is_asked = config.vision_targets in ("projector", "all")
+    can_adapt = config.method.adapter == "lora" and not config.lora_dropout
+    return list(vision.matrices) if vision and is_asked and can_adapt else []
+
+
+def describe_left_matrices(family: Family, config: Config) -> str:
+    """Return a line if `all` leaves out a bare matrix, which the run's adapter does not fit; else ""."""
+    vision = family.built_vision()
+    is_asked = config.vision_targets == "all" and config.method.adapter
+    if not vision or not vision.matrices or not is_asked or vision_matrices(family, config):
+        return ""
+    return f"--vision_targets all: adapts the tower; the projector stays as it is: {_ONLY_LORA}"
+
+
 def check_vision_options(family: Family, config: Config, prequantized: bool) -> None:
     """Raise UserError for --vision_targets or --vision_bits that have no effect on the model.
 
@@ -58,10 +83,10 @@ def check_vision_options(family: Family, config: Config, prequantized: bool) -> 
     for name, value, default in given:
         if vision is None and value not in (None, default):
             raise UserError(f"--{name} {value}: has no effect without images; leave it out")
-    if vision and config.vision_targets == "projector" and not vision.projector:
+    is_adaptable = vision and (vision.projector or vision_matrices(family, config))
+    if vision and config.vision_targets == "projector" and not is_adaptable:
         raise UserError(
-            "--vision_targets projector: the projector of this model has no linear that PEFT could adapt;"
-            " choose all, for the linears of the tower, or none"
+            f"--vision_targets projector: {_ONLY_LORA}; choose all, for the linears of the tower, or none"
         )
     if prequantized and config.vision_bits == 4:
         raise UserError("--vision_bits 4: the weights are packed already, as they are; leave it out")

@@ -129,15 +129,22 @@ def _vision_sizes(
     own = [p for p in planned if family.is_of_vision(p.name)]
     targets = vision_targets(model, family, config) if config.method.adapter else []
     of_blocks = Counter(vision.unit_of(name) for name in targets if name.startswith(f"{vision.blocks}."))
+    mergers = {name.rpartition(".")[0] for name in targets if not name.startswith(f"{vision.blocks}.")}
     return VisionSizes(
         hidden=tower.hidden_size,
         mlp=tower.intermediate_size,
         heads=getattr(tower, "num_attention_heads", None) or tower.num_heads,
         blocks=len(vision.tower_blocks(model)),
         patch=tower.patch_size,
+        frames=getattr(tower, "temporal_patch_size", 1),
+        merge=getattr(tower, "spatial_merge_size", 1),
+        output=text_config(model.config).hidden_size,
+        feature_layers=vision.feature_layers(model.config),
+        block=vision.block,
         weights=sum(p.nbytes() for p in own),
         is_packed=any(p.kind == "codes" for p in own),
         branches=max(of_blocks.values(), default=0),
+        mergers=len(mergers),
         is_trained=any(p.kind == "trained" for p in own),
     )
 

@@ -24,7 +24,7 @@ from launch.ranks import RankInfo
 from models.adapters import adapted_linears, quantizer_from_config
 from models.family import Family
 from models.llama_pro import new_layers
-from models.vision_parts import packed_vision_linears, vision_linears
+from models.vision_parts import packed_vision_linears, vision_linears, vision_matrices
 from monitoring.sizes import WeightBytes
 from options.config import Config
 from options.strategies import STRATEGIES
@@ -103,8 +103,9 @@ def plan_parameters(
             of_tower = name.rpartition(".")[0] in tower
             itemsize = (precision.matmul_dtype if of_tower else precision.frozen).itemsize
             planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize, is_padded))
-    for linear in adapted_linears(model, family, config):
-        name, rank = f"{linear}.weight", config.lora_rank
+    adapted = [f"{linear}.weight" for linear in adapted_linears(model, family, config)]
+    for name in adapted + vision_matrices(family, config):
+        rank = config.lora_rank
         rows, columns = files.tensors[name].shape
         shapes = [(rank, columns), (rows, rank), *[(rows,)] * (method.adapter == "dora")]
         planned += [PlannedParameter(name, "trained", shape, precision.trained.itemsize) for shape in shapes]

@@ -75,8 +75,9 @@ class Config:
         " attention only, in models with routed experts); default = PEFT's choice for the model family; or"
         " comma-separated names: q_proj,v_proj", needs="adapter", commas=True)
     vision_targets: str | None = option("none", "Method", "adapters on the vision parts of a model that is"
-        " trained on images: projector = the linears between tower and text model; all = also those of the"
-        " tower's blocks", needs="adapter", choices=("none", "projector", "all"))
+        " trained on images: projector = the linears between tower and text model, of Gemma 3 a matrix, which"
+        " only LoRA adapts; all = also the linears of the tower's blocks", needs="adapter",
+        choices=("none", "projector", "all"))
     vision_bits: int | None = option(16, "Method", "bits of the weights of the vision tower's linears: 16, or"
         " 4 = packed as the decoder layers' are", needs="quantizer", choices=(16, 4))
     train_embeddings: bool = option(False, "Method", "train the embedding and the head in full beside the"

@@ -24,15 +24,16 @@ ADAMS = "adamw", "adam", "fused_adamw", "fused_adam"  # with two moments per wei
 # are read.
 MEMORY_OPTIONS = frozenset({
     "model_name", "llama_pro_path", "train_type", "adapter", "lora_rank", "lora_target_modules",
-    "train_embeddings", "n_bits", "group_size", "context_length", "packing", "batch_size",
+    "lora_dropout", "train_embeddings", "n_bits", "group_size", "context_length", "packing", "batch_size",
     "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
     "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",
     "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size", "save_every",
     "save_minutes", "wd", "images", "image_size", "images_per_pack", "vision_bits", "vision_targets",
 })  # fmt: skip
 
-# Options that take some memory, which the model of memory does not count: for the input of dropout, for
-# generated samples, for records, and in the host for tensors that are read at the same time.
+# Options that take some memory, which the model of memory does not count: for the input of dropout (it reads
+# lora_dropout only for the projector of Gemma 3), for generated samples, for records, and in the host for
+# tensors that are read at the same time.
 NOT_COUNTED = frozenset({
     "lora_dropout", "sample_every", "sample_tokens", "profile", "profile_memory", "loading_workers",
 })  # fmt: skip

@@ -49,6 +49,7 @@ from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
 from models.registry import build_on_meta, open_weights, read_config
 from models.unused_parts import absent_parts
+from models.vision_parts import describe_left_matrices
 from monitoring.profiling import check_traces
 from monitoring.tensorboard_logger import check_tensorboard
 from monitoring.wandb_logger import check_wandb
@@ -120,6 +121,7 @@ def _make_job(config: Config) -> Job:
             *tokenizer_use.remarks,
             *evaluation.remarks,
             *model_remarks,
+            *filter(None, [describe_left_matrices(model.family, config)]),
             *(adapter.remarks if adapter else ()),
             *describe_adopted(config, unsettled if saved else []),
         ),

@@ -23,6 +23,7 @@ from files.names import ADAPTER_CONFIG, BEST
 from files.output_folder import output_folder
 from files.saved_adapter import (
     PEFT_PREFIX,
+    UNSET,
     SavedAdapter,
     open_adapter,
     read_adapter_modules,
@@ -34,7 +35,7 @@ from models.adapters import apply_method, target_linears
 from models.family import Family
 from models.peft_names import exclude_parts
 from models.registry import build_on_meta
-from models.vision_parts import all_vision_linears
+from models.vision_parts import all_vision_linears, vision_matrices
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import ADAPTER_OPTIONS, FIELDS, Config
 from options.declaration import format_value
@@ -92,9 +93,11 @@ def adopt_adapter(
     config = adopt_options(config, adapter, model_config, family)
     model = build_on_meta(model_config, family)
     apply_method(model, family, config, Precision(torch.float32, torch.float32), files)
-    # The base's weights take the place of an embedding or a head that the adapter does not have.
+    # The base's weights take the place of an embedding or a head that the adapter does not have, and new
+    # values that of an adapter on a bare matrix.
     optional = {f"{PEFT_PREFIX}{name}" for name in vocabulary_parameters(model, family)}
     optional -= _saved_vocabulary(adapter, family)
+    optional |= _new_matrices(adapter, family, config)
     _check_untrained_vocabulary(adapter, config, family)
     where = adapter.path, files.folder, ADAPTER_CONFIG
     check_adapter_tensors(adapter.tensors, model, family, *where, optional=optional)
@@ -170,6 +173,7 @@ def adopt_options(
     values["vision_targets"] = _adopt_vision(adapter, family)
     if config.vision_targets not in (None, values["vision_targets"]):
         raise _contradiction("vision_targets", config, adapter, values["vision_targets"])
+    _check_target_parameters(adapter, config, family)
     targets = _adopt_targets(config, adapter, model_config, family)
     return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
 
@@ -195,10 +199,35 @@ def _adopt_vision(adapter: SavedAdapter, family: Family) -> str:
     `check_adapter_tensors` finds later whether all of them are there.
     """
     vision = family.built_vision()
-    modules = {split_name(name)[0] for name in adapter.tensors if ".lora_" in name}
-    if vision is None or not any(map(family.is_of_vision, modules)):
+    names = {name.removeprefix(PEFT_PREFIX) for name in adapter.tensors if ".lora_" in name}
+    if vision is None or not any(map(family.is_of_vision, names)):
         return "none"
-    return "all" if any(name.startswith(f"{vision.blocks}.") for name in modules) else "projector"
+    return "all" if any(name.startswith(f"{vision.blocks}.") for name in names) else "projector"
+
+
+def _check_target_parameters(adapter: SavedAdapter, config: Config, family: Family) -> None:
+    """Raise UserError if PEFT's target_parameters names others than bare matrices of a projector."""
+    recorded, vision = adapter.settings.get("target_parameters"), family.built_vision()
+    if recorded in UNSET:
+        return
+    known = [f".{name}" for name in vision.matrices] if vision else []
+    names = recorded if isinstance(recorded, list) else [recorded]
+    if not all(any(matrix.endswith(f".{name}") for matrix in known) for name in names):
+        file = adapter.path.parent / ADAPTER_CONFIG
+        raise UserError(f"{file}: target_parameters {recorded} is not supported here")
+    if config.lora_dropout:
+        raise UserError(
+            f"--lora_dropout {config.lora_dropout}: --adapter {adapter.name} adapts a bare matrix,"
+            f" {', '.join(map(str, names))}, for which PEFT has no dropout; leave the option out"
+        )
+
+
+def _new_matrices(adapter: SavedAdapter, family: Family, config: Config) -> set[str]:
+    """Return PEFT's tensor names of the projector's bare matrices if target_parameters names none."""
+    if adapter.settings.get("target_parameters") not in UNSET:
+        return set()
+    modules = [name.rpartition(".")[0] for name in vision_matrices(family, config)]
+    return {f"{PEFT_PREFIX}{name}.lora_{key}.weight" for name in modules for key in "AB"}
 
 
 def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:
@@ -287,11 +316,12 @@ def _own_targets(adapter: SavedAdapter, linears: list[str]) -> str:
     """Return the adapter's target_modules as --lora_target_modules takes them. UserError if none fits.
 
     PEFT ignores names that match nothing, if others match. It also takes a regular expression; then the
-    names of the file's linears replace it. linears: names of the linears that may have an adapter.
+    names of the file's linears replace it. linears: names of the decoder layers' linears.
     """
     recorded = adapter.settings.get("target_modules")
     if isinstance(recorded, str):
-        return ",".join(sorted({split_name(name)[0] for name in adapter.tensors if ".lora_" in name}))
+        adapted = {split_name(name)[0] for name in adapter.tensors if ".lora_" in name}
+        recorded = sorted(adapted.intersection(linears))  # not those of vision parts
     names = [n for n in recorded if isinstance(n, str) and n] if isinstance(recorded, list) else []
     own = [n for n in names if any(f".{linear}".endswith(f".{n}") for linear in linears)]
     if not own:

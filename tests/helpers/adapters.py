@@ -17,6 +17,8 @@ from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.layers import ALPHA, R
 from tests.helpers.runs import set_up, trained_tensors, transformers_model
 
+BARE_MATRIX = "mm_input_projection_weight"  # of Gemma 3's projector, which is no linear
+
 
 def args_for(model, data, train_type: str, *more) -> list[str]:
     """Return arguments of a training run, with rank R and alpha ALPHA if the train type has adapters."""
@@ -28,7 +30,10 @@ def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: flo
     """Build transformers' model with the weights `state` under PEFT, with the adapters `ours`."""
     base = transformers_model(folder, state)
     names = sorted({name.rpartition(".")[0] for name in ours})
-    options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
+    bare = [name for name in names if name.endswith("multi_modal_projector")]
+    targets = [name for name in names if name not in bare]
+    options = {"r": R, "lora_alpha": alpha, "target_modules": targets, "use_dora": use_dora}
+    options["target_parameters"] = [f"{name}.{BARE_MATRIX}" for name in bare]
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())
     with torch.no_grad():

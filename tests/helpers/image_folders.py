@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, Qwen3VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Qwen3VLConfig,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -37,6 +43,14 @@ OLD_SETTINGS = {  # as files of the hub are, with other numbers
     "rescale_factor": 0.00392156862745098,
     "size": {"height": SIDE, "width": SIDE},
 }
+# Like that of Qwen-VL, without its system prompt.
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 QWEN_SETTINGS = {
     "size": {"longest_edge": 40_000, "shortest_edge": 2_000},
     "patch_size": 8,
@@ -121,3 +135,44 @@ def write_talkative_gemma(folder: Path, chat_template: str) -> Path:
                 tensor += 20
         save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def write_qwen_model(folder: Path, kind: str) -> Path:
+    """Write a tiny Qwen3-VL or Qwen2.5-VL with random weights, as a whole folder with a chat template.
+
+    Its answers depend on all of the prompt: the layers outweigh the embedding.
+    """
+    folder.mkdir()
+    write_qwen_folder(folder)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    config = CONFIGS[kind]()
+    config.vision_config.patch_size = QWEN_SETTINGS["patch_size"]
+    if kind == "qwen2_5_vl":
+        config.vision_config.window_size = 2 * 2 * QWEN_SETTINGS["patch_size"]  # 2 x 2 tokens
+    names = ("vision_start", "image", "vision_end", "video")
+    for i, name in enumerate(names):
+        setattr(config, f"{name}_token_id", FIRST_ID + i)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05 if "embed_tokens" in name else 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_flat_config(folder: Path) -> None:
+    """Rewrite the config.json of a Qwen2.5-VL as the hub's releases have it: without a text_config."""
+    raw = json.loads((folder / "config.json").read_text())
+    text, vision = raw.pop("text_config"), raw["vision_config"]
+    rope = text.pop("rope_parameters")
+    for name in ("model_type", "dtype", "layer_types", "pad_token_id"):
+        text.pop(name, None)
+    for name in ("model_type", "rope_parameters", "initializer_range", "dtype"):
+        vision.pop(name, None)
+    vision["in_chans"] = vision.pop("in_channels")
+    vision["spatial_patch_size"] = vision["patch_size"]
+    raw |= text | {"sliding_window": 32768, "torch_dtype": raw.pop("dtype"), "transformers_version": "4.41.2"}
+    raw |= {"rope_theta": rope["rope_theta"]}
+    raw |= {"rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

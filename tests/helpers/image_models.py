@@ -17,11 +17,13 @@ from data.image_sizes import FixedImages, PatchImages
 from data.images import ImageRef, RowImages
 from data.packing import make_packed_batch
 from data.rows import IGNORE, TokenizedRows
+from options.methods import METHODS
 from tests.helpers.picture_rows import rows_replaced
 from tests.helpers.runs import train_run
 
 # Options of runs.
 IMAGES, TOWER, PACKED = ["--images", "true"], ["--vision_targets", "all"], ["--vision_bits", "4"]
+PROJECTOR = ["--vision_targets", "projector"]
 IMAGE = 299  # id of an image's token, as in tests/helpers/tiny.py
 # Tokens before, between and after the images of each row; the windows have 16 tokens.
 TEXTS = [(3, 25), (2, 4, 9), (20,), (14, 12), (0, 1, 1, 30)]
@@ -41,6 +43,7 @@ class TinyModel:
         sizes: (width, height) of the images of all rows.
         n_tower_linears: linears that --vision_targets all adapts.
         n_projector_linears: those that --vision_targets projector adapts.
+        n_matrices: bare matrices of the projector, which both adapt, with LoRA alone.
     """
 
     kind: str
@@ -48,6 +51,15 @@ class TinyModel:
     sizes: tuple[tuple[int, int], ...]
     n_tower_linears: int
     n_projector_linears: int
+    n_matrices: int = 0
+
+    def n_adapted(self, options: list[str], train_type: str) -> int:
+        """Return the number of modules of the vision parts that get adapters by --vision_targets."""
+        if "--vision_targets" not in options:
+            return 0
+        linears = {"all": self.n_tower_linears, "projector": self.n_projector_linears}
+        is_lora = METHODS[train_type].adapter == "lora"
+        return linears[options[options.index("--vision_targets") + 1]] + self.n_matrices * is_lora
 
     def n_tokens(self, row: int) -> list[int]:
         """Return the number of tokens of each image of a row."""
@@ -74,6 +86,7 @@ GEMMA = TinyModel(
     sizes=((16, 16),) * FIRSTS[-1],
     n_tower_linears=2 * 6,
     n_projector_linears=0,
+    n_matrices=1,
 )
 QWEN = TinyModel(
     "qwen3_vl",

@@ -19,7 +19,7 @@ import train
 from data.packing import make_sampler
 from models.checkpoint_names import ParameterNames
 from models.family import unwrapped_name
-from models.lora import LoRALinear
+from models.lora import LowRankModule
 from monitoring.tracking import NoTracker
 from options.train import parse
 from parallel.shards import fill_shard, gather_to_cpu
@@ -50,7 +50,7 @@ def make_job(rank_info, argv: list[str]) -> train.Job:
 def randomize(model, seed: int = 7) -> None:
     """Fill B and magnitude_change with random values, the same on any number of ranks."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankModule):
             generator = torch.Generator().manual_seed(seed + sum(map(ord, unwrapped_name(path))))
             for parameter, std in ((module.lora_B, 0.05), (getattr(module, "magnitude_change", None), 0.2)):
                 if parameter is not None:

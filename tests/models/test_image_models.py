@@ -15,6 +15,7 @@ from tests.helpers.image_models import (
     IMAGES,
     MODELS,
     PACKED,
+    PROJECTOR,
     ROWS,
     TOWER,
     TinyModel,
@@ -84,9 +85,15 @@ CASES = [
         for train_type in ("qlora", "bnb_dora", "hqq_dora")
     ],
     *[(name, "bnb_dora", PACKED) for name in MODELS],
-    ("qwen3_vl", "bnb_dora", ["--vision_targets", "projector"]),
+    ("qwen3_vl", "bnb_dora", PROJECTOR),
+    ("gemma3", "lora", PROJECTOR),
+    ("gemma3", "qlora", PROJECTOR),
 ]
-QUICK = [("gemma3", "bnb_dora", []), *[(name, "bnb_dora", [*TOWER, *PACKED]) for name in MODELS]]
+QUICK = [
+    ("gemma3", "bnb_dora", []),
+    ("gemma3", "qlora", PROJECTOR),
+    *[(name, "bnb_dora", [*TOWER, *PACKED]) for name in MODELS],
+]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +107,7 @@ def test_loss_and_gradients_are_pefts(name, train_type, vision, checkpoints, alp
     args = args_for(folder, alpaca_file, train_type, *IMAGES, *vision)
     ways, base, adapters = one_rank(learn, args, of)[0]
     in_tower = {name.rpartition(".")[0] for name in adapters if is_of_a_tower(name)}
-    expected = {"all": of.n_tower_linears, "projector": of.n_projector_linears}
-    assert len(in_tower) == (expected[vision[1]] if "--vision_targets" in vision else 0)
+    assert len(in_tower) == of.n_adapted(vision, train_type)
     model = build_peft_model(folder, base, adapters, METHODS[train_type].adapter == "dora").eval()
     loss, gradients = learn_with_peft(model, adapters, of)
     for ours, our_gradients in ways.values():
@@ -149,6 +155,26 @@ def test_packed_texts_are_rows_alone(images, name, checkpoints, alpaca_file, one
     assert in_pack == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gemma3", *slow(["qwen3_vl", "qwen2_5_vl"])])
+def test_the_tower_takes_a_micro_batch_at_once(name, checkpoints, alpaca_file, one_rank):
+    """The images of all padded rows, in one call; so the planner counts its memory."""
+    args = args_for(checkpoints(MODELS[name].kind), alpaca_file, "lora", *IMAGES)
+    assert one_rank(patches_of_calls, args, MODELS[name])[0] == [
+        sum(width * height for width, height in MODELS[name].sizes) // 4**2
+    ]
+
+
+def patches_of_calls(rank_info, args, of: TinyModel) -> list[int]:
+    """Return the patches of each call of the tower in the forward of a batch with all rows."""
+    job, model = set_up(rank_info, args)
+    found = []
+    block = job.family.vision.tower_blocks(model)[0]
+    block.register_forward_hook(lambda module, given, result: found.append(result.numel() // 16))
+    with torch.no_grad():
+        model(**padded(ROWS, of=of).inputs())
+    return found
+
+
 def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
     """Return (this rank's loss sum, gradients of all ranks' losses). batches: of each rank."""
     _, model = set_up(rank_info, args)
@@ -161,6 +187,7 @@ def learn_on_ranks(rank_info, args, batches) -> tuple[float, dict]:
         ("gemma3", "bnb_dora", [], ""),
         ("qwen3_vl", "bnb_dora", [*TOWER, *PACKED], ""),
         *slow((name, "bnb_dora", [*TOWER, *PACKED], "") for name in ("gemma3", "qwen2_5_vl")),
+        *slow([("gemma3", "qlora", PROJECTOR, "")]),
         *slow(
             (name, *case)
             for name in MODELS
@@ -198,7 +225,7 @@ def test_two_ranks_are_one(
     assert sum(loss for loss, _ in found) == pytest.approx(loss, rel=1e-5)
     for _, ours in found:
         assert_equal_gradients(ours, gradients)
-    assert any(map(is_of_a_tower, gradients)) == (TOWER[0] in options)
+    assert any(map(is_of_a_tower, gradients)) == ("--vision_targets" in options)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Gemma 3's files have several spellings of names. Qwen3-VL's linears include thos
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -17,9 +18,11 @@ import export
 from files.names import ADAPTER, ADAPTER_CONFIG
 from finished.finished_run import load_model, open_run
 from launch.ranks import RankInfo
+from models.adapters import replace_adapters
+from models.lora import adapters_off
 from models.registry import read_config
 from options.errors import UserError
-from tests.helpers.adapters import args_for
+from tests.helpers.adapters import BARE_MATRIX, args_for, save_peft_adapter
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.bnb_checkpoints import pack_like_the_hub, without_quantizing
 from tests.helpers.expansion import all_tensors
@@ -29,6 +32,7 @@ from tests.helpers.image_models import (
     IMAGES,
     MODELS,
     PACKED,
+    PROJECTOR,
     ROWS,
     TOWER,
     TinyModel,
@@ -136,25 +140,30 @@ def test_images_for_a_model_of_text_alone(checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("name", "spelling", "options"),
+    ("name", "spelling", "train_type", "options"),
     [
-        ("gemma3", "hub", TOWER),
-        ("qwen3_vl", "hub", TOWER),
-        *slow(("gemma3", spelling, TOWER) for spelling in SPELLINGS if spelling != "hub"),
-        *slow((name, "hub", []) for name in MODELS),
-        *slow((name, "hub", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"]) for name in MODELS),
-        *slow([("qwen3_vl", "hub", ["--vision_targets", "projector"]), ("qwen3_vl", "without head", TOWER)]),
+        ("gemma3", "hub", "dora", TOWER),
+        ("gemma3", "hub", "lora", PROJECTOR),
+        ("qwen3_vl", "hub", "dora", TOWER),
+        *slow(("gemma3", spelling, "dora", TOWER) for spelling in SPELLINGS if spelling != "hub"),
+        *slow(("gemma3", spelling, "lora", TOWER) for spelling in SPELLINGS),
+        *slow((name, "hub", "dora", []) for name in MODELS),
+        *slow(
+            (name, "hub", "dora", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"]) for name in MODELS
+        ),
+        *slow([("qwen3_vl", "hub", "dora", PROJECTOR), ("qwen3_vl", "without head", "dora", TOWER)]),
     ],
 )
 def test_a_saved_adapter_loads_in_peft_and_merges(
-    name, spelling, options, checkpoints, alpaca_file, one_rank, tmp_path
+    name, spelling, train_type, options, checkpoints, alpaca_file, one_rank, tmp_path
 ):
     """PEFT finds each tensor of the file, and misses none. The merged folder loads in transformers."""
     of, folder = MODELS[name], tmp_path
     base = respell(checkpoints(of.kind), tmp_path / "base", SPELLINGS[spelling])
-    args = args_for(base, alpaca_file, "dora", *IMAGES, *options)
+    args = args_for(base, alpaca_file, train_type, *IMAGES, *options)
     write_random_run(one_rank, folder / "run", args)
-    ours = load_model(open_run(folder / "run"), torch.device("cpu"), torch.float32)
+    run = open_run(folder / "run")
+    ours = load_model(run, torch.device("cpu"), torch.float32)
     theirs = peft.PeftModel.from_pretrained(
         load_transformers_model(base, dtype=torch.float32), folder / "run"
     )
@@ -169,12 +178,16 @@ def test_a_saved_adapter_loads_in_peft_and_merges(
     before, after = all_tensors(base), all_tensors(folder / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    adapted = {"all": of.n_tower_linears, "projector": of.n_projector_linears}
-    assert sum(map(is_of_a_tower, changed)) == (adapted[options[1]] if options else 0)
+    assert sum(map(is_of_a_tower, changed)) == of.n_adapted(options, train_type)
     with torch.no_grad():
         loss = loss_of_rows(ours, of)
         for model in (theirs.eval(), merged.eval()):
             torch.testing.assert_close(loss, expected_loss(model, of), rtol=1e-5, atol=0)
+        with adapters_off(ours):
+            loss = loss_of_rows(ours, of)
+        replace_adapters(ours, run.family, dataclasses.replace(run.config, vision_targets="none"))
+        with adapters_off(ours):  # the base is the one that was loaded
+            torch.testing.assert_close(loss_of_rows(ours, of), loss, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,14 @@ def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_pa
     [
         ([*TOWER, "--images", "false"], "--vision_targets all: has no effect without images; leave it out"),
         ([*PACKED, "--images", "false"], "--vision_bits 4: has no effect without images; leave it out"),
-        ([*IMAGES, "--vision_targets", "projector"], "the projector of this model has no linear"),
+        (
+            [*IMAGES, *PROJECTOR],
+            "--vision_targets projector: this model's is a bare matrix, which PEFT adapts",
+        ),
+        (
+            [*IMAGES, *PROJECTOR, "--train_type", "lora", "--lora_dropout", "0.1"],
+            "without --lora_dropout; ch",
+        ),
         ([*PACKED, "--train_type", "hqq_lora", "--n_bits", "8"], "with --n_bits 8; leave one of them out"),
         ([*PACKED, "--train_type", "lora"], "--vision_bits has no effect with --train_type lora"),
         ([*TOWER, "--train_type", "full"], "--vision_targets has no effect with --train_type full"),
@@ -254,6 +274,27 @@ def test_an_adapter_of_texts_goes_on_with_images(checkpoints, alpaca_file, one_r
     open_run(tmp_path / "texts")
     with pytest.raises(UserError, match="trained with a vision tower that has other weights"):
         open_run(tmp_path / "run")
+
+
+def test_an_adapter_on_a_bare_matrix_goes_on(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Of PEFT itself. One of the tower's linears alone gets a new adapter on the matrix."""
+    base, path = checkpoints("gemma3_wrapper"), "model.multi_modal_projector"
+    targets = {"target_modules": ["q_proj"], "exclude_modules": r"(.*\.)?vision_tower(\..*)?"}
+    theirs = save_peft_adapter(
+        base, tmp_path / "peft", target_parameters=[f"{path}.{BARE_MATRIX}"], **targets
+    )
+    args = ["--model_name", base, "--dataset", alpaca_file, "--train_type", "lora", *IMAGES, "--adapter"]
+    ours, saved = one_rank(trained_by_adapter, [*args, theirs])[0], load_file(theirs / ADAPTER)
+    assert torch.equal(ours[f"{path}.lora_B"], saved[f"base_model.model.{path}.lora_B.weight"])
+    with pytest.raises(
+        UserError, match=r"^--lora_dropout 0.1: .*a bare matrix, .*, for which PEFT has no dropout"
+    ):
+        make_job(ONE_RANK, [*args, theirs, "--lora_dropout", "0.1"])
+
+    targets = {"target_modules": r".*(vision_tower.*(_proj|fc1|fc2)|language_model.*q_proj)"}
+    theirs = save_peft_adapter(base, tmp_path / "tower", **targets)
+    ours = one_rank(trained_by_adapter, [*args, theirs])[0]
+    assert ours[f"{path}.lora_A"].any() and not ours[f"{path}.lora_B"].any()
 
 
 def trained_by_adapter(rank_info, args) -> dict:

@@ -1,150 +1,169 @@
-"""What a vision tower takes: a block by autograd's saved and live tensors, the rest by arithmetic.
+"""What a vision tower takes: its blocks by autograd's saved and live tensors, the rest by arithmetic.
 
 Shapes: P patches, H features of a patch, M of the MLP.
 """
 
 from __future__ import annotations
 
-import weakref
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.gpus import GPUS
-from launch.precision import Precision, choose_precision
-from models.adapters import apply_method
-from models.registry import build_on_meta, family_of
-from models.shapes import SHAPES, Gemma3Shape, Shape, Tower
+from models.shapes import SHAPES
 from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
 from monitoring.vision_memory import CHANNELS, VisionMemory, vision_memory
 from options.config import Config
-from options.train import parse
-
-H, M, HEADS, PATCH, PATCHES = 48, 176, 3, 7, 64
-BLOCKS, R = 2, 4
-SHAPE = Gemma3Shape(
-    Shape(64, 160, 2, 4, 2, 300, 8192, tied=True), 16, Tower(H, M, BLOCKS, HEADS, 8 * PATCH, PATCH), 4
+from tests.helpers.products import products
+from tests.helpers.towers import (
+    BLOCKS,
+    PATCH,
+    PATCHES,
+    SHAPES_OF,
+    H,
+    LiveBytes,
+    M,
+    block_inputs,
+    bytes_saved_by,
+    make_block,
+    make_images,
+    make_vision_parts,
+    parts,
 )
+
+R = 4
 ADAPTED = f"--lora_rank {R} --vision_targets all"
 FP16 = "fp16_autocast"
 
 
-def parts(shape: Gemma3Shape, options: str, precision: str, images: bool = True) -> tuple:
-    """Return (meta model, family, options, dtypes, headers) of a run on a shape."""
-    model_config = shape.model_config()
-    family = family_of(model_config, images)
-    model = build_on_meta(model_config, family)
-    stored = {
-        name: SimpleNamespace(shape=tuple(p.shape), dtype=torch.bfloat16, torch_dtype=torch.bfloat16, file="")
-        for name, p in model.named_parameters()
-    }
-    files = SimpleNamespace(tensors=stored, packed={}, prequantized=False, folder="")
-    fixed = [
-        "--model_name",
-        "x",
-        "--images",
-        str(images).lower(),
-        "--world_size",
-        "1",
-        "--sharding_strategy",
-        "ddp",
-    ]
-    config, _ = parse([*fixed, *options.split()])
-    return model, family, config, choose_precision(precision, True, True), files
-
-
-def make_block(options: str, precision: str) -> tuple[torch.nn.Module, Precision]:
-    """Return (the tower's first block as a run has it, with random weights, the run's dtypes)."""
-    model, family, config, dtypes, files = parts(SHAPE, options, precision)
-    apply_method(model, family, config, dtypes, files)
-    block = family.vision.tower_blocks(model)[0].to_empty(device="cpu")
-    for module in block.modules():
-        if hasattr(module, "fill_buffers"):
-            module.fill_buffers(torch.device("cpu"))
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.copy_(torch.rand(parameter.shape) * 0.01)
-    return block, dtypes
-
-
-def predicted(options: str, precision: str, patches: int) -> VisionMemory:
-    *model, config, dtypes, files = parts(SHAPE, options, precision)
+def predicted(
+    options: str, precision: str, patches: int, kind: str = "gemma3", batch: int = 1
+) -> VisionMemory:
+    options = f"{options} --batch_size {batch}"
+    *model, config, dtypes, files = parts(SHAPES_OF[kind], options, precision)
     sizes = run_sizes(*model, config, dtypes, files, tokens=64).vision
     return vision_memory(config, dtypes, sizes, patches * PATCH**2)
 
 
-def saved_bytes(options: str, precision: str, patches: int) -> int:
-    """Return the bytes that autograd saves of a block, beside its input and its weights."""
-    block, dtypes = make_block(options, precision)
+def saved_bytes(kind: str, options: str, precision: str, patches: int) -> int:
+    """Return the bytes that autograd saves of a block, beside its input, its weights and the angles."""
+    block, dtypes = make_block(kind, options, precision)
     x = torch.randn(1, patches, H, dtype=dtypes.frozen, requires_grad=True)
-    given = {each.untyped_storage().data_ptr() for each in (x, *block.parameters())}
-    storages, kept = {}, []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), dtypes.context("cpu"):
-        block(x, None)
-    return sum(size for pointer, size in storages.items() if pointer not in given)
+    inputs, angles = block_inputs(kind, x)
+    return bytes_saved_by(lambda: block(**inputs), [x, *angles, *block.parameters()], dtypes)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, but for views of `given`, and their peak."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in given}
-        self.peak = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.alive.values()))
-        return result
+TYPES = ["--train_type lora", "--train_type bnb_dora", "--train_type bnb_dora --vision_bits 4"]
+RUNS = products(
+    SHAPES_OF,
+    TYPES,
+    ["bf16", FP16],
+    always=[
+        *(("gemma3", train_type, precision) for train_type in TYPES for precision in ("bf16", FP16)),
+        *((kind, *run) for kind in SHAPES_OF for run in ((TYPES[0], "bf16"), (TYPES[1], FP16))),
+    ],
+)
 
 
-RUNS = [
-    (f"{train_type} {ADAPTED} {bits}", precision)
-    for train_type in ("--train_type lora", "--train_type bnb_dora", "--train_type bnb_dora --vision_bits 4")
-    for precision, bits in (("bf16", ""), (FP16, ""))
-]
-
-
-@pytest.mark.parametrize(("options", "precision"), RUNS)
-def test_an_adapted_block_saves_what_autograd_saves(options, precision):
+@pytest.mark.parametrize(("kind", "train_type", "precision"), RUNS)
+def test_an_adapted_block_saves_what_autograd_saves(kind, train_type, precision):
     """By the slope: what does not grow with the patches are copies of A and B."""
-    measured = saved_bytes(options, precision, 512) - saved_bytes(options, precision, 256)
+    options = f"{train_type} {ADAPTED}"
+    measured = saved_bytes(kind, options, precision, 512) - saved_bytes(kind, options, precision, 256)
     saved = {}
     for on in ("true", "false"):
-        memory = [predicted(f"{options} --use_gradient_checkpointing {on}", precision, n) for n in (256, 512)]
+        words = f"{options} --use_gradient_checkpointing {on}"
+        memory = [predicted(words, precision, n, kind) for n in (256, 512)]
         saved[on] = memory[1].held - memory[0].held
-    assert measured == pytest.approx((saved["false"] - saved["true"]) / BLOCKS, rel=0.02)
     stream = 4 if precision == FP16 else 2
-    inputs = (BLOCKS + 2) * 256 * H * stream
-    assert saved["true"] == pytest.approx(inputs + CHANNELS * 256 * PATCH**2)
+    inputs = (BLOCKS + (2 if kind == "gemma3" else 1)) * 256 * H * stream
+    kept = 0 if kind == "qwen2_5_vl" and stream == 2 else inputs  # its norms save copies instead
+    of_blocks = saved["false"] - kept - (saved["true"] - inputs)
+    assert measured == pytest.approx(of_blocks / BLOCKS, rel=0.02)
+    if kind == "gemma3":
+        assert saved["true"] == pytest.approx(inputs + CHANNELS * 256 * PATCH**2)
 
 
+def backward_peak(kind: str, options: str, precision: str, patches: int) -> int:
+    """Return the most bytes alive in the backward of a block that was just recomputed.
+
+    The block's result, which is alive here, stands for its gradient, which is not counted.
+    """
+    block, dtypes = make_block(kind, options, precision)
+    x = torch.randn(1, patches, H, dtype=dtypes.frozen, requires_grad=True)
+    inputs, angles = block_inputs(kind, x)
+    with LiveBytes([x, *angles, *block.parameters()]) as live:
+        with dtypes.context("cpu"):
+            result = block(**inputs)
+        result = result[0] if isinstance(result, tuple) else result
+        live.peak = 0
+        result.backward(torch.ones_like(result))
+    return live.peak - result.nbytes
+
+
+@pytest.mark.parametrize(("kind", "train_type", "precision"), RUNS)
+def test_backward_of_an_adapted_block(kind, train_type, precision):
+    options = f"{train_type} {ADAPTED}"
+    found = backward_peak(kind, options, precision, 512) - backward_peak(kind, options, precision, 256)
+    memory = [predicted(options, precision, patches, kind) for patches in (256, 512)]
+    assert found == pytest.approx(memory[1].backward - memory[0].backward, rel=0.06)
+
+
+@pytest.mark.parametrize("kind", SHAPES_OF)
 @pytest.mark.parametrize("precision", ["bf16", FP16])
-def test_a_frozen_tower_takes_one_blocks_forward(precision):
-    block, dtypes = make_block("--train_type bnb_dora", precision)
+def test_a_frozen_tower_takes_one_blocks_forward(precision, kind):
+    block, dtypes = make_block(kind, "--train_type bnb_dora", precision)
     x = torch.randn(1, PATCHES, H, dtype=dtypes.frozen)
-    with torch.no_grad(), dtypes.context("cpu"), LiveBytes([x, *block.parameters()]) as live:
-        block(x, None)
-    memory = predicted("--train_type bnb_dora", precision, PATCHES)
+    inputs, angles = block_inputs(kind, x)
+    with torch.no_grad(), dtypes.context("cpu"), LiveBytes([x, *angles, *block.parameters()]) as live:
+        block(**inputs)
+    memory = predicted("--train_type bnb_dora", precision, PATCHES, kind)
     pixels = CHANNELS * PATCHES * PATCH**2
-    assert memory.held == pixels and memory.backward == 0
+    assert memory.backward == 0
     cast_weights = (H * M + M) * 2 if precision == FP16 else 0  # of biases in fp32, and autocast's cache
-    block_bytes = memory.forward - pixels * dtypes.frozen.itemsize
+    block_bytes = memory.forward - pixels * dtypes.frozen.itemsize * (1 if kind == "gemma3" else 2)
+    kept = {"gemma3": x.nbytes, "qwen3_vl": PATCHES * H * 4, "qwen2_5_vl": 0}[kind]  # by the whole tower
+    block_bytes -= kept + sum(each.nbytes for each in angles)
     assert live.peak + x.nbytes == pytest.approx(block_bytes, rel=0.03, abs=cast_weights)
+
+
+@pytest.mark.parametrize("kind", SHAPES_OF)
+def test_a_frozen_tower_takes_all_images_of_a_micro_batch(kind):
+    """From normalised pixels to features. Two rows with two images each are four images at once."""
+    model, family, _ = make_vision_parts(kind, "--train_type bnb_dora")
+    images, pixels = make_images(kind, 4)
+    known = [pixels, *model.parameters(), *model.buffers()]
+    with torch.no_grad(), LiveBytes(known) as live:
+        family.vision.embed(model, images, pixels)
+    memory = predicted("--train_type bnb_dora", "bf16", 2 * PATCHES, kind, batch=2)
+    assert memory.held >= images.values.nbytes
+    found = live.peak + pixels.nbytes
+    assert found == pytest.approx(memory.held - images.values.nbytes + memory.forward, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("train_type", ["lora", "dora"])
+@pytest.mark.parametrize("targets", ["projector", "all"])
+def test_adapted_mergers_save_what_autograd_saves(kind, train_type, targets):
+    """Of the whole tower, without gradient checkpointing. By the slope, as that of a block.
+
+    The tolerance: the first block's norm saves nothing, since its input needs no gradient, but is counted.
+    """
+    options = f"--lora_rank {R} --vision_targets {targets} --train_type {train_type}"
+    model, family, dtypes = make_vision_parts(kind, options)
+    saved, expected = [], []
+    for count in (2, 4):
+        images, pixels = make_images(kind, count)
+        known = [pixels, *model.parameters(), *model.buffers()]
+        embed = partial(family.vision.embed, model, images, pixels)
+        saved.append(bytes_saved_by(embed, known, dtypes))
+        words = f"{options} --use_gradient_checkpointing false"
+        memory = predicted(words, "bf16", count * PATCHES, kind)
+        features = 64 * 2 * count * PATCHES // 4 if kind == "qwen3_vl" else 0  # held for the text model
+        expected.append(memory.held - images.values.nbytes - features)
+    assert saved[1] - saved[0] == pytest.approx(expected[1] - expected[0], rel=0.04)
 
 
 def estimate(options: str, gpu: str = "4090", tokens: int = 2048, images: int = 1, batch: int = 1):
@@ -170,7 +189,7 @@ def test_a_frozen_tower_adds_its_weights_and_no_activations():
 def test_many_images_make_the_tower_the_peak():
     """In a batch of short rows, the peak grows by a block's forward for each image: 0.1 GiB."""
     few, many = (estimate("", tokens=512, images=n).peak for n in (64, 128))
-    per_image = 4096 * (3 * 1152 + 2 * 4304) * 2 + 896**2 * 3 * (1 + 2)
+    per_image = 4096 * (4 * 1152 + 2 * 4304) * 2 + 896**2 * 3 * (1 + 2)
     assert (many - few) / 64 == pytest.approx(per_image)
 
 

@@ -13,6 +13,7 @@ from data.image_sizes import FixedImages
 from data.images import ImageRef
 from options.train import parse
 from tests.helpers.adapters import args_for
+from tests.helpers.image_models import PROJECTOR
 from tests.helpers.picture_rows import make_picture_rows, rows_replaced, write_pictures
 from tests.helpers.resuming import adapter, repeatable_metrics
 from tests.helpers.runs import full_run
@@ -40,7 +41,11 @@ def test_a_resumed_run_equals_a_whole_one(packing, two_ranks, checkpoints, short
         "--num_epochs 4 --batch_size 1 --log_to stdout --deterministic --lr 1e-2 --images true --save_every 1"
     )
     more = ["--packing", "--context_length", "64"] if packing else []
-    args = [*args_for(checkpoints("gemma3_wrapper"), short_rows, "qlora"), *options.split(), *more]
+    args = [
+        *args_for(checkpoints("gemma3_wrapper"), short_rows, "qlora", *PROJECTOR),
+        *options.split(),
+        *more,
+    ]
     args = [*map(str, args), "--max_steps", "5"]
     refs = write_pictures(tmp_path, sum(COUNTS))
     out = tmp_path / "out"

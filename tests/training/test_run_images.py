@@ -64,6 +64,7 @@ def test_rows_with_images_are_trained_on(model, one_rank, tmp_path):
     args = arguments(model, write_rows(tmp_path, images=True), "--batch_size", 2, "--vision_targets", "all")
     output = one_rank(run, [*args, "--output_dir", str(tmp_path / "run")])[0]
     assert "5 images" in output
+    assert any("the projector stays as it is: this" in remark for remark in make_job(ONE_RANK, args).remarks)
     opened = open_run(tmp_path / "run")
     assert opened.config.images == "true" and opened.family.has_images
     trained = load_file(tmp_path / "run" / ADAPTER)
