@@ -1,11 +1,11 @@
-"""Measure training on images, ours beside transformers + PEFT: images per second and peak memory.
+"""Measure training on images, ours beside TRL and transformers + PEFT: images/s and peak memory.
 
-    python -m benchmarks.vision /tmp/gemma3     Gemma-3-4B's shape on one GPU, about 4 minutes
+    python -m benchmarks.vision /tmp/gemma3     Gemma-3-4B's shape on one GPU, about 5 minutes
     python -m benchmarks.vision /tmp/tiny --shape tiny-gemma3 --batch_size 2 --text_tokens 64     a rehearsal
 
 The work: random weights of the shape, one image and so many tokens of text a row, QDoRA. The first argument
 is a folder, in which the checkpoint and the images are made at the first call. Ours decodes its images as any
-run does; the peer gets its pixels ready-made.
+run does; the peers get their pixels ready-made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FRAME_TOKENS = (
 
 
 def main(argv: list[str]) -> None:
-    """Measure both systems, and print a line for each."""
+    """Measure the systems, and print a line for each."""
     options = parse(argv)
     shape = SHAPES[options.shape]
     assert isinstance(shape, Gemma3Shape)
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
             found = (
                 measure_ours(options, folder, rows, shape)
                 if name == "ours"
-                else measure_peer(options, folder)
+                else measure_peer(options, folder, name)
             )
         except subprocess.CalledProcessError as e:
             print(f"{name}: failed with status {e.returncode}", flush=True)
@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     shapes = [name for name, shape in SHAPES.items() if isinstance(shape, Gemma3Shape)]
     parser.add_argument("--shape", default="gemma3-4b", choices=shapes)
     parser.add_argument("--train_type", default="bnb_dora", choices=("qlora", "bnb_dora"))
-    parser.add_argument("--systems", default="ours,peft", help="ours, peft, or both")
+    parser.add_argument("--systems", default="ours,trl,loop", help="some of these, in this order")
     defaults = {"batch_size": 8, "text_tokens": 256, "lora_rank": 16, "steps": 14}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -110,12 +110,12 @@ def measure_ours(options: argparse.Namespace, folder: Path, rows: Path, shape: G
     }
 
 
-def measure_peer(options: argparse.Namespace, folder: Path) -> dict:
-    """Return {step_seconds, peak_gib} of transformers + PEFT."""
+def measure_peer(options: argparse.Namespace, folder: Path, peer: str) -> dict:
+    """Return {step_seconds, peak_gib} of a peer: trl, or loop, a plain loop of transformers and PEFT."""
     words = ["--model_name", str(folder / "model"), "--train_type", options.train_type]
     for name in ("batch_size", "text_tokens", "lora_rank", "steps"):
         words += [f"--{name}", str(getattr(options, name))]
-    output = run_program(["benchmarks/peers/vision_loop.py", *words])
+    output = run_program([f"benchmarks/peers/vision_{peer}.py", *words])
     return json.loads(output.rpartition("RESULT ")[2])
 
 
