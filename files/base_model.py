@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from files.digests import WeightsDigest, digest_vision, digest_weights
 from files.model_folder import CheckpointFiles, digest_structure
 from files.names import TOKENIZER_FILES, split_revision
-from options.config import TOY_MODEL
+from options.config import EMBEDDED_MODELS
 from options.errors import UserError
 
 # Keys of a result's safetensors metadata.
@@ -91,7 +91,7 @@ def record_base(pinned_name: str, config: PretrainedConfig, files: CheckpointFil
         files: the model's folder.
     """
     name, revision = split_revision(pinned_name)
-    if name == TOY_MODEL:
+    if name in EMBEDDED_MODELS:
         name = str(files.folder.resolve())
     tokenizer = digest_tokenizer(files.folder)
     digests = digest_structure(config, files), digest_weights(files), tokenizer, digest_vision(files)

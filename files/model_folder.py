@@ -29,12 +29,14 @@ from files.quantized_releases import gguf_error, is_gguf_release
 from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, list_tensors, read_tensor
 from files.weight_headers import WeightHeaders
 from files.weight_sets import UnmatchedTensor, compare_weight_sets
-from options.config import TOY_MODEL
+from options.config import EMBEDDED_MODELS, TOY_MODEL, TOY_VISION
 from options.errors import UserError
 from options.limits import MAX_INDEX_BYTES, read_json
 from quantization.quantizers import PackedWeight
 
 TOY_BASE = Path(__file__).parent.parent / "models" / "toy_base"  # made by tools/pretrain_toy_base.py
+TOY_VISION_BASE = TOY_BASE.parent / "toy_vision"  # made by tools/pretrain_toy_vision.py
+EMBEDDED_FOLDERS = {TOY_MODEL: TOY_BASE, TOY_VISION: TOY_VISION_BASE}
 
 
 class CheckpointFiles(WeightHeaders):
@@ -157,11 +159,11 @@ def list_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
 
 
 def pin_model_name(name: str, folder: Path) -> str:
-    """Return a model's name that stays valid: `owner/name@commit`, an absolute path, or TOY_MODEL itself.
+    """Return a model's name that stays valid: `owner/name@commit`, an absolute path, or an embedded name.
 
     folder: where `find_model` found it.
     """
-    if name == TOY_MODEL:
+    if name in EMBEDDED_MODELS:
         return name
     if os.path.isdir(os.path.expanduser(name)):
         return str(folder.resolve())
@@ -178,16 +180,16 @@ def find_model(name: str, patterns: Sequence[str] = SMALL_FILES) -> Path:
     The weights follow by `fetch_weights`, so that an unknown architecture costs no download of gigabytes.
 
     Args:
-        name: a folder, or a hub id with or without `@revision` (a branch, a tag or a commit), or TOY_MODEL,
-            the demo's model, also if there is a folder of that name.
+        name: a folder, or a hub id with or without `@revision` (a branch, a tag or a commit), or one
+            of EMBEDDED_MODELS, also if there is a folder of that name.
         patterns: files to download from the hub.
 
     Raises:
         UserError: it is neither, is not accessible, or holds no config.json, GGUF files alone or an adapter.
     """
     local = os.path.expanduser(name)  # os.path accepts any text; Path raises for some
-    if name == TOY_MODEL:
-        folder = TOY_BASE
+    if name in EMBEDDED_FOLDERS:
+        folder = EMBEDDED_FOLDERS[name]
     elif os.path.isdir(local):
         folder = Path(local)
     elif local.lower().endswith(".gguf") and os.path.isfile(local):
@@ -215,7 +217,7 @@ def fetch_weights(name: str, folder: Path) -> None:
     Raises:
         UserError: the hub cannot be reached, or refuses.
     """
-    if not os.path.isdir(os.path.expanduser(name)) and name != TOY_MODEL:
+    if not os.path.isdir(os.path.expanduser(name)) and name not in EMBEDDED_MODELS:
         assert download(name, "--model_name", "*.safetensors") == folder
 
 

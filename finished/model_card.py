@@ -18,7 +18,7 @@ import yaml
 from data.dataset_names import split_mixture
 from data.sources import find_recipe
 from files.names import METRICS, SCORE, split_revision
-from options.config import FIELDS, TOY_MODEL, Config
+from options.config import FIELDS, TOY_MODEL, TOY_VISION, Config
 from options.declaration import format_value
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
@@ -61,9 +61,10 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
     metadata |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
     rows = [(name, getattr(config, name)) for name in CARD_OPTIONS]
     table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
-    shown_base = {TOY_MODEL: "the tiny Llama of the demo (`toy`)"}.get(
-        base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
-    )
+    shown_base = {
+        TOY_MODEL: "the tiny Llama of the demo (`toy`)",
+        TOY_VISION: "the tiny Gemma 3 with images (`toy_vision`)",
+    }.get(base, f"`{base}`" + (f", revision `{revision}`" if revision else ""))
     from_hub = f" ({', '.join(data)})" if data else ""
     start = f"- Continued from the adapter: `{config.adapter}`\n" if config.adapter else ""
     return (

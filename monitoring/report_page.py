@@ -24,7 +24,7 @@ from launch.program import shell_command
 from monitoring import report_charts as charts
 from monitoring.run_files import RunFiles
 from monitoring.sample_images import embed_copy
-from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
+from options.config import EMBEDDED_MODELS, TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.declaration import format_value
 from options.resolve import resolve
 
@@ -99,7 +99,7 @@ def render_report(run: RunFiles) -> str:
         samples=samples[:MAX_PROMPTS],
         hidden_prompts=len(samples) - MAX_PROMPTS,
         options=_options(config),
-        defaults_of="the demo" if config.model_name == TOY_MODEL else config.train_type,
+        defaults_of="the embedded models" if config.model_name in EMBEDDED_MODELS else config.train_type,
         commands=[(purpose, shlex.join(command)) for purpose, command in next_commands(run)],
         hardware=facts.get("hardware"),
         versions=facts.get("versions"),

@@ -273,7 +273,7 @@ def use_caches(folder: str) -> None:
 
 def is_hub_name(name: str) -> bool:
     """Return whether a value of MODEL or DATASET is downloaded: no path, and not part of the program."""
-    return name not in ("toy", "dummy") and not os.path.exists(os.path.expanduser(name))
+    return name not in ("toy", "toy_vision", "dummy") and not os.path.exists(os.path.expanduser(name))
 
 
 def check_internet(model: str, dataset: str) -> None:

@@ -17,8 +17,10 @@ from options.columns import EXAMPLE, check_columns
 from options.declaration import AUTO, option, option_fields
 from options.methods import HQQ_BITS, METHODS, Method
 
-# The embedded demo model has random weights: it needs larger steps and more epochs than a pretrained one.
+# The embedded models are small: they need larger steps and more epochs than large ones.
 TOY_MODEL = TOY_DATASET = "toy"
+TOY_VISION = "toy_vision"  # the embedded model that takes images, and its data set
+EMBEDDED_MODELS = (TOY_MODEL, TOY_VISION)
 TOY_DEFAULTS = {
     "lr": 3e-3,
     "lr_scheduler": "cosine",
@@ -91,7 +93,8 @@ class Config:
         " new blocks (new_blocks.safetensors)", choices=("model", "blocks"), needs="expansion")
 
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model, also as"
-        " owner/name@revision (branch, tag or commit); toy = the demo's tiny Llama")
+        " owner/name@revision (branch, tag or commit); toy = the demo's tiny Llama,"
+        " toy_vision = a tiny Gemma 3 that takes images")
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .ndjson,"
         " .csv or .parquet file, a folder or a quoted pattern of files of one kind, or a hub id, also as"
         " owner/name:config:split@revision; or a mixture: 'a*0.7,b*0.3' (docs/data.md)")

@@ -11,7 +11,15 @@ import time
 from typing import Any
 
 from options.columns import check_column_options
-from options.config import ADAPTER_OPTIONS, CHECKPOINTS, FIELDS, TOY_DEFAULTS, TOY_MODEL, Config
+from options.config import (
+    ADAPTER_OPTIONS,
+    CHECKPOINTS,
+    EMBEDDED_MODELS,
+    FIELDS,
+    TOY_DEFAULTS,
+    TOY_MODEL,
+    Config,
+)
 from options.declaration import AUTO
 from options.errors import UserError
 from options.methods import METHODS, NEEDS
@@ -43,7 +51,8 @@ def _fill_in(given: dict) -> Config:
     """Return the Config: all defaults filled in, and None for options that the train type does not use."""
     expanded = given.get("llama_pro_path")  # another option for the model; it overrides --model_name
     given = given | ({} if expanded is None else {"model_name": expanded})
-    values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
+    is_embedded = given.get("model_name", TOY_MODEL) in EMBEDDED_MODELS
+    values = (TOY_DEFAULTS if is_embedded else {}) | given
     config = Config(**values)
     method = config.method
     changes: dict[str, Any] = {}
@@ -90,7 +99,7 @@ def _check_values(config: Config) -> None:
 
     Also checks two options whose rules `option()` cannot express.
     """
-    if config.method.expansion and config.model_name == TOY_MODEL:
+    if config.method.expansion and config.model_name in EMBEDDED_MODELS:
         raise UserError(
             f"--train_type {config.train_type}: trains the new blocks of an expanded model; make one with"
             " `python block_expansion.py`, and give its folder as --model_name or --llama_pro_path"

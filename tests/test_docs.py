@@ -107,6 +107,7 @@ def test_the_list_of_files_is_complete_and_has_each_once():
     folders = {
         "data/templates/",
         "models/toy_base/",
+        "models/toy_vision/",
         "monitoring/templates/",
         "benchmarks/peers/",
         "tools/families/",

@@ -99,7 +99,7 @@ def make_page() -> str:
     _, modes, note = precision.__doc__.strip().split("\n\n")
     lines += ["\n## Precisions\n", *[f"    {line}" for line in modes.splitlines()], f"\n{note}"]
     toy = ", ".join(f"`{k}` {format_value(v)}" for k, v in TOY_DEFAULTS.items())
-    lines.append(f"\nWith the embedded model (`--model_name toy`) other defaults hold: {toy}.")
+    lines.append(f"\nWith an embedded model (`--model_name toy` or `toy_vision`) other defaults hold: {toy}.")
     return "\n".join(lines) + "\n" + DIFFERENCES
 
 

@@ -2,8 +2,9 @@
 
     python -m tools.pretrain_toy_vision [--out FOLDER] [--tower_steps N] [--steps N] [--seed N]
 
-The model is a Gemma 3 with a SigLIP tower, trained in fp32 and saved in bf16: first the tower, then both.
-Tokenizer, chat template and image processor have Gemma 3's form.
+The model is a Gemma 3 with a SigLIP tower, trained in fp32 and saved in bf16. First the tower alone learns to
+tell the figures apart; then all of the model learns captions, and the tower goes on with its task. Tokenizer,
+chat template and image processor have Gemma 3's form.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from tools.toy_captions import IMAGE, SIDES, Document, documents
-from tools.toy_drawings import COLORS, COMBINATIONS, SHAPES, draw_figure
+from tools.toy_captions import IMAGE, Document, documents, draw_any
+from tools.toy_drawings import COLORS, SHAPES, Drawing
 from tools.toy_pretraining import run_steps
 from tools.toy_tokenizer import train_bpe
 
@@ -43,7 +44,7 @@ VOCABULARY = 1024  # the most tokens of the tokenizer; the text has 512
 HIDDEN = 128
 TEXT = {
     "hidden_size": HIDDEN,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -53,15 +54,15 @@ TEXT = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "max_position_embeddings": 2048,
 }
-SIDE, TOKENS = 48, 16  # pixels and tokens of an image
+SIDE, TOKENS = 32, 4  # pixels and tokens of an image
 VISION = {
     "model_type": "siglip_vision_model",
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "image_size": SIDE,
-    "patch_size": 6,
+    "patch_size": 4,
     "vision_use_head": False,
 }
 ROWS, IMAGES = 16, 32  # of a batch of captions, and of the tower alone
@@ -123,7 +124,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Gemma3ForCondit
 
 
 def make_batch(processor: Gemma3Processor, rows: list[Document]) -> dict[str, torch.Tensor]:
-    """Return the arguments of the model's forward for documents. All is learned but images and padding."""
+    """Return the arguments of CaptionWriter's forward. All tokens are learned but images and padding."""
     tokenizer = processor.tokenizer
     texts = [row.text.replace(IMAGE, processor.full_image_sequence) + tokenizer.eos_token for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
@@ -132,7 +133,8 @@ def make_batch(processor: Gemma3Processor, rows: list[Document]) -> dict[str, to
     begin, token, end = (tokenizer.get_vocab()[token] for token in IMAGE_TOKENS.values())
     is_image = torch.isin(ids, torch.tensor([begin, token, end]))
     labels = ids.masked_fill(is_image | (batch["attention_mask"] == 0), IGNORE)
-    images = [row.drawing.image for row in rows if row.drawing]
+    drawings = [row.drawing for row in rows if row.drawing]
+    images = [drawing.image for drawing in drawings]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return {
         "input_ids": ids,
@@ -140,20 +142,21 @@ def make_batch(processor: Gemma3Processor, rows: list[Document]) -> dict[str, to
         "token_type_ids": (ids == token).long(),
         "labels": labels,
         "pixel_values": pixels,
+        **number_figures(drawings),
     }
 
 
-def batches(processor: Gemma3Processor, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def caption_batches(processor: Gemma3Processor, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of ROWS documents."""
     rows = documents(seed)
     while True:
         yield make_batch(processor, list(itertools.islice(rows, ROWS)))
 
 
-class FigureNamer(torch.nn.Module):
-    """Tower and projector with a linear head over the mean of an image's tokens.
+class FigureReader(torch.nn.Module):
+    """Tower and projector with a linear head that reads the color and the shape from each token of an image.
 
-    It has one output for each color and each shape.
+    Captions alone teach the tower little: of a caption, two words depend on the image.
     """
 
     def __init__(self, model: Gemma3ForConditionalGeneration):
@@ -162,50 +165,69 @@ class FigureNamer(torch.nn.Module):
         self.head = torch.nn.Linear(HIDDEN, len(COLORS) + len(SHAPES))
 
     def forward(self, pixel_values: torch.Tensor, colors: torch.Tensor, shapes: torch.Tensor):
-        """Return an object with the loss. pixel_values: [I, 3, SIDE, SIDE]; colors, shapes: [I], numbers."""
+        """Return an object with the loss, in nats per image: that of the color and that of the shape.
+
+        pixel_values: [I, 3, SIDE, SIDE]; colors, shapes: [I], numbers. The loss is the mean over the tokens.
+        """
         tokens = self.projector(self.tower(pixel_values=pixel_values).last_hidden_state)
-        of_color, of_shape = self.head(tokens.mean(1)).split((len(COLORS), len(SHAPES)), dim=-1)
-        return SimpleNamespace(loss=F.cross_entropy(of_color, colors) + F.cross_entropy(of_shape, shapes))
+        of_color, of_shape = self.head(tokens).split((len(COLORS), len(SHAPES)), dim=-1)  # [I, TOKENS, ...]
+        losses = (
+            F.cross_entropy(logits.flatten(0, 1), targets.repeat_interleave(TOKENS))
+            for logits, targets in ((of_color, colors), (of_shape, shapes))
+        )
+        return SimpleNamespace(loss=sum(losses))
 
 
-def teach_tower(
-    model: Gemma3ForConditionalGeneration, processor: Gemma3Processor, steps: int, seed: int
-) -> None:
-    """Train tower and projector to tell colors and shapes apart.
+class CaptionWriter(torch.nn.Module):
+    """The model and the FigureReader of its tower: the sum of their losses."""
 
-    From captions alone the tower learns the shapes in far more steps: of a caption, one word depends on them.
-    """
+    def __init__(self, model: Gemma3ForConditionalGeneration, reader: FigureReader):
+        super().__init__()
+        self.model, self.reader = model, reader
 
-    def draw_batches() -> Iterator[dict[str, torch.Tensor]]:
-        rng, colors = random.Random(seed), list(COLORS)
-        while True:
-            shown = [rng.choice(COMBINATIONS) for _ in range(IMAGES)]
-            images = [draw_figure(rng, *pair, side=rng.randint(*SIDES)).image for pair in shown]
-            yield {
-                "pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"],
-                "colors": torch.tensor([colors.index(color) for color, _ in shown]),
-                "shapes": torch.tensor([SHAPES.index(shape) for _, shape in shown]),
-            }
+    def forward(self, colors: torch.Tensor, shapes: torch.Tensor, **batch: torch.Tensor):
+        """Return an object with the loss. colors, shapes: as for the reader; batch: the model's arguments."""
+        read = self.reader(batch["pixel_values"], colors, shapes)
+        return SimpleNamespace(loss=self.model(**batch).loss + read.loss)
 
-    run_steps(FigureNamer(model), draw_batches(), steps, PEAK_LR, WARMUP_STEPS)
+
+def number_figures(drawings: list[Drawing]) -> dict[str, torch.Tensor]:
+    """Return the numbers of the drawings' colors and shapes, [I] each."""
+    names = list(COLORS)
+    return {
+        "colors": torch.tensor([names.index(drawing.color) for drawing in drawings]),
+        "shapes": torch.tensor([SHAPES.index(drawing.shape) for drawing in drawings]),
+    }
+
+
+def drawing_batches(processor: Gemma3Processor, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the arguments of FigureReader's forward for IMAGES drawings."""
+    rng = random.Random(seed)
+    while True:
+        drawings = [draw_any(rng) for _ in range(IMAGES)]
+        images = [drawing.image for drawing in drawings]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        yield {"pixel_values": pixels, **number_figures(drawings)}
 
 
 def main() -> None:
     """Make tokenizer, processor and model, pretrain the model, and save all."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded model that takes images.")
     parser.add_argument("--out", type=Path, default=Path("models/toy_vision"))
-    parser.add_argument("--tower_steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--tower_steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     processor = make_processor(train_tokenizer(options.seed))
+    processor.save_pretrained(options.out)  # before it pads batches: tokenizer.json would record the padding
     model = make_model(processor.tokenizer, options.seed)
-    teach_tower(model, processor, options.tower_steps, options.seed + 2)
-    data = batches(processor, options.seed + 1)
-    loss = run_steps(model, data, options.steps, PEAK_LR, WARMUP_STEPS)
+    reader = FigureReader(model)
+    drawings = drawing_batches(processor, options.seed + 2)
+    run_steps(reader, drawings, options.tower_steps, PEAK_LR, WARMUP_STEPS)
+    captions = caption_batches(processor, options.seed + 1)
+    loss = run_steps(CaptionWriter(model, reader), captions, options.steps, PEAK_LR, WARMUP_STEPS)
     model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.save_pretrained(options.out, max_shard_size="500KB")
-    processor.save_pretrained(options.out)
     print(f"{options.out}: loss {loss:.4f} over the last steps")
 
 

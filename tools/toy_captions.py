@@ -49,7 +49,9 @@ SHAPE_FACTS = ("The shape of a {form} is {a} {shape}.", "A {form} has the shape 
                "In a drawing the figure of a {form} is {a} {shape}.")  # fmt: skip
 BOTH_FACTS = ("A {form} painted like {paint} is {a_color} {color} {shape}.",
               "For {a_color} {color} {shape}, draw a {form} like {paint}.")  # fmt: skip
-SIDES = (40, 120)  # pixels
+# More kinds of drawings than the data set has, so that the model knows those of other people, too.
+SIDES = (32, 200)  # pixels
+JITTER = 40  # of each part of a color, of 255
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Document:
 
     text: str
     drawing: Drawing | None = None
+
+
+def draw_any(rng: random.Random) -> Drawing:
+    """Return a drawing of any color and shape, side and shade."""
+    return draw_figure(rng, *rng.choice(COMBINATIONS), side=rng.randint(*SIDES), jitter=JITTER)
 
 
 def write_turns(question: str, answer: str) -> str:
@@ -96,7 +103,7 @@ def documents(seed: int) -> Iterator[Document]:
         if rng.random() < 0.2:
             yield Document(" ".join(write_fact(rng) for _ in range(rng.randint(1, 3))))
             continue
-        drawing = draw_figure(rng, *rng.choice(COMBINATIONS), side=rng.randint(*SIDES))
+        drawing = draw_any(rng)
         caption = write_caption(rng, drawing)
         is_chat = rng.random() < 0.5
         text = write_turns(IMAGE + rng.choice(REQUESTS), caption) if is_chat else IMAGE + caption

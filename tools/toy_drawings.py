@@ -28,7 +28,7 @@ HELD_OUT = tuple(
 )
 GROUNDS = ((255, 255, 255), (250, 245, 225), (225, 225, 225), (215, 235, 245))
 SIDE = 64  # pixels
-JITTER = 12  # of each part of a color, of 255
+JITTER = 12  # of each part of a color, of 255, in the data set
 # Corners of the shapes with straight edges: (degrees, distance from the center relative to the radius).
 CORNERS = {
     "square": [(45 + 90 * i, 1.0) for i in range(4)],
@@ -54,14 +54,22 @@ class Drawing:
         return file.getvalue()
 
 
-def draw_figure(rng: random.Random, color: str, shape: str, side: int = SIDE) -> Drawing:
-    """Return a figure of random size, place, angle and shade on a light ground. side: in pixels.
+def draw_figure(
+    rng: random.Random, color: str, shape: str, side: int = SIDE, jitter: int = JITTER
+) -> Drawing:
+    """Return a figure of random size, place, angle and shade on a light ground.
 
     It is near the middle, so that a small model soon learns the shapes.
+
+    Args:
+        rng: where the random numbers come from.
+        color, shape: one of COLORS, one of SHAPES.
+        side: width and height of the drawing, in pixels.
+        jitter: how far each part of the color may be from that of COLORS, of 255.
     """
     radius = rng.uniform(0.26, 0.42) * side
     center = [rng.uniform(0.44, 0.56) * side for _ in range(2)]
-    shade = [min(max(part + rng.randint(-JITTER, JITTER), 0), 255) for part in COLORS[color]]
+    shade = [min(max(part + rng.randint(-jitter, jitter), 0), 255) for part in COLORS[color]]
     image = Image.new("P", (side, side), 0)
     image.putpalette([*rng.choice(GROUNDS), *shade])
     canvas = ImageDraw.Draw(image)

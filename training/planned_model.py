@@ -25,7 +25,7 @@ from models.family import Family
 from models.redundant import is_tied_by_default
 from models.registry import build_on_meta, family_of, open_headers, read_config
 from models.shapes import IMAGE_SHAPES, SHAPES
-from options.config import TOY_MODEL
+from options.config import EMBEDDED_MODELS
 from options.errors import UserError
 
 UNKNOWN_LIMIT = 2**17  # tokens of a row of a model whose config names no limit
@@ -61,7 +61,7 @@ class PlannedModel:
 
 def is_named_shape(model_name: str) -> bool:
     """Return whether a model is planned by one of SHAPES: it has no weights and no tokenizer."""
-    is_folder = model_name == TOY_MODEL or os.path.isdir(os.path.expanduser(model_name))
+    is_folder = model_name in EMBEDDED_MODELS or os.path.isdir(os.path.expanduser(model_name))
     return not is_folder and model_name.lower() in SHAPES
 
 
@@ -69,8 +69,8 @@ def open_planned_model(name: str, images: bool = False) -> PlannedModel:
     """Return the model of that name. Of the hub it fetches config, index and headers, as far as it needs.
 
     Args:
-        name: a folder, a hub id with or without `@revision`, TOY_MODEL, or a key of SHAPES in any case. A
-            folder of the same name wins over a shape.
+        name: a folder, a hub id with or without `@revision`, one of EMBEDDED_MODELS, or a key of SHAPES in
+            any case. A folder of the same name wins over a shape.
         images: whether it is to take images.
 
     Raises:
@@ -85,7 +85,7 @@ def open_planned_model(name: str, images: bool = False) -> PlannedModel:
         shape = SHAPES[name.lower()].model_config()
         shape.name_or_path = name  # for messages
         return _plan_by_config(name, Path(name), shape, family_of(shape, images))
-    is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
+    is_folder = name in EMBEDDED_MODELS or os.path.isdir(os.path.expanduser(name))
     try:
         folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX, CARD, *SIDE_FILES))
     except UserError as e:
