@@ -88,8 +88,9 @@ def place_images(
         for source in found:
             if source is None and not left:
                 raise UserError(
-                    f"{error_prefix}: message {i} has a place for an image, but the row has only"
-                    f" {len(given)} in its column images or image"
+                    f"{error_prefix}: has more images in the text than in the column: message {i} has a place"
+                    f" for one more than the {len(given)} in its column images or image; add it, or leave the"
+                    " place out"
                 )
             sources.append(left.pop(0) if source is None else source)
         placed.append(message if content is None else {**message, "content": content})
@@ -124,14 +125,10 @@ def _read_content(
     has_marks, error_prefix: as for `place_images`.
     """
     content = message.get("content") if isinstance(message, Mapping) else None
+    has_marks = has_marks and isinstance(message, Mapping) and message.get("role") != "assistant"
     if isinstance(content, list) and content:
-        return _read_parts(content, error_prefix)
-    if (
-        not has_marks
-        or not isinstance(content, str)
-        or MARK not in content
-        or message.get("role") == "assistant"
-    ):
+        return _read_parts(content, has_marks, error_prefix)
+    if not has_marks or not isinstance(content, str) or MARK not in content:
         return None, []
     return split_marks(content), [None] * content.count(MARK)
 
@@ -144,8 +141,13 @@ def split_marks(text: str) -> PartedText:
     )
 
 
-def _read_parts(content: list, error_prefix: str) -> tuple[PartedText, list[ImageSource | None]]:
-    """Return what `_read_content` does for a list of parts. Raises UserError for a malformed one."""
+def _read_parts(
+    content: list, has_marks: bool, error_prefix: str
+) -> tuple[PartedText, list[ImageSource | None]]:
+    """Return what `_read_content` does for a list of parts.
+
+    Raises UserError for a malformed part, and for a mark beside parts of images.
+    """
     parts, sources = list[str | None](), list[ImageSource | None]()
     for i, part in enumerate(content, 1):
         where = f"{error_prefix}: part {i} of its content"
@@ -156,7 +158,13 @@ def _read_parts(content: list, error_prefix: str) -> tuple[PartedText, list[Imag
             parts.append(None)
             sources.append(_read_source(own, where) if own else None)
         elif part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
+            marked = split_marks(part["text"]).parts if has_marks else (part["text"],)
+            if None in marked and any(isinstance(one, Mapping) and _is_image(one) for one in content):
+                raise UserError(
+                    f"{where} holds {MARK} beside parts of images; leave out the one or the other"
+                )
+            parts += marked
+            sources += [None] * marked.count(None)
         else:
             kind = part.get("type", "text")
             what = "has no text" if kind == "text" else f"is of the type {kind!r}"

@@ -27,8 +27,10 @@ from data.recognition import (
 from data.row_files import Rows
 from data.row_images import (
     check_takes_images,
+    describe_text_marks,
     explode_questions,
     has_parts,
+    marks_are_images,
     show_all_images,
     take_image_columns,
 )
@@ -154,7 +156,10 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
         schema.read(row, f"--dataset {origin}", options.needs_answer, names) for row, schema, origin in read
     ]
     files = ImageFiles(options.image_folder)
-    rows, images = show_all_images(rows, data, given, FORMATS[name], files, options.image_format)
+    has_marks = options.image_format is not None and marks_are_images(data.rows, given)
+    shown = (has_marks, FORMATS[name], files, options.image_format)
+    rows, images = show_all_images(rows, data, given, *shown)
+    remarks += describe_text_marks(rows) if options.image_format and not has_marks else []
     remarks += describe_two_systems(data.rows, rows)
     return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit, images)
 

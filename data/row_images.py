@@ -9,7 +9,7 @@ from typing import Any
 from data.formats import Format
 from data.image_files import ImageFiles, ImageSource
 from data.image_format import ImageFormat
-from data.image_parts import MARK, has_image_parts, list_sources, place_images, split_marks
+from data.image_parts import MARK, has_image_parts, list_sources, place_images
 from data.image_store import DATA_URL, IMAGE_COLUMNS, StoredImage
 from data.images import ImageRef
 from data.row_files import Rows
@@ -104,6 +104,25 @@ def _looks_like_image(value: Any) -> bool:
     return is_path or isinstance(value, StoredImage)
 
 
+def marks_are_images(rows: Sequence[Mapping], given: Sequence[list[ImageSource]]) -> bool:
+    """Return whether MARK in the texts of a data set stands for an image: the set has images, or a column.
+
+    given: the images of the columns; [] = no row has one.
+    """
+    return bool(given) or any(name in row for row in rows for name in IMAGE_COLUMNS) or has_parts(rows)
+
+
+def describe_text_marks(rows: Sequence[Mapping]) -> list[str]:
+    """Return a list with one remark on rows of texts alone that hold MARK, or an empty list."""
+    count = sum(any(MARK in text for text in _list_texts(row)) for row in rows)
+    if not count:
+        return []
+    return [
+        f"data: {count:,} of {len(rows):,} rows hold {MARK}, which is a text here: the set has neither images"
+        " nor a column for them"
+    ]
+
+
 def check_takes_images(data: Rows, given: Sequence[list[ImageSource]]) -> None:
     """Raise UserError if a row has an image, for a model that takes none. given: images of the columns."""
     for i, (row, origin) in enumerate(zip(data.rows, data.origins, strict=True)):
@@ -142,6 +161,7 @@ def show_all_images(
     rows: list[dict],
     data: Rows,
     given: Sequence[list[ImageSource]],
+    has_marks: bool,
     form: Format,
     files: ImageFiles,
     image_format: ImageFormat | None,
@@ -152,6 +172,7 @@ def show_all_images(
         rows: in the columns of the format.
         data: their origins and folders.
         given: the images of their columns; [] = there are none.
+        has_marks: from `marks_are_images`.
         form: the format.
         files: finds the images.
         image_format: how the model takes images; None = it takes none.
@@ -161,12 +182,14 @@ def show_all_images(
     placeholder, reserved = "", list[str]()
     if image_format is not None:
         placeholder = image_format.placeholder
-        reserved = [text for text in (placeholder, *image_format.reserved) if not (given and text == MARK)]
+        reserved = [
+            text for text in (placeholder, *image_format.reserved) if not (has_marks and text == MARK)
+        ]
     shown, images = list[dict](), list[list[ImageRef]]()
     for i, (values, origin, folder) in enumerate(zip(rows, data.origins, data.folders, strict=True)):
         check_reserved(values, reserved, f"--dataset {origin}")
         of_row = given[i] if given else []
-        row, sources = show_images(values, of_row, form, placeholder, f"--dataset {origin}")
+        row, sources = show_images(values, of_row, has_marks, form, placeholder, f"--dataset {origin}")
         shown.append(row)
         refs = [files.find(source, folder, origin) for source in sources]
         images.append(refs)
@@ -177,7 +200,12 @@ def show_all_images(
 
 
 def show_images(
-    values: dict, given: Sequence[ImageSource], form: Format, placeholder: str, error_prefix: str
+    values: dict,
+    given: Sequence[ImageSource],
+    has_marks: bool,
+    form: Format,
+    placeholder: str,
+    error_prefix: str,
 ) -> tuple[dict, list[ImageSource]]:
     """Return (a row that shows its images, these in their order).
 
@@ -187,6 +215,7 @@ def show_images(
     Args:
         values: the row in the columns that the format renders.
         given: the images of its columns.
+        has_marks: whether MARK in its texts, except in answers, stands for an image.
         form: the format.
         placeholder: the text that stands for an image.
         error_prefix: begins each error.
@@ -194,8 +223,15 @@ def show_images(
     Raises UserError as `place_images` does, and for a format that cannot show images.
     """
     if "messages" in form.schemas[0].required:
-        messages, sources = place_images(values["messages"], given, bool(given), error_prefix)
+        messages, sources = place_images(values["messages"], given, has_marks, error_prefix)
         return values | {"messages": messages}, sources
+    asked = [name for name in values if name != form.schemas[0].answer_column] if has_marks else []
+    count = sum(values[name].count(MARK) for name in asked)
+    if count > len(given):
+        raise UserError(
+            f"{error_prefix}: has more images in the text than in the column: {count} {MARK}, and"
+            f" {len(given)} in its column images or image; add it, or leave the mark out"
+        )
     if not given:
         return values, []
     if form.has_markers:
@@ -203,12 +239,11 @@ def show_images(
             f"{error_prefix}: has an image, which a text of a whole dialogue cannot show; write the turns as"
             " messages (docs/data.md)"
         )
-    text = values[form.prompt_column]
-    count = text.count(MARK)
     if count not in (0, len(given)):
         raise UserError(
             f"{error_prefix}: has {len(given)} images in its column images or image, but its text has places"
             f" for {count}"
         )
-    shown = split_marks(text).write(placeholder) if count else placeholder * len(given) + text
-    return values | {form.prompt_column: shown}, list(given)
+    if count:
+        return values | {name: values[name].replace(MARK, placeholder) for name in asked}, list(given)
+    return values | {form.prompt_column: placeholder * len(given) + values[form.prompt_column]}, list(given)

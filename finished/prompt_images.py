@@ -58,13 +58,13 @@ class PromptImages:
         Raises UserError, which begins with `origin`, for a text that means tokens of images, and unless MARK
         stands once for each image or nowhere.
         """
-        self._check_texts(row, bool(refs), origin)
-        if not refs:
+        self._check_texts(row, origin)
+        if self.format is None:
             return row
         marks = str(row[form.prompt_column]).count(MARK)
         if marks not in (0, len(refs)):
             raise UserError(f"{origin}: has {marks} places {MARK} for {len(refs)} image(s)")
-        return show_images(row, [ref.path for ref in refs], form, self.placeholder, origin)[0]
+        return show_images(row, [ref.path for ref in refs], True, form, self.placeholder, origin)[0]
 
     def take_columns(self, row: dict, folder: str, origin: str) -> tuple[dict, list]:
         """Return (a row without its columns of images, the images of these). Raises UserError for wrong ones.
@@ -93,8 +93,9 @@ class PromptImages:
 
         Raises UserError for an image that cannot be used or shown, and for texts that mean tokens of images.
         """
-        self._check_texts(values, bool(given), origin)
-        values, sources = show_images(values, given, form, self.placeholder, origin)
+        self._check_texts(values, origin)
+        has_marks = self.format is not None
+        values, sources = show_images(values, given, has_marks, form, self.placeholder, origin)
         refs = [self.files.find(source, folder, origin) for source in sources]
         for ref in refs:
             self._check_shape(ref, origin)
@@ -112,10 +113,10 @@ class PromptImages:
             raise UserError(f"{origin}: the chat template shows {shown} of its {len(refs)} images")
         return expand_images(Rendered(text, [], images=refs), self.format).text
 
-    def _check_texts(self, row: dict, has_images: bool, origin: str) -> None:
+    def _check_texts(self, row: dict, origin: str) -> None:
         if self.format is not None:
             texts = dict.fromkeys((self.placeholder, *self.format.reserved))
-            check_reserved(row, [text for text in texts if not (has_images and text == MARK)], origin)
+            check_reserved(row, [text for text in texts if text != MARK], origin)
 
     def _check_shape(self, ref: ImageRef, origin: str) -> None:
         reason = self.format.refuse(ref.width, ref.height) if self.format else ""

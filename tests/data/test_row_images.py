@@ -10,6 +10,8 @@ import pytest
 
 from data.columns import ColumnNames
 from data.examples import read_examples
+from data.formats import ALPACA_INPUT
+from data.mixtures import read_mixture
 from options.errors import UserError
 from tests.helpers.chat_templates import CHATML
 from tests.helpers.data_files import to_jsonl, write_csv, write_file, write_parquet
@@ -140,12 +142,17 @@ def test_text_rows_of_a_template_of_lists(folder):
     assert one.text == turns("Is it?")
 
 
-# Without a chat template, the images are before the question. format: (row, text)
+# Without a chat template, the images are at their marks, or before the question. format: (row, text)
 PLAIN = {
-    "qa": ({"image": "1.png"} | PAIR, f"### Question:\n{BEGIN}Is it?\n\n### Answer:\nYes."),
+    "qa": (
+        {"images": BOTH, "context": "See <image> and <image>."} | PAIR,
+        f"### Context:\nSee {BEGIN} and {BEGIN}.\n\n### Question:\nIs it?\n\n### Answer:\nYes."),
     "prompt_completion": (
         {"image": "1.png", "prompt": "Is it? ", "completion": "Yes."}, f"{BEGIN}Is it? Yes."),
     "completion": ({"images": BOTH, "text": "A cat."}, f"{BEGIN * 2}A cat."),
+    "alpaca": (
+        {"images": BOTH, "instruction": "Compare <image> with the other.", "input": "<image>", "output": "A"},
+        ALPACA_INPUT.format(instruction=f"Compare {BEGIN} with the other.", input=BEGIN) + "A"),
 }  # fmt: skip
 
 
@@ -167,6 +174,55 @@ def test_rows_with_and_without_images(folder):
     assert not any("not read" in remark for remark in examples.remarks)
     (one,) = read(folder, asks("What does <image> do?")).rendered
     assert one.text == turns("What does <image> do?")
+
+
+# A row with an image of each kind, and rows after it that lack the image of their mark: (kind, row).
+SCANS = {
+    "parts": asks([{"type": "image", "path": "1.png"}, text_part("Is it?")]),
+    "messages": asks("<image>Is it?", images=["1.png"]),
+    "questions": {"image": "1.png"} | PAIR,
+}
+LOST = {
+    "an empty list": ("messages", asks("<image>Is it?", images=[])),
+    "no column": ("messages", asks("<image>Is it?")),
+    "beside rows with parts": ("parts", asks("<image>Is it?")),
+    "in a part": ("parts", asks([text_part("<image>Is it?")])),
+    "a question": ("questions", PAIR | {"image": "", "question": "<image>Is it?"}),
+    "a context": ("questions", PAIR | {"image": None, "context": "See <image>."}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, row", LOST.values(), ids=LOST)
+def test_a_mark_without_its_image(folder, kind, row):
+    """It is an error, not a text to learn from, once a row of the data set has an image."""
+    template = None if "answer" in row else TEMPLATE
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has more images in the text than in the column"):
+        read(folder, SCANS[kind], row, tokenizer=image_tokenizer(template))
+
+
+def test_marks_and_a_column_without_images(folder):
+    """The column says that the marks are images, even if it has none."""
+    with pytest.raises(UserError, match=r"rows.jsonl:1: has more images in the text than in the column"):
+        read(folder, asks("<image>Is it?", image=None))
+
+
+def test_marks_of_a_set_of_texts_in_a_mixture(folder):
+    """Each set decides on its own marks; those that are texts are counted."""
+    scans = write_file(folder / "scans.jsonl", to_jsonl([SCANS["messages"]]))
+    texts = write_file(folder / "texts.jsonl", to_jsonl([asks("What does <image> do?"), asks("Hi")]))
+    mixture = read_mixture(f"{scans},{texts}", image_options())
+    assert [widths(one) for each in mixture.sets for one in each.rendered] == [[1], [], []]
+    assert mixture.sets[1].rendered[0].text == turns("What does <image> do?")
+    assert [remark for remark in mixture.remarks if "<image>" in remark] == [
+        f"data: {texts}: 1 of 2 rows hold <image>, which is a text here: the set has neither images nor a"
+        " column for them"
+    ]
+
+
+def test_marks_in_parts_of_texts(folder):
+    """They stand for the images of the column, as in a text."""
+    (one,) = read(folder, asks([text_part("<image>Is it "), text_part("<image>?")], images=BOTH)).rendered
+    assert one.text == turns(f"{BEGIN}Is it{BEGIN}?") and widths(one) == [1, 2]
 
 
 def test_paths_in_a_csv(folder):
@@ -266,9 +322,12 @@ def test_the_image_folder(folder):
 SOFT = "<image_soft_token>"
 # name: (row, the error's text behind the file)
 BAD = {
-    "more in the text": (asks([IMAGE, IMAGE], image="1.png"), r":1: message 1 has a place .* has only 1 in"),
-    "more marks": (asks("<image><image>", image="1.png"), r":1: message 1 has a place .* has only 1 in"),
-    "none in the column": (asks([IMAGE]), r":1: message 1 has a place for an image, .* only 0 in"),
+    "more in the text": (asks([IMAGE, IMAGE], image="1.png"), r":1: has more images .* more than the 1 in"),
+    "more marks": (asks("<image><image>", image="1.png"), r":1: has more images .* more than the 1 in"),
+    "none in the column": (asks([IMAGE]), r":1: has more images .* message 1 .* more than the 0 in"),
+    "a mark beside a part": (
+        asks([IMAGE, text_part("<image>\nIs it?")], images=BOTH),
+        r":1: message 1: part 2 of its content holds <image> beside parts of images"),
     "more in the column": (asks([IMAGE], images=["1.png", "2.png"]), r":1: has 2 images .* places for 1"),
     "more than marks": (asks("<image>", images=["1.png", "2.png"]), r":1: has 2 images .* places for 1"),
     "no place in parts": (asks([text_part("a")], image="1.png"), r":1: has 1 images .* places for 0"),

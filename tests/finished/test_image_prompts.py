@@ -188,6 +188,7 @@ def test_images_that_cannot_be_asked_about(run, runs, pictures, refused, tmp_pat
     assert "--prompt 1: has 2 places <image> for 1 image" in refused(
         run, "--prompt", "<image><image>", "--image_path", picture
     )
+    assert "--prompt 1: has 1 places <image> for 0 image" in refused(run, "--prompt", "<image> what?")
     assert f"--prompt 1: its text holds {MARKED}" in refused(run, "--prompt", f"{MARKED} is what?")
     many = [word for _ in range(200) for word in ("--image_path", picture)]
     assert "--prompt 1: takes 2," in refused(run, *asked, *many)
@@ -200,6 +201,9 @@ def test_rows_of_prompts_whose_images_are_wrong(run, runs, pictures, refused, tm
     none = tmp_path / "none"
     assert f"--image_folder {none}: no such folder" in refused(run, "--prompts", file, "--image_folder", none)
     assert "ask.jsonl:1: is a row" in refused(run, "--prompts", file, "--image_path", pictures[0])
+    file.write_text(json.dumps({"question": f"<image>{QUESTION}"}))
+    assert "ask.jsonl:1: has more images in the text than in the column" in refused(run, "--prompts", file)
+    file.write_text(json.dumps(row))
     assert "--image_folder: has no effect" in refused(run, "--prompt", "Hi", "--image_folder", none)
     found = refused(runs[0], "--prompts", file, "--image_folder", pictures[0].parent)
     assert "ask.jsonl:1: has an image:" in found and "takes no image" in found
