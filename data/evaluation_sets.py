@@ -21,7 +21,7 @@ from data.examples import Examples
 from data.formats import FORMATS, Rendered
 from data.held_rows import split_sets
 from data.image_format import ImageFormat
-from data.image_texts import expand_images
+from data.image_texts import check_placeholders, expand_images
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
 from data.reading import ReadingOptions
 from data.rows import TokenizedRows
@@ -269,7 +269,9 @@ def _make_sample_prompts(
     source = config.sample_prompts
     if source is not None and file_suffix(source) == ".txt":
         questions = _read_questions(Path(source).expanduser())
-        return config, _make_question_prompts(questions, examples, tokenizer, config.context_length)
+        return config, _make_question_prompts(
+            questions, examples, tokenizer, config.context_length, image_format
+        )
     if source is not None:
         with rename_option_in_errors("--sample_prompts"):
             examples = read_in_trained_format(
@@ -302,17 +304,24 @@ def _read_questions(path: Path) -> list[str]:
 
 
 def _make_question_prompts(
-    questions: list[str], examples: Examples, tokenizer, context_length: int
+    questions: list[str],
+    examples: Examples,
+    tokenizer,
+    context_length: int,
+    image_format: ImageFormat | None = None,
 ) -> list[Prompt]:
     """Return questions as prompts, of at most context_length tokens, in the format of the training data.
 
-    Raises UserError if the chat template refuses one.
+    Raises UserError if the chat template refuses one, or its text means an image. image_format: how the model
+    takes images; None = it takes none.
     """
     form, prompts = FORMATS[examples.format], []
     for question in questions:
         row = form.make_prompt_row(question, examples.context.markers)
         with convert_template_errors(f"--sample_prompts: {question!r}"):
             text = form.prompt(row, examples.context)
+        if image_format:
+            check_placeholders(text, 0, image_format, f"--sample_prompts: {question!r}")
         ids = encode_prompt(text, tokenizer, form.add_special_tokens)[-context_length:]
         marker, header = form.marker(examples.context), form.question_header(examples.context)
         prompts.append(Prompt(text, ids, marker=marker, question_header=header))

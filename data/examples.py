@@ -21,6 +21,8 @@ from data.chat import convert_template_errors
 from data.chat_remarks import describe_hidden_parts, describe_missing_endings
 from data.dataset_names import pin_commit
 from data.formats import FORMATS, RenderContext, Rendered
+from data.image_format import ImageFormat
+from data.image_texts import check_placeholders
 from data.reading import FormatRows, ReadingOptions, read_format_rows
 from launch.ranks import count_cpus
 from options.errors import UserError, join_names
@@ -66,7 +68,7 @@ def read_examples(dataset: str, options: ReadingOptions) -> Examples:
     if FORMATS[name].has_markers:
         _check_markers(rows, data.origins, data.markers)
     rendered = _render_all(_RowRenderer(rows, data.origins, name, context, options.needs_answer))
-    rendered, remarks = _attach_images(rendered, data, placeholder), [*data.remarks]
+    rendered, remarks = _attach_images(rendered, data, options.image_format), [*data.remarks]
     if name == "chat":
         last_answers = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
         remarks += describe_hidden_parts(context.chat, rows)
@@ -82,21 +84,20 @@ def read_examples(dataset: str, options: ReadingOptions) -> Examples:
     return Examples(rendered, name, context, tuple(remarks), pin_commit(dataset, data.commit))
 
 
-def _attach_images(rendered: list[Rendered], data: FormatRows, placeholder: str) -> list[Rendered]:
-    """Return the texts with their images. Raises UserError unless a text has a placeholder for each of them.
+def _attach_images(
+    rendered: list[Rendered], data: FormatRows, image_format: ImageFormat | None
+) -> list[Rendered]:
+    """Return the texts with their images. Raises UserError for a text that means other images than these.
 
-    data: the rows that were rendered.
+    data: the rows that were rendered. image_format: how the model takes images; None = it takes none.
     """
-    if not data.images:
+    if image_format is None:
         return rendered
-    for one, images, origin in zip(rendered, data.images, data.origins, strict=True):
-        if (count := one.text.count(placeholder)) != len(images):
-            raise UserError(
-                f"--dataset {origin}: the chat template shows {count} of its {len(images)} images as"
-                f" {placeholder}; --chat_template takes another one"
-            )
-    pairs = zip(rendered, data.images, strict=True)
-    return [dataclasses.replace(one, images=images) if images else one for one, images in pairs]
+    images = data.images or [()] * len(rendered)
+    for one, shown, origin in zip(rendered, images, data.origins, strict=True):
+        check_placeholders(one.text, len(shown), image_format, f"--dataset {origin}")
+    pairs = zip(rendered, images, strict=True)
+    return [dataclasses.replace(one, images=shown) if shown else one for one, shown in pairs]
 
 
 def _check_roles(rows: list[dict], error_prefix: str) -> None:

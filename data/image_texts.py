@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -12,6 +13,33 @@ from data.encoding import Offsets
 from data.formats import Rendered
 from data.image_format import ImageFormat
 from options.errors import UserError
+
+
+def check_placeholders(text: str, count: int, image_format: ImageFormat, error_prefix: str) -> None:
+    """Raise UserError unless a rendered text has a placeholder for each image, and no other token of images.
+
+    The columns of a row may be harmless alone, and write a token of images where a template joins them.
+
+    Args:
+        text: before `expand_images`.
+        count: number of its images.
+        image_format: how the model takes images.
+        error_prefix: begins the error, and names the row.
+    """
+    pieces = text.split(image_format.placeholder)
+    reserved = [token for token in image_format.reserved if any(token in piece for piece in pieces)]
+    if len(pieces) - 1 > count:
+        reserved.append(image_format.placeholder)
+    if reserved:
+        raise UserError(
+            f"{error_prefix}: its text, as it is rendered, holds {reserved[0]}, which stands for an image;"
+            " leave it out, and give images as parts or in a column images (docs/data.md)"
+        )
+    if len(pieces) - 1 < count:
+        raise UserError(
+            f"{error_prefix}: the chat template shows {len(pieces) - 1} of its {count} images as"
+            f" {image_format.placeholder}; --chat_template takes another one"
+        )
 
 
 def expand_images(example: Rendered, image_format: ImageFormat | None) -> Rendered:
@@ -41,6 +69,29 @@ def expand_images(example: Rendered, image_format: ImageFormat | None) -> Render
 
     learned = [(move(start), move(end)) for start, end in example.learned]
     return dataclasses.replace(example, text=text, learned=learned, image_spans=spans)
+
+
+def check_image_tokens(
+    ids: list[int], spans: Sequence[tuple[int, int]], image_ids: Collection[int], error_prefix: str
+) -> None:
+    """Raise UserError if a token of images is outside of the images, since it could be learned.
+
+    The text has none there, so the tokenizer has made it of other characters.
+
+    Args:
+        ids: of an example's tokens.
+        spans: from `locate_images`.
+        image_ids: of the tokens of images.
+        error_prefix: begins the error, and names the row.
+    """
+    outside = np.isin(np.array(ids), [*image_ids])
+    for first, end in spans:
+        outside[first:end] = False
+    if outside.any():
+        raise UserError(
+            f"{error_prefix}: the tokenizer makes the id {ids[int(outside.argmax())]} of its text, which"
+            " stands for an image; leave that out"
+        )
 
 
 def locate_images(

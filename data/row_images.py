@@ -147,14 +147,14 @@ def check_reserved(values: Any, reserved: Sequence[str], error_prefix: str) -> N
 
 
 def _list_texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a value, however deep they are."""
+    """Yield the texts in a value, however deep they are, and the names in its objects."""
     left = [value]
     while left:
         part = left.pop()
         if isinstance(part, str):
             yield part
         elif isinstance(part, Mapping | list):
-            left += part.values() if isinstance(part, Mapping) else part
+            left += [*part, *part.values()] if isinstance(part, Mapping) else part
 
 
 def show_all_images(

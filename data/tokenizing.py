@@ -19,7 +19,7 @@ from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
 from data.image_format import ImageFormat
-from data.image_texts import expand_images, locate_images
+from data.image_texts import check_image_tokens, expand_images, locate_images
 from data.kept_rows import KeptRows
 from data.reading import ReadingOptions
 from data.rows import MixedSet, TokenizedRows, join_sets
@@ -92,17 +92,19 @@ def tokenize(
         error_prefix: begins the error if no example is left.
         image_format: how the model takes images; None = it takes none.
 
-    Raises UserError if no example is left, if an image alone has more tokens, and if the tokenizer has no
-    offsets or lacks an EOS that the rows need.
+    Raises UserError if no example is left, if an image alone has more tokens, if a token of images is outside
+    of the images, and if the tokenizer has no offsets or lacks an EOS that the rows need.
     """
     _check_tokenizer(tokenizer, needs_eos=any(r.needs_eos for r in rendered))
     special = SpecialTokens.from_tokenizer(tokenizer)
     kept = KeptRows(context_length, image_format)
+    image_ids = tokenizer.convert_tokens_to_ids([*image_format.reserved]) if image_format else []
     expanded = (expand_images(drop_empty_answers(r, tokenizer), image_format) for r in rendered)
     for block in cut_blocks(expanded):  # the library works on a block in parallel
         encoded = encode(tokenizer, [r.text for r in block], block[0].add_special_tokens)
         for example, (ids, offsets) in zip(block, encoded, strict=True):
             spans = locate_images(example, ids, offsets, image_format, context_length)
+            check_image_tokens(ids, spans, image_ids, f"{error_prefix}: row {example.row_number}")
             row, targets = _targets(example, ids, offsets, special)
             for first, end in spans:
                 targets[first:end] = False

@@ -15,7 +15,7 @@ from data.image_files import ImageFiles, find_image
 from data.image_format import ImageFormat
 from data.image_parts import MARK, has_image_parts
 from data.image_store import IMAGE_COLUMNS, ImageStore
-from data.image_texts import expand_images
+from data.image_texts import check_placeholders, expand_images
 from data.images import ImageRef
 from data.prefetch import decode_images
 from data.row_files import Rows
@@ -104,14 +104,26 @@ class PromptImages:
     def expand(self, text: str, refs: Sequence[ImageRef], origin: str) -> str:
         """Return a prompt's text with the text of each image's tokens in the place of its placeholder.
 
-        Raises UserError, which begins with `origin`, if the chat template does not show each image.
+        Raises UserError, which begins with `origin`, if the text means other images than these.
         """
-        if not refs:
+        if self.format is None:
             return text
-        shown = text.count(self.placeholder)
-        if shown != len(refs):
-            raise UserError(f"{origin}: the chat template shows {shown} of its {len(refs)} images")
+        check_placeholders(text, len(refs), self.format, origin)
         return expand_images(Rendered(text, [], images=refs), self.format).text
+
+    def check_tokens(self, ids: Sequence[int], refs: Sequence[ImageRef], origin: str) -> None:
+        """Raise UserError, which begins with `origin`, unless a prompt has the tokens of its images alone.
+
+        The tokenizer may have made one of other characters. ids: of the prompt's tokens.
+        """
+        if self.format is None:
+            return
+        count = ids.count(self.format.token_id)
+        expected = sum(self.format.count_tokens(ref.width, ref.height) for ref in refs)
+        if count != expected:
+            raise UserError(
+                f"{origin}: has {count:,} tokens of images, and {expected:,} are those of its images"
+            )
 
     def _check_texts(self, row: dict, origin: str) -> None:
         if self.format is not None:

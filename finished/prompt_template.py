@@ -142,11 +142,15 @@ class PromptTemplate:
         self.context.chat.check_system()
 
     def encode(self, prompt: RenderedPrompt) -> EncodedPrompt:
-        """Tokenize a prompt. Raises UserError if it leaves no room for an answer, or hides an image."""
+        """Tokenize a prompt.
+
+        Raises UserError if it leaves no room for an answer, or means other images than its own.
+        """
         text = self.images.expand(prompt.text, prompt.images, prompt.origin)
         ids = encode_prompt(text, self.tokenizer, self.format.add_special_tokens)
         if not ids:
             raise UserError(f"{prompt.origin}: is empty")
+        self.images.check_tokens(ids, prompt.images, prompt.origin)
         if len(ids) >= self.max_positions:
             raise UserError(
                 f"{prompt.origin}: takes {len(ids):,} tokens; the model has {self.max_positions:,} positions"

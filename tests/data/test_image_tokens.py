@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data import row_text, tokenizing
@@ -316,3 +316,14 @@ def test_texts_of_a_model_of_images(folder):
     path = str(write_file(folder / "rows.jsonl", to_jsonl([{"question": "Is it?", "answer": "Yes."}])))
     rows, of_texts = (tokenize_dataset(path, image_options(**more)) for more in ({}, {"image_format": None}))
     assert rows.tokens.tolist() == of_texts.tokens.tolist() and not rows.images.refs
+
+
+def test_a_tokenizer_that_makes_tokens_of_images_of_other_texts(folder):
+    """Such as one that takes wide letters for plain ones. The tokens would be learned."""
+    tokenizer = image_tokenizer(None)
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken(END, normalized=True)]})
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    row = {"prompt": "Say ", "completion": "\uff1cend_of_image\uff1e", "image": "1.png"}
+    path = write_file(folder / "rows.jsonl", to_jsonl([row]))
+    with pytest.raises(UserError, match=r"row 1: the tokenizer makes the id \d+ .* stands for an image"):
+        tokenize_dataset(str(path), image_options(tokenizer))

@@ -358,6 +358,30 @@ def test_a_row_that_cannot_be_read(folder, row, message):
         read(folder, row)
 
 
+# Rows whose texts are harmless alone, and mean a token of images where they are joined. name: (format, row)
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {SOFT: 1}}}]}
+JOINED = {
+    "parts": ("auto", asks([IMAGE, text_part("see <image_soft"), text_part("_token> ok")], image="1.png")),
+    "parts of an answer": ("auto", {"messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [text_part("see <image_soft"), text_part("_token> ok")]}]}),
+    "a question and its answer": (
+        "prompt_completion", {"prompt": "see <image_soft", "completion": "_token> ok", "image": "1.png"}),
+    "another image": ("auto", asks([IMAGE, text_part("see <start_of"), text_part("_image>")], image="1.png")),
+    "no image at all": ("prompt_completion", {"prompt": "see <end_of", "completion": "_image> ok"}),
+    "the name of an argument": ("auto", {"messages": [{"role": "user", "content": "Hi"}, CALL]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, row", JOINED.values(), ids=JOINED)
+def test_tokens_of_images_out_of_joined_texts(folder, name, row):
+    """The rendered text is checked, so no token of an image is learned."""
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: its text.* holds <[a-z_]+>, which stands for an image"
+    ):
+        read(folder, row, format=name)
+
+
 def test_a_template_that_hides_images(folder):
     hiding = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     row = {

@@ -17,13 +17,16 @@ from transformers import AutoModelForImageTextToText
 import evaluate
 import export
 import generate
+from data.images import ImageRef
 from finished import generation
 from finished.finished_run import open_run
+from finished.prompt_images import PromptImages
 from finished.prompt_template import Answer
+from options.errors import UserError
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.image_folders import write_gemma_folder, write_talkative_gemma
-from tests.helpers.images import TEMPLATE, write_image
+from tests.helpers.images import TEMPLATE, image_tokenizer, stand_in, write_image
 from tests.helpers.pictures import draw
 from tests.helpers.runs import dense_state, transformers_model
 
@@ -201,12 +204,29 @@ def test_rows_of_prompts_whose_images_are_wrong(run, runs, pictures, refused, tm
     none = tmp_path / "none"
     assert f"--image_folder {none}: no such folder" in refused(run, "--prompts", file, "--image_folder", none)
     assert "ask.jsonl:1: is a row" in refused(run, "--prompts", file, "--image_path", pictures[0])
+    parts = [{"type": "text", "text": text} for text in ("see <image_soft", "_token> ok")]
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert "ask.jsonl:1: its text, as it is rendered, holds <image_soft_token>" in refused(
+        run, "--prompts", file
+    )
     file.write_text(json.dumps({"question": f"<image>{QUESTION}"}))
     assert "ask.jsonl:1: has more images in the text than in the column" in refused(run, "--prompts", file)
     file.write_text(json.dumps(row))
     assert "--image_folder: has no effect" in refused(run, "--prompt", "Hi", "--image_folder", none)
     found = refused(runs[0], "--prompts", file, "--image_folder", pictures[0].parent)
     assert "ask.jsonl:1: has an image:" in found and "takes no image" in found
+
+
+def test_tokens_of_images_out_of_other_texts():
+    """A tokenizer may make them, which the rendered text does not show."""
+    form = stand_in(image_tokenizer())
+    images = PromptImages(form)
+    shown = ImageRef("a.png", 0, None, 16, 32, "--prompt 1")  # two tokens
+    images.check_tokens([5, form.token_id, form.token_id, 6], [shown], "--prompt 1")
+    with pytest.raises(
+        UserError, match=r"^--prompt 1: has 1 tokens of images, and 0 are those of its images"
+    ):
+        images.check_tokens([5, form.token_id], [], "--prompt 1")
 
 
 def test_rows_to_score_whose_images_are_wrong(run, runs, pictures, capsys, tmp_path):
