@@ -15,6 +15,8 @@ from data import row_text, tokenizing
 from data.batches import StepSampler
 from data.evaluation_sets import prepare_sets
 from data.formats import Rendered
+from data.image_digests import digest_whole_images
+from data.image_files import find_image
 from data.images import ImageRef
 from data.pixels import read_pixels
 from data.row_text import describe_examples, record_examples
@@ -309,6 +311,48 @@ def test_no_image_is_on_both_sides_of_a_split(folder):
     )
     with pytest.raises(UserError, match=r"^--eval_share 0.25: all rows show the same images"):
         prepare_sets(dataclasses.replace(config, dataset=str(same)), tokenizer, stand_in(tokenizer))
+
+
+def test_images_that_begin_alike_are_different_ones(folder):
+    """Those of equal sizes and beginnings are read whole; the same image in two files is one."""
+    beginning = bytes(2**16)  # a BMP begins with its last line
+    for i in range(8):
+        Image.frombytes("L", (256, 512), bytes([i // 2]) * 2**16 + beginning).save(folder / f"{i}.bmp")
+    refs = [find_image(str(folder / f"{i}.bmp"), "row") for i in range(8)]
+    assert len({ref.digest for ref in refs}) == 1
+    digests = [*digest_whole_images(refs).values()]
+    assert len({*digests}) == 4 and digests[::2] == digests[1::2]
+    path = write_file(
+        folder / "a.jsonl", to_jsonl([{"image": f"{i}.bmp", "text": f"t{i}"} for i in range(8)])
+    )
+    tokenizer = image_tokenizer()
+    config = Config(dataset=str(path), eval_share=0.25, eval_every=1, context_length=2000)
+    _, rows, evaluation = prepare_sets(config, tokenizer, stand_in(tokenizer))
+    assert (len(rows), len(evaluation.rows)) == (6, 2)
+    first, second = (read_pixels_of(ref) for ref in evaluation.rows.images.refs)
+    assert first == second
+
+
+def read_pixels_of(ref) -> bytes:
+    with Image.open(ref.path) as image:
+        return image.tobytes()
+
+
+def test_no_image_is_on_both_sides_of_a_mixture(folder):
+    """An image may be in two of its sets, under two names."""
+    for i in range(8):
+        write_image(folder / f"a{i}.png", 16, 16, color=i)
+        write_image(folder / f"b{i}.png", 16, 16, color=i)
+    sets = [[{"image": f"{name}{i}.png", "text": f"{name}{i}"} for i in order]
+            for name, order in (("a", range(8)), ("b", range(7, -1, -1)))]  # fmt: skip
+    paths = [write_file(folder / f"{i}.jsonl", to_jsonl(rows)) for i, rows in enumerate(sets)]
+    tokenizer = image_tokenizer()
+    dataset = ",".join(map(str, paths))
+    config = Config(dataset=dataset, eval_share=0.25, eval_every=1, context_length=200)
+    _, rows, evaluation = prepare_sets(config, tokenizer, stand_in(tokenizer))
+    sides = [{ref.digest for ref in each.images.refs} for each in (rows, evaluation.rows)]
+    assert (len(sides[0]), len(sides[1])) == (6, 2) and not sides[0] & sides[1]
+    assert [each.size for each in rows.sets] == [6, 6] and len(evaluation.rows) == 4
 
 
 def test_texts_of_a_model_of_images(folder):
