@@ -22,6 +22,7 @@ from PIL import ExifTags, Image
 from data.image_store import DATA_URL, StoredImage
 from data.images import ImageRef
 from data.pixels import IMAGE_FORMATS
+from options.data_files import IMAGE_SUFFIXES
 from options.errors import UserError
 from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 
@@ -85,7 +86,7 @@ class ImageFiles:
         except ValueError:  # NUL, or half a character
             found = ""
         if not found or not os.path.lexists(found):
-            raise UserError(f"{error_prefix}: no such file{self._describe_roots(roots, folder)}")
+            raise UserError(f"{error_prefix}: no such file{self._describe_roots(roots, folder, source)}")
         if not any(_is_inside(found, root) for root in roots):
             raise UserError(
                 f"{error_prefix} is outside of {' and '.join(dict.fromkeys(roots))}; --image_folder names"
@@ -93,11 +94,14 @@ class ImageFiles:
             )
         return found
 
-    def _describe_roots(self, roots: Sequence[str], folder: str) -> str:
+    def _describe_roots(self, roots: Sequence[str], folder: str, source: str) -> str:
         """Return the end of the error about a missing file: where it was looked for."""
         if not folder and not self._folder:
             return "; the hub set holds paths, not images: download it, and name its folder by --image_folder"
-        return f" in {roots[0]}" + ("" if self._folder else "; --image_folder names another folder")
+        elsewhere = "" if self._folder else "; --image_folder names another folder"
+        is_text = not source.lower().endswith(IMAGE_SUFFIXES)
+        texts_alone = "; if these are texts, --images false trains without images" if is_text else ""
+        return f" in {roots[0]}{elsewhere}{texts_alone}"
 
 
 def find_image(path: str, error_prefix: str) -> ImageRef:

@@ -23,6 +23,7 @@ IMAGE_COLUMNS = ("images", "image")
 DATA_URL = "data:image/"  # data:image/png;base64,...
 # Levels at which a row can hold an image: messages, one of them, its parts, one of them, its image, a URL.
 LEVELS = 6
+SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5\n", b"P6\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,15 @@ def decode_base64(text: str) -> bytes | None:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return None
+
+
+class UnreadImage(int):
+    """The number of bytes of an image in a column that is not read as one."""
+
+
+def holds_image(value: bytes) -> bool:
+    """Return whether bytes begin as those of an image do."""
+    return value.startswith(SIGNATURES) or (value[:4] == b"RIFF" and value[8:12] == b"WEBP")
 
 
 class ImageStore:
@@ -92,8 +102,8 @@ class ImageStore:
         """Return a row in which a StoredImage replaces each image that it holds as bytes.
 
         Such images are objects with `bytes`, as Hugging Face's data has them, and texts of base64 in these
-        and in data URLs. What is no base64 stays as it is. An image in another column becomes its number of
-        bytes. Raises UserError if the cache cannot hold the images.
+        and in data URLs. What is no base64 stays as it is. An image in another column becomes an UnreadImage.
+        Raises UserError if the cache cannot hold the images.
 
         Args:
             row: {column: value}.
@@ -128,7 +138,7 @@ class ImageStore:
         if is_image and isinstance(data, bytes):
             return self.add(data, os.path.basename(str(value.get("path") or "")))
         if isinstance(data, bytes):
-            return value | {"bytes": len(data)}
+            return value | {"bytes": UnreadImage(len(data)) if holds_image(data) else len(data)}
         is_part = is_image or str(value.get("type", "")).startswith("image")
         return {key: self._take(each, is_part, levels - 1) for key, each in value.items()}
 

@@ -18,15 +18,16 @@ from data.images import ImageRef
 from data.reading_remarks import describe_choice, describe_two_systems, describe_unmarked
 from data.recognition import (
     check_columns_are_read,
-    describe_unread_columns,
     find_candidate,
     list_candidates,
+    list_unread_columns,
     recognise_format,
     select_schemas,
 )
 from data.row_files import Rows
 from data.row_images import (
     check_takes_images,
+    check_unread_columns,
     describe_text_marks,
     explode_questions,
     has_parts,
@@ -34,7 +35,7 @@ from data.row_images import (
     show_all_images,
     take_image_columns,
 )
-from data.schemas import Schema, find_schema, has_content, match_schemas
+from data.schemas import Schema, find_schema, has_content, join_columns, match_schemas
 from data.sources import Recipe, find_recipe, load_rows
 from options.config import Config
 from options.errors import UserError
@@ -82,6 +83,7 @@ class ReadingOptions:
             format `preferred`.
         image_format: how the model takes images; None = it takes none.
         image_folder: the folder that paths of images are relative to; None = that of the data file.
+        texts_alone: whether columns of images that are not read are left out; if not, they are an error.
     """
 
     tokenizer: Any
@@ -95,6 +97,7 @@ class ReadingOptions:
     needs_answer: bool = True
     image_format: ImageFormat | None = None
     image_folder: str | None = None
+    texts_alone: bool = False
 
     @classmethod
     def from_config(
@@ -111,6 +114,7 @@ class ReadingOptions:
             empty_thinking=config.empty_thinking,
             image_format=image_format,
             image_folder=config.image_folder,
+            texts_alone=config.images == "false",
         )
 
     @property
@@ -144,9 +148,12 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
     else:
         name, schemas = _resolve_format(recipe, data, dataset, named, options, has_images)
         matched = match_schemas(data.rows, schemas)
+    unread = list_unread_columns(data.rows, matched, renamed.names.values())
+    if not (has_images or options.texts_alone):
+        check_unread_columns(data.rows, unread, options.image_format is not None, f"--dataset {dataset}")
     remarks = [
         *data.remarks,
-        *_describe_unread(data.rows, matched, renamed.names.values()),
+        *([f"data: columns that are not read: {join_columns(unread)}"] if unread else []),
         *(describe_unmarked(data.rows, recipe.markers[1]) if FORMATS[name].has_markers else ()),
     ]
     if options.format == recipe.format == options.preferred == "auto":
@@ -280,12 +287,3 @@ def find_format(dataset: str, options: ReadingOptions) -> tuple[str, Recipe]:
     return _resolve_format(recipe, data, dataset, _without_images(renamed.named_by), options, has_images)[
         0
     ], recipe
-
-
-def _describe_unread(rows: list[dict], schemas: list[Schema], renamed: Iterable[str]) -> list[str]:
-    """Return a list with one remark on columns that are not read, or an empty list.
-
-    schemas: of each row; renamed: columns that are read under another name.
-    """
-    unread = describe_unread_columns(rows, schemas, renamed)
-    return [f"data: columns that are not read: {unread}"] if unread else []

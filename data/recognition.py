@@ -162,10 +162,10 @@ def check_columns_are_read(
     )
 
 
-def describe_unread_columns(
+def list_unread_columns(
     rows: Iterable[Mapping], schemas: Iterable[Schema], renamed: Iterable[str] = ()
-) -> str:
-    """Return one text of the names of columns with a value that are not read; "" if all are.
+) -> list[str]:
+    """Return the names of columns with a value that are not read.
 
     Args:
         rows: {column: value} of each.
@@ -179,4 +179,4 @@ def describe_unread_columns(
         for column, value in row.items()
         if value is not None and column not in schema.columns and column not in elsewhere
     )
-    return join_columns([*found])
+    return [*found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +10,16 @@ from data.formats import Format
 from data.image_files import ImageFiles, ImageSource
 from data.image_format import ImageFormat
 from data.image_parts import MARK, has_image_parts, list_sources, place_images
-from data.image_store import DATA_URL, IMAGE_COLUMNS, StoredImage
+from data.image_store import DATA_URL, IMAGE_COLUMNS, StoredImage, UnreadImage, holds_image
 from data.images import ImageRef
 from data.row_files import Rows
+from data.schemas import has_content, join_columns
 from options.data_files import IMAGE_SUFFIXES
 from options.errors import UserError
 
 # Columns of lists of messages, whose contents may have parts.
 MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion")
-NO_VISION = (
-    "has an image, but the model takes texts only; name a model with images by --model_name, or leave the"
-    " column or part out"
-)
+NO_VISION = "has an image, but the model takes texts only"
 
 
 def explode_questions(data: Rows) -> Rows:
@@ -98,10 +96,12 @@ def _looks_like_image(value: Any) -> bool:
         return any(_looks_like_image(each) for each in value)
     if isinstance(value, Mapping):
         return any(_looks_like_image(value.get(key)) for key in ("path", "bytes"))
+    if isinstance(value, bytes):
+        return holds_image(value)
     is_path = isinstance(value, str) and (
         value.lower().endswith(IMAGE_SUFFIXES) or value.startswith(DATA_URL)
     )
-    return is_path or isinstance(value, StoredImage)
+    return is_path or isinstance(value, StoredImage | UnreadImage)
 
 
 def marks_are_images(rows: Sequence[Mapping], given: Sequence[list[ImageSource]]) -> bool:
@@ -127,7 +127,33 @@ def check_takes_images(data: Rows, given: Sequence[list[ImageSource]]) -> None:
     """Raise UserError if a row has an image, for a model that takes none. given: images of the columns."""
     for i, (row, origin) in enumerate(zip(data.rows, data.origins, strict=True)):
         if (given and given[i]) or any(has_image_parts(row.get(name)) for name in MESSAGE_COLUMNS):
-            raise UserError(f"--dataset {origin}: {NO_VISION}")
+            raise UserError(
+                f"--dataset {origin}: {NO_VISION}; leave the column or part out, or name a model with images"
+                " by --model_name"
+            )
+
+
+def check_unread_columns(
+    rows: Sequence[Mapping], unread: Iterable[str], takes_images: bool, error_prefix: str
+) -> None:
+    """Raise UserError for a column that is not read though all that it holds looks like images.
+
+    Args:
+        rows: of a data set that shows no image.
+        unread: its columns that are not read.
+        takes_images: whether the model does.
+        error_prefix: begins the error.
+    """
+    for name in unread:
+        values = [row[name] for row in rows if has_content(row.get(name))]
+        if values and all(map(_looks_like_image, values)):
+            column, remedy = join_columns([name]), "name a model with images by --model_name"
+            if takes_images:
+                remedy = f"--columns image={column}, or a recipe's `columns`, reads them"
+            raise UserError(
+                f"{error_prefix}: its column {column} holds images, and is not read; {remedy}; --images false"
+                " trains on the texts alone (docs/data.md)"
+            )
 
 
 def has_parts(rows: Sequence[Mapping]) -> bool:

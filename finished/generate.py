@@ -13,8 +13,8 @@ import torch
 
 from data.answers import cut_repetition
 from data.image_store import IMAGE_COLUMNS
-from data.recognition import describe_unread_columns
-from data.schemas import find_schema
+from data.recognition import list_unread_columns
+from data.schemas import find_schema, join_columns
 from finished.conversation import Chat, choose_template, make_printable
 from finished.generation import BASE, AnsweringModels, has_bf16, make_template, open_runs
 from finished.prompt_template import (
@@ -146,7 +146,7 @@ def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTem
         schemas = [find_schema(row, fitting, needs_answer=False) or fitting[0] for row, fitting in matched]
         shown = IMAGE_COLUMNS if template.images.format else ()
         rows = [{name: row[name] for name in row if name not in shown} for row, _ in matched]
-        unread.append(describe_unread_columns(rows, schemas, template.columns.names.values()))
+        unread.append(join_columns(list_unread_columns(rows, schemas, template.columns.names.values())))
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 

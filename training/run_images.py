@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from data.evaluation_data import EvaluationData
 from data.image_format import ImageFormat
 from data.images import describe_deep_images
+from data.row_images import NO_VISION
 from data.rows import TokenizedRows
 from models.family import Family
 from options.config import Config
@@ -26,8 +27,9 @@ def read_image_format(
 ) -> tuple[ImageFormat | None, str]:
     """Return (how the model takes images, at most as large as --image_size; "").
 
-    If it takes none, the result is (None, ""), and (None, why) if its files do not say how. That is an error
-    only if a row has an image (`explain_refused_images`): many folders for texts lack these files.
+    If it takes none, the result is (None, ""), and (None, why) if its files do not say how, or --images is
+    false. That is an error only if a row has an image (`explain_refused_images`): many folders for texts lack
+    these files.
 
     Args:
         config: the run's options.
@@ -36,8 +38,10 @@ def read_image_format(
 
     Raises UserError if --image_size is not possible.
     """
-    if family.vision is None or config.images == "false":
+    if family.vision is None:
         return None, ""
+    if config.images == "false":
+        return None, "--images false is why"
     try:
         found = family.vision.read_format(model_config, folder)
     except UserError as e:
@@ -51,7 +55,7 @@ def explain_refused_images(reason: str) -> Iterator[None]:
     try:
         yield
     except UserError as e:
-        raise UserError(f"{e}; {reason}" if reason and "image" in str(e) else str(e)) from None
+        raise UserError(f"{e}; {reason}" if reason and NO_VISION in str(e) else str(e)) from None
 
 
 def settle_images(

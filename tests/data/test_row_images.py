@@ -416,5 +416,33 @@ def test_a_column_image_of_texts(folder):
     row = {"question": "Which image?", "answer": "ubuntu", "image": "ubuntu:24.04"}
     examples = read(folder, row, image_format=None)
     assert any("not read: image" in remark for remark in examples.remarks) and examples.format == "qa"
-    with pytest.raises(UserError, match=r"image ubuntu:24.04: no such file"):
+    with pytest.raises(UserError, match=r"image ubuntu:24.04: no such file .* --images false trains without"):
         read(folder, row)
+
+
+STRUCT = {"bytes": SCAN, "path": None}
+UNREAD = {"bytes of a table": STRUCT, "raw bytes": SCAN, "a list": [STRUCT], "a path": "ct/a.PNG",
+          "data URLs": "data:image/png;base64,iVBORw0KGgo="}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", UNREAD.values(), ids=UNREAD)
+def test_images_in_a_column_that_is_not_read(folder, value):
+    """They are an error for each model, unless the user wants the texts alone."""
+    path = write_parquet(folder / "a.parquet", [PAIR | {"scan": None}, PAIR | {"scan": value}])
+    with pytest.raises(UserError, match=r"a.parquet: its column scan holds images, .*--columns image=scan"):
+        read_examples(str(path), image_options())
+    with pytest.raises(UserError, match=r"its column scan holds images, .*--model_name.*--images false"):
+        read_examples(str(path), image_options(image_format=None))
+    examples = read_examples(str(path), image_options(image_format=None, texts_alone=True))
+    assert len(examples.rendered) == 2 and any("not read: scan" in remark for remark in examples.remarks)
+
+
+@pytest.mark.parametrize("row", [
+    {"scan": {"bytes": b"RIFF1234WAVEfmt ", "path": "a.wav"}}, {"scan": b"ID3"}, {"scan": "why my.png"},
+    {"image": "1.png", "scan": "2.png"},
+])  # fmt: skip
+def test_columns_that_need_not_be_read(folder, row):
+    """Those of other things than images, and all columns beside the images of a row."""
+    rows = [PAIR | row, PAIR | {"scan": "a text" if isinstance(row["scan"], str) else row["scan"]}]
+    examples = read_examples(str(write_parquet(folder / "a.parquet", rows)), image_options())
+    assert any("not read: scan" in remark for remark in examples.remarks)

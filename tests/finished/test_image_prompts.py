@@ -236,8 +236,8 @@ def test_rows_to_score_whose_images_are_wrong(run, runs, pictures, capsys, tmp_p
         (
             runs[0],
             [],
-            f"has an image, but the model takes texts only; name a model with images by --model_name"
-            f", or leave the column or part out; {runs[0]} was trained on texts, and takes no image",
+            f"has an image, but the model takes texts only; leave the column or part out, or name a model"
+            f" with images by --model_name; {runs[0]} was trained on texts, and takes no image",
         ),
         (run, [], "image 0.png: no such file in"),
         (run, ["--image_folder", tmp_path / "none"], "no such folder"),

@@ -101,6 +101,21 @@ def test_images_without_settings_of_pixels(model, tmp_path):
         (model / "elsewhere.json").rename(model / "preprocessor_config.json")
 
 
+def test_texts_alone_of_a_model_of_images(model, tmp_path):
+    """--images false takes captions for texts and leaves out unread columns; images are an error still."""
+    rows = write_rows(tmp_path, images=True)
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has an image, .*; --images false is why$"):
+        make_job(ONE_RANK, arguments(model, rows, "--images", "false"))
+    rows.write_text(rows.read_text().replace('"image"', '"scan"'))
+    with pytest.raises(UserError, match=r"rows.jsonl: its column scan holds images"):
+        make_job(ONE_RANK, arguments(model, rows))
+    assert not make_job(ONE_RANK, arguments(model, rows, "--images", "false")).family.has_images
+    rows.write_text('{"question": "Q", "answer": "A", "image": "a red cat"}')
+    with pytest.raises(UserError, match=r"image a red cat: no such file .* --images false trains without"):
+        make_job(ONE_RANK, arguments(model, rows))
+    assert len(make_job(ONE_RANK, arguments(model, rows, "--images", "false")).rows) == 1
+
+
 def test_the_size_of_images_is_the_model_s(tmp_path):
     """--image_size lowers that of images that vary, and of no others."""
     family = replace(WRAPPER, vision=replace(VISION, read_format=read_patch_images))
