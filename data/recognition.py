@@ -25,11 +25,13 @@ def list_candidates(
         has_template: whether the tokenizer has a chat template.
         preferred: a format whose schemas are tried before all others.
         columns: all of these must be read.
-        has_images: whether rows have images. With a chat template all but plain texts are conversations then.
+        has_images: whether rows have images. With a chat template all but texts are conversations then. A
+            text of a dialogue cannot show them; it is recognised so that it is refused, not learned whole.
     """
     candidates = [(preferred, schema) for schema in FORMATS[preferred].schemas] if preferred else []
     if has_images and has_template:
-        candidates += [(name, schema) for name in ("chat", "completion") for schema in FORMATS[name].schemas]
+        names = ("chat", "guanaco", "completion")
+        candidates += [(name, schema) for name in names for schema in FORMATS[name].schemas]
     else:
         for auto in (Auto.ALWAYS, Auto.WITH_TEMPLATE if has_template else Auto.WITHOUT_TEMPLATE):
             candidates += [
@@ -38,11 +40,7 @@ def list_candidates(
                 for schema in form.schemas
                 if schema.auto == auto
             ]
-    return [
-        (name, schema)
-        for name, schema in candidates
-        if set(schema.columns) >= set(columns) and not (has_images and FORMATS[name].has_markers)
-    ]
+    return [(name, schema) for name, schema in candidates if set(schema.columns) >= set(columns)]
 
 
 def recognise_format(

@@ -394,10 +394,13 @@ def test_a_template_that_hides_images(folder):
         read(folder, row, tokenizer=image_tokenizer(hiding))
 
 
-def test_a_dialogue_in_one_text(folder):
-    row = {"text": "### Human: Is it?### Assistant: Yes.", "image": "1.png"}
-    with pytest.raises(UserError, match=r"rows.jsonl:1: has an image, which a text of a whole dialogue"):
-        read(folder, row, format="guanaco")
+@pytest.mark.parametrize("name", ["auto", "guanaco"])
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["template", "none"])
+def test_a_dialogue_in_one_text(folder, name, template):
+    """It is not taken for a plain text, of which the question would be learned, too."""
+    text = {"text": "### Human: Is it?### Assistant: Yes."}
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has an image, which a text of a whole dialogue"):
+        read(folder, text, text | {"image": "1.png"}, format=name, tokenizer=image_tokenizer(template))
 
 
 @pytest.mark.parametrize("row", [
