@@ -180,7 +180,10 @@ def _load_split(
     """
     data, renamed = _load_renamed(recipe, file, samples, options.columns, error_prefix)
     takes_images = options.image_format is not None
-    data, given = take_image_columns(explode_questions(data), takes_images, renamed.names)
+    data = explode_questions(data)
+    if samples > 0:  # of a row, several questions may have become rows
+        data = data.first(samples)
+    data, given = take_image_columns(data, takes_images, renamed.names)
     if not takes_images:
         check_takes_images(data, given)
     return data, given, renamed

@@ -49,6 +49,11 @@ class Rows:
     commit: str = ""
     folders: Sequence[str] = ()
 
+    def first(self, count: int) -> Rows:
+        """Return the first `count` rows."""
+        kept = self.rows[:count], self.origins[:count], self.folders[:count]
+        return replace(self, rows=kept[0], origins=kept[1], folders=kept[2])
+
 
 def read_file(path: Path, image_columns: Collection[str] = IMAGE_COLUMNS) -> Rows:
     """Read the rows of a file.

@@ -23,28 +23,40 @@ NO_VISION = "has an image, but the model takes texts only"
 
 
 def explode_questions(data: Rows) -> Rows:
-    """Return the rows, where each question of a row with lists `questions` and `answers` is a row.
+    """Return the rows; of one with an image and lists `questions` and `answers`, each question is a row.
 
-    Its other columns, such as the image, are in each of these rows. Raises UserError for lists of different
-    lengths.
+    Its other columns, such as the image, are in each of these rows. Rows that have a question, an answer or
+    messages beside such lists stay as they are, and so do rows of texts alone. Rows whose lists are empty are
+    left out, and counted in a remark. Raises UserError for lists of different lengths, and if no row is left.
     """
     if not any(_is_grouped(row) for row in data.rows):
         return data
-    rows, origins, folders = list[dict](), list[str](), list[str]()
+    rows, origins, folders, n_empty = list[dict](), list[str](), list[str](), 0
     for row, origin, folder in zip(data.rows, data.origins, data.folders, strict=True):
         if not _is_grouped(row):
             exploded, names = [row], [origin]
         else:
             exploded = _explode(row, f"--dataset {origin}")
             names = [f"{origin} question {i}" for i in range(1, len(exploded) + 1)]
+        n_empty += not exploded
         rows += exploded
         origins += names
         folders += [folder] * len(exploded)
-    return replace(data, rows=rows, origins=origins, folders=folders)
+    if not rows:
+        raise UserError(f"--dataset {data.origins[0]}: this row and all others have no questions")
+    remarks = data.remarks
+    if n_empty:
+        remarks += (f"data: {n_empty:,} of {len(data.rows):,} rows have no questions, and are dropped",)
+    return replace(data, rows=rows, origins=origins, folders=folders, remarks=remarks)
 
 
 def _is_grouped(row: Mapping) -> bool:
-    return isinstance(row.get("questions"), list) and isinstance(row.get("answers"), list)
+    """Return whether a row has a column of images, and lists of questions and answers but no single one."""
+    return (
+        all(isinstance(row.get(name), list) for name in ("questions", "answers"))
+        and any(name in row for name in IMAGE_COLUMNS)
+        and not any(row.get(name) is not None for name in ("question", "answer", "messages"))
+    )
 
 
 def _explode(row: Mapping, error_prefix: str) -> list[dict]:

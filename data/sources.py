@@ -238,8 +238,7 @@ def load_rows(
         place = (recipe.source, recipe.data_files, recipe.split)
         rows = read_hub(*place, samples, **parts, image_columns=image_columns)
     if samples > 0:
-        kept = {name: getattr(rows, name)[:samples] for name in ("rows", "origins", "folders")}
-        rows = replace(rows, **kept)
+        rows = rows.first(samples)
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     names = ColumnNames.from_recipe(recipe.columns)

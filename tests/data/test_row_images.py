@@ -22,6 +22,7 @@ from tests.helpers.images import (
     image_options,
     image_tokenizer,
     put_on_hub,
+    stand_in,
     write_image,
     write_image_set,
 )
@@ -299,10 +300,32 @@ def test_questions_of_one_image(folder):
     examples = read(folder, *rows)
     assert [widths(one) for one in examples.rendered] == [[1], [1], [2]]
     assert [one.text.count(name) for one, name in zip(examples.rendered, "ABC", strict=True)] == [1, 1, 1]
+    few = read(folder, *rows, samples=1).rendered  # --dataset_samples counts questions
+    assert [one.text.count("A?") for one in few] == [1]
     with pytest.raises(UserError, match=r"rows.jsonl:2 question 1: image 9.png: no such file"):
         read(folder, rows[0], rows[1] | {"image": "9.png"})
     with pytest.raises(UserError, match=r"rows.jsonl:1: has 2 questions and 1 answers"):
         read(folder, rows[0] | {"answers": ["a"]})
+
+
+def test_lists_of_questions_that_stay(folder):
+    """Those beside a question, an answer or messages, and those of texts alone, for each model."""
+    lists = {"questions": ["A?", "B?"], "answers": ["a", "b"]}
+    for row in (PAIR | lists | {"image": "1.png"}, asks("Is it?", image="2.png", **lists)):
+        assert [one.text for one in read(folder, row).rendered] == [turns(f"{BEGIN}Is it?")]
+    for image_format in (None, stand_in(image_tokenizer())):
+        with pytest.raises(UserError, match=r"columns answers, questions fit no format"):
+            read(folder, lists, image_format=image_format)
+
+
+def test_lists_without_questions(folder):
+    """Their rows are counted, and a set of them alone is refused."""
+    empty, full = ({"image": "1.png", "questions": each, "answers": each} for each in ([], ["A"]))
+    examples = read(folder, empty, full, {"image": None, "questions": ["B"], "answers": ["b"]})
+    assert [widths(one) for one in examples.rendered] == [[1], []]
+    assert "data: 1 of 3 rows have no questions, and are dropped" in examples.remarks
+    with pytest.raises(UserError, match=r"rows.jsonl:1: this row and all others have no questions"):
+        read(folder, empty)
 
 
 def test_columns_with_other_names(folder):
