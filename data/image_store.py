@@ -1,13 +1,14 @@
 """Keep the images that the rows of a data file hold as bytes in one file of the cache.
 
 So the host's memory does not grow with the images, and all ranks read the same file. Its name is a hash of
-its contents: it is written once, and no run changes it.
+its contents: it is written once, and no run changes it, unless it finds that it is damaged.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import filecmp
 import hashlib
 import os
 import tempfile
@@ -83,8 +84,8 @@ class ImageStore:
         if self._file is None:
             return
         try:
-            self._file.close()
-            self._keep() if kind is None else self.path.unlink()
+            with self._file:
+                self._keep() if kind is None else self.path.unlink()
         except OSError as e:
             raise self._make_error(e) from None
 
@@ -155,11 +156,18 @@ class ImageStore:
             raise self._make_error(e) from None
 
     def _keep(self) -> None:
-        """Name the file by its contents, or use the one that has them already."""
+        """Name the file by its contents, or use the one that has them already.
+
+        One of that name may be damaged, so its bytes are compared. A power cut after the name is given must
+        not leave a file without its bytes.
+        """
+        assert self._file is not None
+        self._file.flush()
         kept = self.path.parent / f"{self._hash.hexdigest()}.images"
-        if kept.is_file() and os.access(kept, os.R_OK) and kept.stat().st_size == self._end:
+        if kept.is_file() and os.access(kept, os.R_OK) and filecmp.cmp(self.path, kept, shallow=False):
             self.path.unlink()
         else:
+            os.fsync(self._file.fileno())
             self.path.replace(kept)
         self.path = kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_each_image_is_written_once(cache):
         again = [store.add(FIRST), store.add(SECOND)]
     assert [content(one) for one in again] == [FIRST, SECOND]
     assert [*cache.iterdir()] == [file] and (file.stat().st_mtime_ns, file.stat().st_ino) == written
+
+
+def test_a_damaged_file_of_the_cache_is_written_again(cache, monkeypatch):
+    """Its name and its size are right. The new one is on the disk before it gets the name."""
+    calls, sync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
+    monkeypatch.setattr(Path, "replace", lambda *paths: calls.append("name") or replace(*paths))
+    for _ in range(3):
+        with ImageStore("rows") as store:
+            stored = [store.add(FIRST), store.add(SECOND)]
+        assert [content(one) for one in stored] == [FIRST, SECOND]
+        data = bytearray(stored[0].store.path.read_bytes())
+        data[len(FIRST) + 20] ^= 1
+        stored[0].store.path.write_bytes(data)
+    assert calls == ["sync", "name"] * 3 and len([*cache.iterdir()]) == 1
 
 
 def test_nothing_is_left_after_an_error(cache, tmp_path):
