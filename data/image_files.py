@@ -19,9 +19,10 @@ from urllib.parse import unquote
 
 from PIL import ExifTags, Image
 
+from data.image_endings import check_end
 from data.image_store import DATA_URL, StoredImage
 from data.images import ImageRef
-from data.pixels import IMAGE_FORMATS
+from data.pixels import IMAGE_FORMATS, check_tiles, too_large
 from options.data_files import IMAGE_SUFFIXES
 from options.errors import UserError
 from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
@@ -31,7 +32,6 @@ READABLE = "PNG, JPEG, WebP, BMP, GIF, TIFF or PPM"
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error,
           Image.DecompressionBombError)  # fmt: skip
 DIGEST_BYTES = 2**16  # of an image's beginning
-TAIL_BYTES = 2**16  # of a JPEG's end, where its last marker is; few cameras append more
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's, of grey values with more than 8 bits
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
@@ -179,18 +179,22 @@ def _read_header(encoded: BinaryIO, length: int, error_prefix: str) -> tuple[int
             image = Image.open(encoded, formats=IMAGE_FORMATS)
             (width, height), is_deep = image.size, image.mode in DEEP_MODES
             if width * height > MAX_IMAGE_PIXELS:
-                raise _too_large(f"{width} x {height} pixels", error_prefix)
+                raise too_large(f"{width} x {height} pixels")
             # MPO is a photo with a preview behind it.
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise UserError(f"{error_prefix}: is animated, or has several pages; one picture is needed")
-            late_exif, is_whole = _check_end(encoded, length, image.format or "")
+                raise UserError("is animated, or has several pages; one picture is needed")
+            check_tiles(image)
+            late_exif, is_whole = check_end(image, encoded, length)
             if late_exif:
                 image.info["exif"] = late_exif
-            is_turned = _is_turned(image)
             if not is_whole:
                 image.load()
+            is_turned = _is_turned(image)
+    except UserError as e:
+        raise UserError(f"{error_prefix}: {e}") from None
     except Image.DecompressionBombError:
-        raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels", error_prefix) from None
+        what = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
+        raise UserError(f"{error_prefix}: {too_large(what)}") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{error_prefix}: is not an image ({READABLE})") from None
     except DAMAGE as e:
@@ -205,39 +209,3 @@ def _is_turned(image: Image.Image) -> bool:
         return False  # Pillow turns its size
     # Pillow's method for PNG decodes the image to look for EXIF behind the pixels.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
-
-
-def _too_large(what: str, error_prefix: str) -> UserError:
-    return UserError(f"{error_prefix}: has {what}; at most {MAX_IMAGE_PIXELS:,} are read; make it smaller")
-
-
-def _check_end(encoded: BinaryIO, length: int, kind: str) -> tuple[bytes, bool]:
-    """Return (EXIF behind the pixels of a PNG or b"", whether the image seems to have its end).
-
-    One that does not seem so may be whole: some programs leave the end out, or write behind it. Decoding it
-    tells. length: in bytes. kind: Pillow's name of the format.
-    """
-    if kind == "PNG":
-        return _walk_png(encoded, length)
-    encoded.seek(0)
-    if kind in ("JPEG", "MPO"):
-        encoded.seek(max(length - TAIL_BYTES, 0))
-        return b"", b"\xff\xd9" in encoded.read()
-    if kind == "WEBP":
-        return b"", int.from_bytes(encoded.read(8)[4:], "little") + 8 <= length
-    # An uncompressed format, or one whose directory may be anywhere: decoding the short ones is quick.
-    return b"", kind == "TIFF" and length > TAIL_BYTES
-
-
-def _walk_png(encoded: BinaryIO, length: int) -> tuple[bytes, bool]:
-    """Return (the EXIF of a PNG's chunks or b"", whether its last chunk is there)."""
-    exif, at = b"", 8
-    while at + 12 <= length:
-        encoded.seek(at)
-        size, kind = struct.unpack(">I4s", encoded.read(8))
-        if kind == b"IEND":
-            return exif, True
-        if kind == b"eXIf" and at + 12 + size <= length:
-            exif = b"Exif\0\0" + encoded.read(size)
-        at += 12 + size
-    return exif, False

@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from data.image_format import ImageFormat
 from data.images import ImageRef
 from options.errors import UserError, describe
-from options.limits import MAX_IMAGE_BYTES, check_size
+from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, check_size
 
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # TIFF's tags
 # Formats of single pictures. Others of Pillow's start programs (EPS), or are no pictures (FLI, MPEG).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -64,6 +65,7 @@ def _decode(encoded: bytes, size: tuple[int, int]) -> Image.Image:
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as opened:
         if opened.size not in (size, size[::-1]):
             raise _size_error(opened.size, size)
+        check_tiles(opened)
         image = ImageOps.exif_transpose(opened)
     if image.size != size:
         raise _size_error(image.size, size)
@@ -72,6 +74,22 @@ def _decode(encoded: bytes, size: tuple[int, int]) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
+
+
+def check_tiles(image: Image.Image) -> None:
+    """Raise UserError for a TIFF whose tiles have too many pixels: Pillow makes room for a whole one.
+
+    The size of an image says nothing of them. Strips end with the image, whatever the file says.
+    """
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 1) for tag in (TILE_WIDTH, TILE_HEIGHT))
+    if width * height > MAX_IMAGE_PIXELS:
+        raise too_large(f"tiles of {width} x {height} pixels")
+
+
+def too_large(what: str) -> UserError:
+    """Return the error about an image that has more than MAX_IMAGE_PIXELS. what: it has."""
+    return UserError(f"has {what}; at most {MAX_IMAGE_PIXELS:,} are read; make it smaller")
 
 
 def _size_error(now: tuple[int, int], before: tuple[int, int]) -> UserError:

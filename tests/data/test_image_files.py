@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,12 @@ from PIL import Image, ImageOps, PngImagePlugin
 from data import image_files
 from data.image_files import ImageFiles
 from data.image_store import ImageStore
+from data.pixels import open_image
 from options.errors import UserError
 from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from tests.helpers.data_files import write_file
 from tests.helpers.images import bomb, encode_image, write_image
+from tests.helpers.pictures import draw
 
 
 def find(source, folder: Path, image_folder: Path | None = None):
@@ -45,19 +50,75 @@ def test_the_size_is_that_of_the_turned_image(tmp_path, kind, orientation):
     assert (ref.width > ref.height) == (orientation < 5)
 
 
-def test_exif_behind_the_pixels_of_a_png(tmp_path):
-    """Pillow decodes the image to find it; here only the chunks' heads are read."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    plain, end = encode_image(40, 20), 12  # the last chunk has no data
-    chunks = tmp_path / "chunk"
-    with chunks.open("wb") as file:
-        PngImagePlugin.putchunk(file, b"eXIf", exif.tobytes()[6:])
-    write_file(tmp_path / "a.png", plain[:-end] + chunks.read_bytes() + plain[-end:])
+def add_chunk(png: bytes, kind: bytes, data: bytes, is_behind: bool) -> bytes:
+    """Return a PNG with a chunk before or behind its pixels."""
+    chunk = io.BytesIO()
+    PngImagePlugin.putchunk(chunk, kind, data)
+    at = len(png) - 12 if is_behind else 33  # the last chunk has no data; the first one is the header
+    return png[:at] + chunk.getvalue() + png[at:]
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+RAW_EXIF = b"\nexif\n%8d\n%s\n" % (len(EXIF.tobytes()), EXIF.tobytes().hex().encode())
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TURNING = {
+    "EXIF": (b"eXIf", EXIF.tobytes()[6:]),
+    "EXIF as a text": (b"tEXt", b"Raw profile type exif\0" + RAW_EXIF),
+    "EXIF as a packed text": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_EXIF)),
+    "XMP": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+}
+
+
+@pytest.mark.parametrize("is_behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("kind, data", TURNING.values(), ids=TURNING)
+def test_a_png_that_is_turned(tmp_path, kind, data, is_behind):
+    """It has the size that it has when it is decoded, wherever its chunk is."""
+    write_file(tmp_path / "a.png", add_chunk(encode_image(40, 20), kind, data, is_behind))
     with Image.open(tmp_path / "a.png") as image:
         assert ImageOps.exif_transpose(image).size == (20, 40)
     ref = find("a.png", tmp_path)
-    assert (ref.width, ref.height) == (20, 40)
+    assert (ref.width, ref.height) == (20, 40) == open_image(ref).size
+
+
+def test_only_odd_chunks_are_decoded_at_the_start(tmp_path, monkeypatch):
+    """Not the dates that ImageMagick writes behind the pixels."""
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    dated = add_chunk(encode_image(40, 20), b"tEXt", b"date:create\x002026-11-30", True)
+    write_file(tmp_path / "a.png", add_chunk(dated, b"eXIf", EXIF.tobytes()[6:], True))
+    assert find("a.png", tmp_path).height == 40
+
+
+def with_preview(jpeg: bytes) -> bytes:
+    """Return a JPEG with a whole one in its EXIF, as cameras write it."""
+    segment = b"Exif\0\0II*\0\x08" + bytes(9) + encode_image(8, 8, "JPEG")
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+
+
+def tiled_tiff(side: int) -> bytes:
+    """Return a TIFF of 16 x 16 pixels in one packed tile of side x side."""
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side),
+            (324, 134), (325, 9)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + zlib.compress(bytes(9))
+
+
+def noise(kind: str, **options) -> bytes:
+    """Return a picture of random pixels, which no format packs well."""
+    file = io.BytesIO()
+    draw("RGB", (400, 300)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_images_that_are_whole(tmp_path):
+    """What the checks for cut ones must let pass."""
+    for data in (
+        with_preview(encode_image(90, 90, "JPEG", quality=100)), noise("TIFF"),
+        noise("TIFF", compression="tiff_lzw"), noise("JPEG", progressive=True, quality=95),
+    ):  # fmt: skip
+        write_file(tmp_path / "a", data)
+        ref = find("a", tmp_path)
+        assert open_image(ref).size == (ref.width, ref.height)
 
 
 def test_a_stored_image_is_a_range_of_a_file(tmp_path, monkeypatch):
@@ -100,6 +161,14 @@ BAD = {
     "PNG cut": (encode_image(90, 90, compress_level=0)[:-2000], "image a.png: is truncated or damaged"),
     "JPEG cut": (encode_image(90, 90, "JPEG", quality=100)[:-200], "image a.png: is truncated or damaged"),
     "WebP cut": (encode_image(90, 90, "WEBP", lossless=True)[:-20], "image a.png: is truncated or damaged"),
+    "JPEG with a preview cut": (
+        with_preview(encode_image(90, 90, "JPEG", quality=100)[:-200]),
+        "image a.png: is truncated or damaged"),
+    "long TIFF cut": (noise("TIFF")[:-100_000], "image a.png: is truncated or damaged"),
+    "text bomb behind the pixels": (
+        add_chunk(encode_image(), b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)), True),
+        "image a.png: is truncated or damaged"),
+    "tile bomb": (tiled_tiff(25_600), "image a.png: has tiles of 25600 x 25600 pixels; at most"),
     "BMP cut": (encode_image(90, 90, "BMP")[:-20], "image a.png: is truncated or damaged"),
     "bomb": (bomb(30_000, 30_000), f"image a.png: has .*pixels; at most {MAX_IMAGE_PIXELS:,} are read"),
     "bomb that Pillow takes": (bomb(10_000, 10_000), "image a.png: has 10000 x 10000 pixels; at most"),
