@@ -104,18 +104,19 @@ class ImageFiles:
         return f" in {roots[0]}{elsewhere}{texts_alone}"
 
 
-def find_image(path: str, error_prefix: str) -> ImageRef:
+def find_image(path: str, option: str) -> ImageRef:
     """Return an image that the user names by its path, wherever that leads. Nothing is decoded.
 
-    Raises UserError, which begins with `error_prefix`, if it cannot be used.
+    Raises UserError, which names the option and the path, if it cannot be used.
     """
+    error_prefix = f"{option} {_shown(path)}"
     if "://" in path or path.startswith(DATA_URL):
         raise UserError(f"{error_prefix}: is an address; download it, and give its path")
     try:
         found = os.path.realpath(os.path.expanduser(path))
     except ValueError:  # NUL, or half a character
         raise UserError(f"{error_prefix}: no such file") from None
-    return replace(_read_ref(found, 0, None, error_prefix), origin=error_prefix)
+    return replace(_read_ref(found, 0, None, error_prefix), origin=option)
 
 
 def _shown(source: str) -> str:

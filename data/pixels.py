@@ -5,11 +5,13 @@ A file that is opened here is untrusted, and may have changed since its header w
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.image_format import ImageFormat
 from data.images import ImageRef
@@ -17,6 +19,12 @@ from options.errors import UserError, describe
 from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, check_size
 
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # TIFF's tags
+# What to do about an image that was whole when the run started. A run resumes with the same rows only.
+PUT_BACK = (
+    "; put the file back as it was and go on (--resume, if there is a checkpoint),"
+    " or start anew without the row"
+)
+WRITE_AGAIN = "; a run that resumes, or a new one, writes the file again"
 # Formats of single pictures. Others of Pillow's start programs (EPS), or are no pictures (FLI, MPEG).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -38,7 +46,9 @@ def open_image(ref: ImageRef) -> Image.Image:
         return _decode(_read_bytes(ref), (ref.width, ref.height))
     except UserError as e:
         raise _error(ref, str(e)) from None
-    except OSError as e:  # Pillow raises it, too, for a file that is truncated or no image
+    except UnidentifiedImageError:
+        raise _error(ref, "is not an image") from None
+    except OSError as e:  # Pillow raises it, too, for a file that is truncated
         raise _error(ref, e.strerror or describe(e)) from None
     except Exception as e:  # a damaged file raises SyntaxError, ValueError, struct.error and many others
         raise _error(ref, describe(e)) from None
@@ -99,8 +109,17 @@ def _size_error(now: tuple[int, int], before: tuple[int, int]) -> UserError:
 
 
 def _error(ref: ImageRef, reason: str) -> UserError:
-    """Return the error about an image. A range of bytes is of a data file, which `origin` names."""
-    name = f"image {ref.path}" if ref.size is None else "its image"
-    return UserError(
-        f"--dataset {ref.origin}: {name}: cannot be read ({reason}); mend it, or leave out the row"
-    )
+    """Return the error about an image. A range of bytes is in a file of the cache."""
+    name, remedy = f"image {ref.path}", PUT_BACK
+    if ref.size is not None:
+        name, remedy = f"its image in the cache {ref.path}", WRITE_AGAIN
+    return UserError(f"--dataset {ref.origin}: {name}: cannot be read ({reason}){remedy}")
+
+
+@contextlib.contextmanager
+def without_remedies() -> Iterator[None]:
+    """Within the context, leave the remedies for a training run out of UserErrors about images."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(str(e).removesuffix(PUT_BACK).removesuffix(WRITE_AGAIN)) from None

@@ -17,6 +17,7 @@ from data.image_parts import MARK, has_image_parts
 from data.image_store import IMAGE_COLUMNS, ImageStore
 from data.image_texts import check_placeholders, expand_images
 from data.images import ImageRef
+from data.pixels import without_remedies
 from data.prefetch import decode_images
 from data.row_files import Rows
 from data.row_images import MESSAGE_COLUMNS, check_reserved, show_images, take_image_columns
@@ -48,7 +49,7 @@ class PromptImages:
         for path in paths:
             if self.format is None:
                 raise UserError(f"{option} {path}: {self.refusal}")
-            refs.append(find_image(path, f"{option} {path}"))
+            refs.append(find_image(path, option))
             self._check_shape(refs[-1], f"{option} {path}")
         return refs
 
@@ -165,5 +166,7 @@ def read_image_arguments(
     if planned is None:
         return {}
     device = next(model.parameters()).device
-    images = decode_images(planned).map_tensors(lambda tensor: tensor.to(device))
+    with without_remedies():
+        images = decode_images(planned)
+    images = images.map_tensors(lambda tensor: tensor.to(device))
     return model.generation_inputs(images)  # type: ignore[operator]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from data import image_files
-from data.image_files import ImageFiles
+from data.image_files import ImageFiles, find_image
 from data.image_store import ImageStore
 from data.pixels import open_image
 from options.errors import UserError
@@ -108,6 +108,17 @@ def noise(kind: str, **options) -> bytes:
     file = io.BytesIO()
     draw("RGB", (400, 300)).save(file, kind, **options)
     return file.getvalue()
+
+
+def test_an_image_that_the_user_names(tmp_path):
+    """Its path is in each line once."""
+    path = write_image(tmp_path / "a.png")
+    ref = find_image(str(path), "--image_path")
+    path.unlink()
+    with pytest.raises(UserError, match=rf"^--dataset --image_path: image {path}: cannot be read \(No such"):
+        open_image(ref)
+    with pytest.raises(UserError, match=rf"^--image_path {path}: No such file or directory$"):
+        find_image(str(path), "--image_path")
 
 
 def test_images_that_are_whole(tmp_path):

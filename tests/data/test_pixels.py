@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
-from data.pixels import read_pixels
+from data.pixels import PUT_BACK, read_pixels, without_remedies
 from models.image_settings import read_fixed_images, read_patch_images
 from options.errors import UserError
 from tests.helpers.image_folders import write_gemma_folder, write_qwen_folder
@@ -138,11 +138,11 @@ CHANGES = {
     "is damaged": (damage, ""),
     "is gone": (lambda path: path.unlink(), "No such file"),
     "is a folder": (replace_by_folder, "is not a file"),
-    "is text": (lambda path: path.write_text("no image"), "cannot identify"),
-    "is empty": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "is text": (lambda path: path.write_text("no image"), "is not an image"),
+    "is empty": (lambda path: path.write_bytes(b""), "is not an image"),
     "is turned": (replace_by_turned, "has 43 x 61 pixels, and had 61 x 43 when the run started"),
     "is large": (replace_by_large, "has 9000 x 9000 pixels, and had 61 x 43 when the run started"),
-    "runs a program": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot identify"),
+    "runs a program": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "is not an image"),
 }
 
 
@@ -156,4 +156,7 @@ def test_what_cannot_be_read_names_its_row(change, gemma, tmp_path):
     assert (
         line.startswith(f"--dataset rows.jsonl, row 3: image {ref.path}: cannot be read (") and reason in line
     )
-    assert "\n" not in line and line.endswith("mend it, or leave out the row")
+    assert "\n" not in line and line.endswith(PUT_BACK)
+    with pytest.raises(UserError) as caught, without_remedies():  # as generate.py, which trains nothing
+        read_pixels(ref, gemma[0])
+    assert str(caught.value) == line.removesuffix(PUT_BACK)

@@ -16,6 +16,7 @@ from checkpoints.storage import checkpoint_steps
 from data.image_sizes import FixedImages
 from data.images import ImageRef, RowImages
 from data.packing import make_sampler
+from data.pixels import PUT_BACK
 from data.rows import TokenizedRows
 from options.errors import UserError
 from options.train import parse
@@ -109,7 +110,7 @@ def test_a_run_ends_with_a_checkpoint_and_resumes(two_ranks, checkpoints, short_
 
     (output, error), (_, same) = two_ranks(run_with_images, [*args, str(stopped)], refs, 3)
     assert error == same and error.startswith("--dataset rows.jsonl, row ")
-    assert ".png.gone: cannot be read (No such file or directory); mend it, or leave out the row" in error
+    assert f".png.gone: cannot be read (No such file or directory){PUT_BACK}" in error
     assert "stopped at step 2 of 4 (data that cannot be read); resume with: " in output
     assert checkpoint_steps(stopped) == [2]
     assert not (stopped / "adapter_model.safetensors").exists()
@@ -134,7 +135,7 @@ def test_an_evaluation_in_a_run_ends_with_a_checkpoint(
     also = due.get(unreadable, ["--sample_every", "2"])
     (output, error), (_, same) = two_ranks(run_with_images, [*args, *also], refs, 0, unreadable)
     assert error == same and error.startswith("--dataset rows.jsonl, row ")
-    assert error.endswith(": cannot be read (No such file or directory); mend it, or leave out the row")
+    assert error.endswith(f": cannot be read (No such file or directory){PUT_BACK}")
     assert f"stopped at step 2 of {last} (data that cannot be read); resume with: " in output
     assert checkpoint_steps(out) == [2] and len(lines(out)) == 2
     assert not (out / "adapter_model.safetensors").exists()
@@ -156,7 +157,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
         args += ["--sample_every", "1"]
     (_, error), (_, same) = two_ranks(run_with_images, args, refs, step, when)
     assert error == same and error.startswith("--dataset rows.jsonl, row ")
-    assert error.endswith("or leave out the row; no step was done, so there is no checkpoint")
+    assert error.endswith(f"{PUT_BACK}; no step was done, so there is no checkpoint")
     assert checkpoint_steps(tmp_path / "out") == []
 
 
@@ -166,9 +167,7 @@ def test_the_first_step_after_a_resume_leaves_the_checkpoint(two_ranks, checkpoi
     args = [*map(str, args), "--output_dir", str(tmp_path / "out"), "--log_to", "stdout"]
     two_ranks(run_with_images, [*args, "--max_steps", "1"], refs)
     results = two_ranks(run_with_images, [*args, "--max_steps", "2", "--resume", "auto"], refs, 2)
-    assert {error.partition("leave out the row")[2] for _, error in results} == {
-        "; the checkpoint of step 1 stays"
-    }
+    assert {error.partition(PUT_BACK)[2] for _, error in results} == {"; the checkpoint of step 1 stays"}
     assert checkpoint_steps(tmp_path / "out") == [1]
 
 
