@@ -63,7 +63,7 @@ class ImageFormat(ABC):
 
     @abstractmethod
     def limit_side(self, side: int) -> ImageFormat:
-        """Return the format with images of at most side x side pixels, for --image_size.
+        """Return the format with images of at most `side` pixels a side (--image_size). None becomes larger.
 
         Raises UserError if the model does not allow that.
         """

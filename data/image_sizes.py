@@ -80,6 +80,8 @@ class PatchImages(ImageFormat):
         frames: f; the tower takes an image as so many equal frames of a video.
         min_pixels, max_pixels: of a resized image.
         resample: PIL's number of the filter that resizes.
+        max_side: the longest side of a resized image, a multiple of patch * merge; None = no limit but
+            max_pixels.
     """
 
     wrapped_token: tuple[str, str, str]
@@ -89,6 +91,7 @@ class PatchImages(ImageFormat):
     min_pixels: int
     max_pixels: int
     resample: int
+    max_side: int | None = None
 
     def expand(self, width: int, height: int) -> str:
         before, token, after = self.wrapped_token
@@ -104,7 +107,7 @@ class PatchImages(ImageFormat):
     def limit_side(self, side: int) -> ImageFormat:
         if side < self._unit:
             raise UserError(f"--image_size {side}: this model takes at least {self._unit} pixels a side")
-        return dataclasses.replace(self, min_pixels=min(self.min_pixels, side * side), max_pixels=side * side)
+        return dataclasses.replace(self, max_side=side // self._unit * self._unit)
 
     def refuse(self, width: int, height: int) -> str:
         if max(width, height) <= MAX_RATIO * min(width, height):
@@ -119,8 +122,9 @@ class PatchImages(ImageFormat):
     def choose_size(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) to resize to: the multiples of the unit that are next to the sides.
 
-        Where their area is out of bounds, the image is scaled first. Raises UserError for an image that
-        `refuse` refuses.
+        Where their area is out of bounds, the image is scaled first. If a side is above max_side then, it
+        becomes max_side, and the other one is scaled with it, even below min_pixels. Raises UserError for an
+        image that `refuse` refuses.
         """
         if reason := self.refuse(width, height):
             raise UserError(f"an image of {reason}")
@@ -136,7 +140,12 @@ class PatchImages(ImageFormat):
         elif area < self.min_pixels:
             grow = math.sqrt(self.min_pixels / (height * width))
             sides = math.ceil(width * grow / unit) * unit, math.ceil(height * grow / unit) * unit
-        return sides
+        if self.max_side is None or max(sides) <= self.max_side:
+            return sides
+        scale, most = self.max_side / max(width, height), self.max_side
+        scaled = (max(unit, round(side * scale / unit) * unit) for side in (width, height))
+        new_width, new_height = (min(new, old, most) for new, old in zip(scaled, sides, strict=True))
+        return new_width, new_height
 
     def resize(self, image: Image) -> torch.Tensor:
         return _resize(image, self.choose_size(*image.size), self.resample)

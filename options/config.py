@@ -110,8 +110,9 @@ class Config:
         " mixture of each set; -1 = all (alpaca_sample and dummy: 512)", ge=1, sentinel=-1)
     image_folder: str | None = option(None, "Model and data", "folder that the paths of images in the data"
         " are relative to; unset = the folder of the data file (docs/data.md)")
-    image_size: int | None = option(None, "Model and data", "longest side of an image in pixels, for models"
-        " whose images take tokens by their size: larger ones are made smaller; unset = as the model says",
+    image_size: int | None = option(None, "Model and data", "longest side, in pixels, of an image as the"
+        " vision tower gets it, for models whose images take tokens by their size: larger ones are made"
+        " smaller, and none larger; unset = as the model says",
         ge=28, le=16384)
     chat_date: str | None = option(None, "Model and data", "date, as YYYY-MM-DD, for chat templates that"
         " contain today's date; unset = the day of the run's first start", convert=_parse_day,

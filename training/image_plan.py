@@ -73,6 +73,7 @@ def assume_images(planned: PlannedModel, config: Config, per_row: int | None) ->
             " out"
         )
     unit = tower.patch_size * getattr(tower, "spatial_merge_size", 1)
-    side = fixed or max(round((config.image_size or COMMON_SIDE) / unit), 1) * unit
+    n_units = config.image_size // unit if config.image_size else round(COMMON_SIDE / unit)
+    side = fixed or max(n_units, 1) * unit
     tokens = getattr(model_config, "mm_tokens_per_image", None) or (side // unit) ** 2
     return ImagePlan(per_row or 1, side, tokens)

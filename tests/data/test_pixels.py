@@ -85,17 +85,41 @@ def test_patches_equal_the_processors(kind, qwen, tmp_path):
 
 
 def test_sizes_equal_the_processors(qwen):
-    """Also where rounding decides, and with --image_size."""
+    """Also where rounding decides."""
     image_format, processor = qwen
-    formats = ((image_format, processor.size), (image_format.limit_side(64), None))
     generator = torch.Generator().manual_seed(0)
     for width, height in (2 ** (torch.rand(300, 2, generator=generator) * 11)).int().tolist():
         if image_format.refuse(width, height):
             continue
-        for each, size in formats:
-            bounds = {"min_pixels": 2_000, "max_pixels": 40_000 if size else 64 * 64}
-            patches = processor.get_number_of_image_patches(height, width, bounds)
-            assert each.count_tokens(width, height) == patches // 4, (width, height)
+        bounds = {"min_pixels": 2_000, "max_pixels": 40_000}
+        patches = processor.get_number_of_image_patches(height, width, bounds)
+        assert image_format.count_tokens(width, height) == patches // 4, (width, height)
+
+
+# {--image_size: {(width, height): the size for the tower}}; patches of 16 pixels, 2,000 to 40,000 pixels
+LIMITED = {
+    64: {(1000, 20): (64, 16), (20, 1000): (16, 64), (200, 200): (64, 64), (300, 200): (64, 48)},
+    79: {(1000, 20): (64, 16), (200, 200): (64, 64)},
+    160: {(1000, 20): (160, 16), (400, 300): (160, 128), (100, 60): (96, 64)},
+    1000: {(1000, 20): None, (4000, 3000): None, (100, 60): None, (3, 2): None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", LIMITED)
+def test_the_longest_side(qwen, side):
+    """--image_size only makes images smaller; None = as without it."""
+    whole = qwen[0]
+    limited = whole.limit_side(side)
+    for size, expected in LIMITED[side].items():
+        assert limited.choose_size(*size) == (expected or whole.choose_size(*size)), size
+        width, height = limited.choose_size(*size)
+        assert limited.resize(draw("RGB", size)).shape == (3, height, width)
+        assert limited.count_tokens(*size) == width * height // 256
+    generator = torch.Generator().manual_seed(0)
+    for width, height in (2 ** (torch.rand(300, 2, generator=generator) * 11)).int().tolist():
+        if not whole.refuse(width, height):
+            sides, most = limited.choose_size(width, height), whole.choose_size(width, height)
+            assert max(sides) <= side and all(new <= old for new, old in zip(sides, most, strict=True))
 
 
 def test_bytes_within_a_file(gemma, tmp_path):
