@@ -25,6 +25,8 @@ def list_sources(value: Any, error_prefix: str) -> list[ImageSource]:
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = try_parse_json(value)
+    if isinstance(value, Mapping) and all(part is None for part in value.values()):
+        return []  # an image that a table lacks
     if value is None or value == "":
         return []
     if isinstance(value, list):
@@ -60,7 +62,12 @@ def _mappings(value: Any) -> Iterator[Mapping]:
 
 def _is_image(part: Mapping) -> bool:
     kind = part.get("type")
-    return kind in PART_TYPES[1:] or (kind is None and any(part.get(key) is not None for key in SOURCE_KEYS))
+    return kind in PART_TYPES[1:] or (kind is None and bool(_list_own(part)))
+
+
+def _list_own(part: Mapping) -> dict[str, Any]:
+    """Return the fields of a part that name its image. A table has empty objects in parts without one."""
+    return {key: part[key] for key in SOURCE_KEYS if part.get(key) is not None and part[key] != {}}
 
 
 def place_images(
@@ -154,7 +161,7 @@ def _read_parts(
         if not isinstance(part, Mapping):
             raise UserError(f"{where} is {describe_json_type(part)}; {EXPECTED}")
         if _is_image(part):
-            own = {key: part[key] for key in SOURCE_KEYS if part.get(key) is not None}
+            own = _list_own(part)
             parts.append(None)
             sources.append(_read_source(own, where) if own else None)
         elif part.get("type", "text") == "text" and isinstance(part.get("text"), str):

@@ -117,15 +117,19 @@ class ImageStore:
             for column, value in row.items()
         }
 
-    def _take(self, value: Any, is_image: bool, levels: int = LEVELS) -> Any:
+    def _take(self, value: Any, is_image: bool, levels: int = LEVELS, is_content: bool = False) -> Any:
         """Return a value with its images stored.
 
-        is_image: whether it holds images only. levels: of lists and objects that may hold images.
+        Args:
+            value: a cell, or a part of it.
+            is_image: whether it holds images only.
+            levels: of lists and objects that may hold images.
+            is_content: whether it is the content of a message, or a part of that.
         """
         if not levels:
             return value
         if isinstance(value, list):
-            return [self._take(each, is_image, levels - 1) for each in value]
+            return [self._take(each, is_image, levels - 1, is_content) for each in value]
         if isinstance(value, str) and is_image and value.startswith(DATA_URL):
             data = decode_base64(value.partition(",")[2])
             return value if data is None else self.add(data)
@@ -133,15 +137,17 @@ class ImageStore:
             return self.add(value)
         if not isinstance(value, dict):
             return value
+        kind = value.get("type")
+        is_part = is_image or str(kind).startswith("image") or (kind is None and is_content)
         data = value.get("bytes")
-        if is_image and isinstance(data, str):
+        if is_part and isinstance(data, str):
             data = decode_base64(data)
-        if is_image and isinstance(data, bytes):
-            return self.add(data, os.path.basename(str(value.get("path") or "")))
+        if is_part and isinstance(data, bytes):
+            stored = self.add(data, os.path.basename(str(value.get("path") or "")))
+            return stored if is_image else {"type": "image", "image": stored}
         if isinstance(data, bytes):
             return value | {"bytes": UnreadImage(len(data)) if holds_image(data) else len(data)}
-        is_part = is_image or str(value.get("type", "")).startswith("image")
-        return {key: self._take(each, is_part, levels - 1) for key, each in value.items()}
+        return {key: self._take(each, is_part, levels - 1, key == "content") for key, each in value.items()}
 
     def _write(self, data: bytes) -> None:
         """Append an image to the file, which the first one creates. Raises UserError."""

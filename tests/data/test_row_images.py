@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 
@@ -136,6 +137,42 @@ def test_a_template_that_takes_one_form_of_contents(folder, template, text):
         folder, asks([IMAGE, text_part("Is it?")], image="1.png"), tokenizer=image_tokenizer(template)
     ).rendered
     assert one.text == text and one.learned and widths(one) == [1]
+
+
+BASE64 = base64.b64encode(encode_image(7, 9)).decode()
+URL = f"data:image/png;base64,{BASE64}"
+ENCODED = {
+    "URL": {"image": URL}, "URL of a type": {"type": "image", "url": URL}, "bytes": {"bytes": BASE64},
+    "bytes of a type": {"type": "image", "bytes": BASE64, "path": "a.png"},
+    "an object": {"image": {"bytes": BASE64}}, "OpenAI's": {"type": "image_url", "image_url": {"url": URL}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ENCODED.values(), ids=ENCODED)
+def test_parts_that_hold_their_images(folder, part):
+    """With a type or without. A text in the arguments of a tool stays."""
+    (one,) = read(folder, asks([part, text_part("Is it?")])).rendered
+    assert one.text == turns(f"{BEGIN}Is it?") and widths(one) == [7]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"image": URL}}}]}
+    messages = [{"role": "user", "content": [part]}, call]
+    template = CHATML.replace("m.content", "(m.content or m.tool_calls | string)")
+    (one,) = read(folder, {"messages": messages}, tokenizer=image_tokenizer(template)).rendered
+    assert URL in one.text
+
+
+def test_images_that_a_table_lacks(folder):
+    """Their objects have nulls in each field, in a column and in parts."""
+    parts = [IMAGE | {"image": None}, text_part("Is it?") | {"image": {"bytes": None, "path": None}},
+             IMAGE | {"image": {"bytes": encode_image(7, 9), "path": None}}]  # fmt: skip
+    answer = {"role": "assistant", "content": [text_part("Yes.")]}
+    rows = [
+        {"messages": [{"role": "user", "content": content}, answer], "image": {"bytes": image, "path": None}}
+        for content, image in ((parts, encode_image(8, 9)), ([text_part("Is it?")], None))
+    ]
+    found = read_examples(str(write_parquet(folder / "a.parquet", rows)), image_options()).rendered
+    assert [widths(one) for one in found] == [[8, 7], []]
+    (one,) = read(folder, asks([IMAGE | {"image": {}}], image="1.png")).rendered
+    assert widths(one) == [1]
 
 
 def test_text_rows_of_a_template_of_lists(folder):
