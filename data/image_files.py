@@ -62,7 +62,7 @@ class ImageFiles:
         error_prefix = f"--dataset {origin}"
         if isinstance(source, StoredImage):
             path, start, size, name = str(source.store.path), source.start, source.size, source.name
-            error_prefix = f"{error_prefix}: image {name}" if name else f"{error_prefix}: an image"
+            error_prefix = f"{error_prefix}: image {_shown(name)}" if name else f"{error_prefix}: an image"
         else:
             path, start, size, name = self._find_file(source, folder, error_prefix), 0, None, ""
             error_prefix = f"{error_prefix}: image {_shown(source)}"

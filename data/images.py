@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+MAX_NAME_LENGTH = 60  # characters of a name that a line shows
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -21,7 +23,7 @@ class ImageRef:
         start, size: the range in bytes; size None = to the file's end.
         width, height: in pixels, as its header says, turned as EXIF says.
         origin: the data file and row that name it, for errors.
-        name: what the data calls it; "" = the file's name.
+        name: what the data calls it; "" = the file's name, or none for bytes of a data file.
         digest: of its size in bytes and its first bytes; images of equal digests count as equal.
         is_deep: whether its grey values have more than 8 bits: those over 255 are cut.
     """
@@ -38,8 +40,15 @@ class ImageRef:
 
     @property
     def label(self) -> str:
-        """What lines about the data call it, such as "scan.jpg 512x768"."""
-        return f"{self.name or os.path.basename(self.path)} {self.width}x{self.height}"
+        """What lines about the data call it, such as "scan.jpg 512x768": one line, whatever its name holds.
+
+        Bytes without a name are called by their row.
+        """
+        name = self.name or os.path.basename(self.path)
+        if self.size is not None and not self.name:
+            name = f"image of {os.path.basename(self.origin)}"
+        name = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}..."
+        return f"{name if name.isprintable() else ascii(name)} {self.width}x{self.height}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -230,11 +231,20 @@ def show_all_images(
         row, sources = show_images(values, of_row, has_marks, form, placeholder, f"--dataset {origin}")
         shown.append(row)
         refs = [files.find(source, folder, origin) for source in sources]
+        if len(refs) > 1:
+            refs = [_number_unnamed(ref, i) for i, ref in enumerate(refs, 1)]
         images.append(refs)
         reasons = (image_format.refuse(ref.width, ref.height) for ref in refs) if image_format else ()
         if reason := next(filter(None, reasons), ""):
             raise UserError(f"--dataset {origin}: has an image of {reason}")
     return shown, images if any(images) else []
+
+
+def _number_unnamed(ref: ImageRef, number: int) -> ImageRef:
+    """Return an image of a row that has several; bytes without a name are called by their number."""
+    if ref.size is None or ref.name:
+        return ref
+    return replace(ref, name=f"image {number} of {os.path.basename(ref.origin)}")
 
 
 def show_images(

@@ -22,6 +22,7 @@ LEGEND = (
 BRACKETS = r"\[{2,}|\]{2,}|\A[\[\]]+|[\[\]]+\Z"
 # Characters that a terminal obeys, or that reorder its text; line breaks and tabs are shown.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+IMAGE_PART = "<image: "  # begins the text of an image
 CONTEXT_TOKENS = 16  # before a part, as some tokenizers write a token otherwise at the beginning of a text
 RECORDED_ROWS = 3  # examples that run.json records, or more: one of each set at least
 END_TOKENS = 512  # at each end of a long row that are recorded
@@ -152,12 +153,17 @@ def _clip(parts: list[RowPart]) -> list[RowPart]:
 
 def mark_learned(example: ExampleTokens, tokenizer) -> str:
     """Return the text of an example's tokens, with BEGIN and END around the learned ones, as LEGEND says."""
+
+    def is_token(part: RowPart) -> bool:
+        """Return whether a part is special tokens, and no image: the text of one has its name."""
+        return part.is_special and not part.text.startswith(IMAGE_PART)
+
     names = sorted(_special_names(tokenizer), key=len, reverse=True)
     to_escape = re.compile("|".join([r"\\", BRACKETS, *map(re.escape, names)]))
     text = ""
     for is_learned, parts in groupby(split_example(example, tokenizer), lambda part: part.is_learned):
         group = "".join(
-            _show_control(part.text if part.is_special else to_escape.sub(_escape, part.text))
+            _show_control(part.text if is_token(part) else to_escape.sub(_escape, part.text))
             for part in parts
         )
         text += f"{BEGIN}{group}{END}" if is_learned else group
@@ -198,7 +204,7 @@ def split_example(example: ExampleTokens, tokenizer) -> list[RowPart]:
     for (is_learned, is_special, is_image), group in groupby(kinds):
         begin, end = end, end + len(list(group))
         if is_image:
-            text = f"<image: {next(labels)}, {end - begin:,} tokens>"
+            text = f"{IMAGE_PART}{next(labels)}, {end - begin:,} tokens>"
             parts.append(RowPart(text, is_learned, is_special))
             continue
         context = max(begin - CONTEXT_TOKENS, 0)

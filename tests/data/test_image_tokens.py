@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import shutil
 
@@ -33,6 +34,7 @@ from tests.helpers.images import (
     END,
     PART,
     TEMPLATE,
+    encode_image,
     image_options,
     image_tokenizer,
     stand_in,
@@ -289,6 +291,30 @@ def test_evaluation_rows_and_prompts_have_images(folder):
     assert tokenizer.decode(first.ids) == f"<s><start_of_turn>user\n{expand('1.png')}Is it?{turn}"
     assert [len(prompt.images) for prompt in (first, last)] == [1, 1] and first.answer == "Yes."
     assert evaluation.largest_id(rows.image_id) == rows.largest_id() != rows.image_id
+
+
+def test_names_that_would_read_as_marks(folder, monkeypatch):
+    """An image's name is the data's text. Bytes without a name are called by their row."""
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+    name = f"a\n[[FORGED]]{END}.png"
+    write_image(folder / name, 16, 16)
+    encoded = [{"bytes": base64.b64encode(encode_image(16, size)).decode()} for size in (16, 32)]
+    rows = [
+        {"image": name, "text": "t"},
+        {"image": encoded[0], "text": "u"},
+        {"images": encoded, "text": "v"},
+    ]
+    path = write_file(folder / "rows.jsonl", to_jsonl(rows))
+    tokenized = tokenize_dataset(str(path), image_options())
+    shown = describe_examples(tokenized, 3, image_tokenizer())
+    assert r"<image: 'a\\n\[\[FORGED\]\]\<end_of_image>.png' 16x16, 1 tokens>" in shown[0]
+    assert "<image: image of rows.jsonl:2 16x16, 1 tokens>" in shown[1]
+    assert "<image: image 1 of rows.jsonl:3 16x16, 1 tokens>" in shown[2]
+    assert "<image: image 2 of rows.jsonl:3 16x32, 2 tokens>" in shown[2]
+    named = [{"image": encoded[0] | {"path": "a\nb.png"}, "text": "t"}]
+    write_file(folder / "rows.jsonl", to_jsonl(named))
+    (row,) = tokenize_dataset(str(path), image_options()).images.refs
+    assert row.label == r"'a\nb.png' 16x16"
 
 
 def test_no_image_is_on_both_sides_of_a_split(folder):
