@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.test_modes import follows
 from tests.helpers.compiled import compiled_on_gpu
 from tests.helpers.image_folders import write_gemma_model, write_qwen_model
+from tests.helpers.parity import follows
 from tests.helpers.pictures import draw
 from tests.helpers.runs import train_run
 

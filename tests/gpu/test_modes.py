@@ -27,7 +27,7 @@ from parallel.activation_offload import HostActivations, OffloadedLayer
 from quantization.hqq import HQQ
 from tests.helpers.compiled import compiled_on_gpu
 from tests.helpers.layers import quantized_like
-from tests.helpers.parity import arguments, biased_checkpoint
+from tests.helpers.parity import arguments, biased_checkpoint, follows
 from tests.helpers.resuming import NOISY, Signals, adapter, lines, repeatable_metrics, run
 from tests.helpers.runs import dense_state, set_up, train_run
 
@@ -270,13 +270,6 @@ def test_precision_follows_fp32(train_type, mode, more, checkpoints, alpaca_file
     args = arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4")
     expected = plain_run(args)
     follows(expected, one_rank(train_run, [*args, "--precision", mode, *more])[0])
-
-
-def follows(expected: tuple, got: tuple) -> None:
-    """Compare losses and gradient norms of `train_run`, up to 16-bit rounding."""
-    (losses, _, norms), tensor = got, torch.tensor
-    torch.testing.assert_close(tensor(losses), tensor(expected[0]), rtol=2e-2, atol=0)
-    torch.testing.assert_close(tensor(norms), tensor(expected[2]), rtol=1e-1, atol=0)
 
 
 def run_on_a_t4(rank_info, args: list) -> tuple:

@@ -42,3 +42,10 @@ def assert_same(a, b, losses: float = 1e-5, tensors: float = TENSORS) -> None:
         torch.testing.assert_close(
             tensor, b[1][name], rtol=0, atol=tensors, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def follows(expected: tuple, got: tuple) -> None:
+    """Compare losses and gradient norms of `train_run`, up to 16-bit rounding."""
+    (losses, _, norms), tensor = got, torch.tensor
+    torch.testing.assert_close(tensor(losses), tensor(expected[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(tensor(norms), tensor(expected[2]), rtol=1e-1, atol=0)
