@@ -189,7 +189,8 @@ def train(
         for i, batch in enumerate(step.batches, 1):
             profiler.start_phase("forward")
             batch = batch.to(rank_info.device)
-            set_gradient_sync(model, i == len(step.batches) or not config.no_sync)
+            is_last = i == len(step.batches)
+            set_gradient_sync(model, is_last or not config.no_sync, batch.images is not None)
             # The sum over micro-batches and ranks is exactly the mean over the step's targets: each
             # micro-batch is divided by their number on all ranks; backward and FSDP only sum gradients.
             with precision.context(rank_info.device.type):

@@ -284,7 +284,22 @@ def _configure_communication(model: nn.Module, mesh: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Set whether backward, from the next one on, reduces gradients over the ranks (--no_sync)."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+def set_gradient_sync(model: nn.Module, enabled: bool, has_images: bool = False) -> None:
+    """Set whether backward, from the next one on, reduces gradients over the ranks (--no_sync).
+
+    FSDP fails if reduction is off in a unit that was never gathered, and without images the vision parts are
+    not. So theirs stays on then: it reduces what earlier micro-batches left there, if anything.
+
+    Args:
+        model: the result of `wrap`.
+        enabled: whether gradients are reduced.
+        has_images: whether the next forward gathers the vision parts: any rank's micro-batch has an image.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(enabled)
+    vision = getattr(model, "vision", None)
+    for part in vision.parts if vision and not enabled and not has_images else ():
+        unit = model.get_submodule(part)
+        assert isinstance(unit, FSDPModule)
+        unit.set_requires_gradient_sync(True)

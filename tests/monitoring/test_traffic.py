@@ -55,7 +55,8 @@ def run_step(
     model.train()
     with CollectiveBytes() as counted:
         for i, batch in enumerate(batches, 1):
-            set_gradient_sync(model, i == len(batches) or not job.config.no_sync)
+            is_last = i == len(batches)
+            set_gradient_sync(model, is_last or not job.config.no_sync, bool(refs))
             with job.precision.context("cpu"):
                 loss_sum(model, batch).backward()
     planned = open_planned_model(job.config.model_name, images=bool(refs))
