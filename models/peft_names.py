@@ -6,6 +6,7 @@ target_modules is a plain list: some servers refuse a regular expression there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -54,19 +55,41 @@ def peft_target_parameters(family: Family, config: Config) -> list[str] | None:
 
 
 def peft_exclusions(model: nn.Module, family: Family, config: Config) -> str | None:
-    """Return PEFT's exclude_modules: a regular expression for the parts beside the text model, or None.
+    """Return PEFT's exclude_modules: a regular expression for what gets no adapter beside the text model.
 
-    Their linears may have the same last names as those of the text model. A part with adapters is not among
-    them. Args: as for `peft_target_modules`; the model may lack the parts.
+    The linears there may have the same last names as those of the text model, and in the tower the same as
+    those of the projector. A part without an adapter is excluded as a whole. None without such parts.
+
+    Args: as for `peft_target_modules`; the model may lack the parts.
     """
     adapted = vision_targets(model, family, config) + vision_matrices(family, config)
-    return exclude_parts([p for p in family.unused if not any(name.startswith(f"{p}.") for name in adapted)])
+    targets = peft_target_modules(model, family, config)
+    names = [unwrapped_name(name) for name, _ in model.named_modules()]
+    excluded = []
+    for part in family.unused:
+        if not _is_above(part, adapted):
+            excluded.append(part)
+            continue
+        others = (n for n in names if n.startswith(f"{part}.") and n not in adapted and _matches(n, targets))
+        excluded += [_highest_without(name, adapted) for name in others]
+    return exclude_parts(list(dict.fromkeys(excluded)))
+
+
+def _highest_without(name: str, adapted: Sequence[str]) -> str:
+    """Return the highest module around a module, or itself, that has none of the adapted ones."""
+    segments = name.split(".")
+    above = (".".join(segments[:depth]) for depth in range(1, len(segments) + 1))
+    return next(module for module in above if not _is_above(module, adapted))
 
 
 def exclude_parts(parts: Sequence[str]) -> str | None:
-    """Return a regular expression for the modules of these parts of a wrapper; None without any."""
-    names = [part.rpartition(".")[2] for part in parts]
+    """Return a regular expression for the modules in these parts of a wrapper; None without any."""
+    names = [re.escape(part.removeprefix("model.")) for part in parts]
     return rf"(.*\.)?({'|'.join(names)})(\..*)?" if names else None
+
+
+def _is_above(module: str, names: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for name in names)
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:

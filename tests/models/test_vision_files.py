@@ -151,7 +151,8 @@ def test_images_for_a_model_of_text_alone(checkpoints):
         *slow(
             (name, "hub", "dora", [*TOWER, "--lora_target_modules", "v_proj,mlp.up_proj"]) for name in MODELS
         ),
-        *slow([("qwen3_vl", "hub", "dora", PROJECTOR), ("qwen3_vl", "without head", "dora", TOWER)]),
+        *slow((name, "hub", "dora", PROJECTOR) for name in ("qwen3_vl", "qwen2_5_vl")),
+        *slow([("qwen3_vl", "without head", "dora", TOWER)]),
     ],
 )
 def test_a_saved_adapter_loads_in_peft_and_merges(
