@@ -68,7 +68,7 @@ from training.step_sizes import (
     settle_effective_batch,
     with_batch,
 )
-from training.warm_start import WarmStart, adopt_adapter
+from training.warm_start import WarmStart, adapts_vision, adopt_adapter
 
 # Values of config.json with which transformers' layers drop or change activations at random in training.
 NOISES = (
@@ -94,6 +94,9 @@ def _make_job(config: Config) -> Job:
     unsettled = config.unsettled
     config, saved = _check_options(config)
     model = _check_model(config)
+    if config.images == "auto" and adapts_vision(config, model.family):
+        config = dataclasses.replace(config, images="true")
+        model = _check_model(config)
     config, adapter = _check_adapter(config, model)
     config, rows, evaluation, tokenizer = _check_data(config, model, adapter)
     if config.has_images and not model.family.has_images:  # which only the rows have said

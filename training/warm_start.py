@@ -64,6 +64,17 @@ class WarmStart:
     has_template: bool = False
 
 
+def adapts_vision(config: Config, family: Family) -> bool:
+    """Return whether --adapter acts on vision parts that the model could have, but was not built with.
+
+    Raises UserError if the adapter cannot be read.
+    """
+    if config.adapter is None or family.vision is None:
+        return False
+    names = (name.removeprefix(PEFT_PREFIX) for name in open_adapter(config.adapter).tensors)
+    return any(map(family.is_unused, names))
+
+
 def adopt_adapter(
     config: Config,
     base_name: str,

@@ -269,7 +269,7 @@ def test_an_adapter_of_texts_goes_on_with_images(checkpoints, alpaca_file, one_r
     name = "model.vision_tower.encoder.layers.1.mlp.fc1"
     assert torch.equal(ours[f"{name}.lora_B"], saved[f"base_model.model.{name}.lora_B.weight"])
     with pytest.raises(UserError, match=r"adapts model.vision_tower.*; --images true loads the vision parts"):
-        make_job(ONE_RANK, [*args, "--adapter", tmp_path / "run"])
+        make_job(ONE_RANK, [*args, "--adapter", tmp_path / "run", "--images", "false"])
 
     change_a_tower(base)
     open_run(tmp_path / "texts")

@@ -61,15 +61,18 @@ def test_a_line_counts_images_of_more_than_8_bits(model, deep, said, tmp_path):
 
 
 def test_rows_with_images_are_trained_on(model, one_rank, tmp_path):
-    args = arguments(model, write_rows(tmp_path, images=True), "--batch_size", 2, "--vision_targets", "all")
-    output = one_rank(run, [*args, "--output_dir", str(tmp_path / "run")])[0]
+    args = arguments(model, write_rows(tmp_path, images=True), "--batch_size", 2)
+    tower = [*args, "--vision_targets", "all"]
+    output = one_rank(run, [*tower, "--output_dir", str(tmp_path / "run")])[0]
     assert "5 images" in output
-    assert any("the projector stays as it is: this" in remark for remark in make_job(ONE_RANK, args).remarks)
+    assert any("the projector stays as it is: this" in remark for remark in make_job(ONE_RANK, tower).remarks)
     opened = open_run(tmp_path / "run")
     assert opened.config.images == "true" and opened.family.has_images
     trained = load_file(tmp_path / "run" / ADAPTER)
     moved = {name.split(".")[4] for name, tensor in trained.items() if "lora_B" in name and tensor.any()}
     assert any("vision_tower" in name for name in trained) and len(moved) > 1
+    further = make_job(ONE_RANK, [*args, "--adapter", str(tmp_path / "run")])
+    assert further.family.has_images and further.config.vision_targets == "all"
 
 
 def test_the_rows_decide(model, tmp_path):
