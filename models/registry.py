@@ -185,8 +185,8 @@ def family_of(config: PretrainedConfig, images: bool = False) -> Family:
     if family.vision is None:
         with_vision = ", ".join(name for name, known in FAMILIES.items() if known.vision)
         raise UserError(
-            f"{config.name_or_path}/{CONFIG}: {config.model_type} is trained on text alone, and the rows have"
-            f" images; trained with images: {with_vision}"
+            f"{config.name_or_path}/{CONFIG}: {config.model_type} takes no images here; these families do:"
+            f" {with_vision}"
         )
     return family.with_images()
 

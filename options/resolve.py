@@ -129,6 +129,8 @@ def _check_values(config: Config) -> None:
         raise UserError("--adapter: needs a RUN, a folder or a hub id")
     if config.quantized_cache == "":
         raise UserError("--quantized_cache: needs a folder")
+    if not config.packing:
+        _check_unused(config, "--packing", "images_per_pack")
     check_column_options(config.columns, config.text_column)
     _check_evaluation(config)
     _check_resume_options(config)

@@ -60,7 +60,7 @@ from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
-from training.run_images import explain_refused_images, read_image_format, settle_images
+from training.run_images import explain_refused_images, read_image_format, settle_images, vision_family
 from training.step_sizes import (
     adopt_recorded_sizes,
     check_step_fits_epoch,
@@ -198,7 +198,8 @@ def _check_model(config: Config) -> _Model:
     folder = find_model(config.model_name)
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
-    model_config, family = read_config(folder, images=config.has_images)
+    model_config, family = read_config(folder)
+    family = vision_family(config, model_config, family)
     if config.compile == "true" and not family.compiles:
         raise UserError(
             f"--compile true: a layer of {model_config.model_type} does not compile to one graph; choose auto"

@@ -16,10 +16,30 @@ from data.images import describe_deep_images
 from data.row_images import NO_VISION
 from data.rows import TokenizedRows
 from models.family import Family
-from options.config import Config
+from models.registry import family_of
+from options.config import FIELDS, Config
 from options.errors import UserError
 
-UNUSED = "--images true: no row has an image; the model's vision parts are loaded, and not used"
+
+def vision_family(config: Config, model_config: PretrainedConfig, family: Family) -> Family:
+    """Return a model's family with its vision parts, if the run has images.
+
+    config: the run's options. The others are from `read_config`, without images.
+
+    Raises UserError, which names the option, for a model that takes no images.
+    """
+    try:
+        return family_of(model_config, images=True) if config.has_images else family
+    except UserError as e:
+        raise UserError(f"{_name_option(config)}: {e}") from None
+
+
+def _name_option(config: Config) -> str:
+    """Return the option, with its value, that makes the vision parts of the model be loaded."""
+    if config.vision_targets not in (None, "none"):
+        own = config.adapter is None  # if not, they are the adapter's
+        return f"--vision_targets {config.vision_targets}" if own else f"--adapter {config.adapter}"
+    return "--vision_bits 4" if config.vision_bits == 4 else f"--images {config.images}"
 
 
 def read_image_format(
@@ -70,9 +90,10 @@ def settle_images(
         asked = (ref for prompt in evaluation.prompts for ref in prompt.images)
         remarks = describe_deep_images(itertools.chain(rows.images.refs, evaluated, asked))
         return dataclasses.replace(config, images="true"), remarks
-    for name in ("image_folder", "image_size"):
-        if (value := getattr(config, name)) is not None:
+    for name in ("image_folder", "image_size", "images_per_pack"):
+        if (value := getattr(config, name)) != FIELDS[name].default:
             raise UserError(f"--{name} {value}: has no effect, since no row has an image; leave it out")
     if config.has_images:
-        return config, (UNUSED,)
+        unused = "no row has an image; the model's vision parts are loaded, and not used"
+        return config, (f"{_name_option(config)}: {unused}",)
     return dataclasses.replace(config, images="false"), ()

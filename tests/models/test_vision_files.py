@@ -133,9 +133,7 @@ def test_a_run_is_opened_with_its_vision_parts(
 
 
 def test_images_for_a_model_of_text_alone(checkpoints):
-    with pytest.raises(
-        UserError, match=r"llama is trained on text alone.*with images: qwen2_5_vl, qwen3_vl, gemma3$"
-    ):
+    with pytest.raises(UserError, match=r"llama takes no images here; .* do: qwen2_5_vl, qwen3_vl, gemma3$"):
         read_config(checkpoints("llama"), images=True)
 
 

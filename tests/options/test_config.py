@@ -361,6 +361,12 @@ def test_the_saved_config_holds_every_option():
 # Refusals
 
 
+def test_images_per_pack_needs_packs():
+    message = "--images_per_pack: has no effect without --packing"
+    assert message in error_of("--images_per_pack", "3")
+    assert resolved("--images_per_pack", "3", "--packing").images_per_pack == 3
+
+
 ADAPTER_ONLY = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 

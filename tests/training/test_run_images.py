@@ -73,6 +73,9 @@ def test_rows_with_images_are_trained_on(model, one_rank, tmp_path):
     assert any("vision_tower" in name for name in trained) and len(moved) > 1
     further = make_job(ONE_RANK, [*args, "--adapter", str(tmp_path / "run")])
     assert further.family.has_images and further.config.vision_targets == "all"
+    texts = write_rows(tmp_path, images=False)
+    unused = make_job(ONE_RANK, arguments(model, texts, "--adapter", str(tmp_path / "run")))
+    assert any(line.startswith(f"--adapter {tmp_path}/run: no row has an image") for line in unused.remarks)
 
 
 def test_the_rows_decide(model, tmp_path):
@@ -87,8 +90,28 @@ def test_the_rows_decide(model, tmp_path):
     job = make_job(ONE_RANK, arguments(model, texts, "--sample_every", 1, "--sample_prompts", with_images))
     assert job.config.images == "true" and job.family.has_images and not job.rows.images.refs
     assert len(job.evaluation.prompts[1].images) == 1
-    job = make_job(ONE_RANK, arguments(model, texts, "--images", "true"))
-    assert job.family.has_images and any("no row has an image" in remark for remark in job.remarks)
+
+
+@pytest.mark.parametrize(
+    "options", ["--images true", "--vision_targets all", "--vision_bits 4", "--vision_bits 4 --images true"]
+)
+def test_vision_parts_without_images(options, model, checkpoints, tmp_path):
+    """They are loaded, and the line about them names the option that was given."""
+    texts, given = write_rows(tmp_path, images=False), options.split()
+    job = make_job(ONE_RANK, arguments(model, texts, *given))
+    line = f"{' '.join(given[:2])}: no row has an image; the model's vision parts are loaded, and not used"
+    assert job.family.has_images and line in job.remarks
+    with pytest.raises(
+        UserError, match=f"^{' '.join(given[:2])}: .*/config.json: llama takes no images here"
+    ):
+        make_job(ONE_RANK, arguments(checkpoints("llama"), texts, *given))
+
+
+@pytest.mark.parametrize("option", ["--image_folder /", "--image_size 64", "--images_per_pack 3"])
+def test_options_about_images_without_images(option, checkpoints, tmp_path):
+    model, texts = checkpoints("llama"), write_rows(tmp_path, images=False)
+    with pytest.raises(UserError, match=f"^{option}: has no effect, since no row has an image; leave it out"):
+        make_job(ONE_RANK, arguments(model, texts, "--packing", *option.split()))
 
 
 def test_images_without_settings_of_pixels(model, tmp_path):
