@@ -99,7 +99,12 @@ def describe_packer(quantizer: Quantizer, device_type: str) -> dict[str, str]:
 
 
 def open_cache(
-    folder: Path, files: CheckpointFiles, names: list[str], quantizer: Quantizer, device_type: str
+    folder: Path,
+    files: CheckpointFiles,
+    names: list[str],
+    quantizer: Quantizer,
+    device_type: str,
+    vision_parts: tuple[str, ...] = (),
 ) -> dict[str, CachedWeight] | None:
     """Return {name: packed weight} of the tensors `names` in the cache, or None if there is no cache yet.
 
@@ -109,6 +114,7 @@ def open_cache(
         names: names of the tensors that are packed.
         quantizer: the quantizer that packs them.
         device_type: "cuda" or "cpu", the device that packs them.
+        vision_parts: modules whose weights are packed with --vision_bits 4 only.
 
     Raises:
         UserError: the folder holds something else: the weights of another model or of other settings, an
@@ -134,6 +140,13 @@ def open_cache(
         if manifest[name] != ours:
             raise UserError(f"{origin}: packed by {manifest[name]}, not {ours}; choose another folder")
     tensors = manifest["tensors"]
+    differing = tensors.keys() ^ set(names)
+    if differing and all(name.startswith(tuple(f"{part}." for part in vision_parts)) for name in differing):
+        has, lacks = ("with", "16") if differing <= tensors.keys() else ("without", "4")
+        raise UserError(
+            f"{origin}: made {has} --vision_bits 4, and this run has --vision_bits {lacks}; choose another"
+            " folder"
+        )
     if tensors.keys() != set(names) or manifest["model"] != digest_dense_weights(files, names):
         raise UserError(f"{origin}: holds the packed weights of another model; choose another folder")
     for file, size in manifest["files"].items():

@@ -399,7 +399,7 @@ def find_cache(
     names = [f"{name}.weight" for name in packed_linears(model, family, config, files)]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"  # like the ranks of launch/processes.py
     cache_key = (Path(config.quantized_cache), files, names, quantizer_from_config(config), device_type)
-    cached = open_cache(*cache_key)
+    cached = open_cache(*cache_key, vision_parts=family.unused)
     if cached is None:
         return plan_cache(*cache_key, config.output_dir)
     files.packed.update(cached)

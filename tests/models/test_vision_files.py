@@ -217,6 +217,15 @@ def test_a_cache_has_the_packed_tower(checkpoints, alpaca_file, one_rank, tmp_pa
     first = one_rank(dense_state, args)[0]
     later = one_rank(without_quantizing, dense_state, args)[0]
     assert first.keys() == later.keys() and all(torch.equal(first[name], later[name]) for name in first)
+    args[args.index("--vision_bits") + 1] = "16"
+    for other in (args, args_for(checkpoints("gemma3_wrapper"), alpaca_file, "qlora", *options[-2:])):
+        with pytest.raises(UserError, match="made with --vision_bits 4, and this run has --vision_bits 16;"):
+            make_job(ONE_RANK, other)
+    args[args.index("--vision_bits") + 1] = "4"
+    args[-1] = tmp_path / "text_alone"
+    one_rank(dense_state, [*args_for(checkpoints("gemma3_wrapper"), alpaca_file, "qlora"), *args[-2:]])
+    with pytest.raises(UserError, match="made without --vision_bits 4, and this run has --vision_bits 4;"):
+        make_job(ONE_RANK, args)
 
 
 @pytest.mark.parametrize(
