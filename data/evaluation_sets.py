@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
+from data.dataset_names import split_mixture, split_name
 from data.encoding import drop_empty_answers, encode_prompt
 from data.evaluation_data import EvaluationData, Prompt
 from data.examples import Examples
@@ -25,6 +26,7 @@ from data.image_texts import check_placeholders, expand_images
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
 from data.reading import ReadingOptions
 from data.rows import TokenizedRows
+from data.sources import find_recipe
 from data.tokenizing import (
     describe_joined_prompts,
     describe_unknown_tokens,
@@ -84,8 +86,26 @@ def _describe_tokens(rows: TokenizedRows, rendered: list[Rendered], tokenizer) -
 
 
 def optional_columns(config: Config) -> ColumnNames:
-    """Return the names that a run's options give to the data's columns, for data that may lack them."""
-    return ColumnNames.from_options(config.columns, config.text_column, must_exist=False)
+    """Return the names for columns that a run's options and recipes give, for data that may lack them.
+
+    Of a mixture's recipes the first that names a column counts. Raises UserError for a recipe that is gone.
+    """
+    columns = ColumnNames.from_options(config.columns, config.text_column, must_exist=False)
+    for share in split_mixture(config.dataset):
+        columns = columns.over(ColumnNames.from_recipe(_recipe_columns(share.name)))
+    return columns
+
+
+def _recipe_columns(dataset: str) -> Mapping[str, str]:
+    """Return the names of the recipe of one set; none for data without a recipe, which may be gone."""
+    try:
+        return find_recipe(dataset)[0].columns
+    except UserError as e:
+        if file_suffix(split_name(dataset).base) != ".toml":
+            return {}
+        raise UserError(
+            f"{e}; it has the names of columns of the run, which --columns gives as well"
+        ) from None
 
 
 def read_in_trained_format(

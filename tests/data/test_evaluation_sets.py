@@ -8,12 +8,20 @@ from itertools import pairwise
 import pytest
 
 from data.chat import ChatTemplate
-from data.evaluation_sets import make_row_prompt, prepare_sets, read_evaluation_rows
+from data.evaluation_sets import (
+    make_row_prompt,
+    prepare_sets,
+    read_evaluation_rows,
+    read_in_trained_format,
+)
 from data.formats import ALPACA, FORMATS, QA
 from data.row_reasons import NO_ANSWER
+from options.errors import UserError
 from options.train import parse
 from tests.helpers import chat_templates, small_tokenizers
+from tests.helpers.data_files import to_jsonl, write_file
 from tests.helpers.evaluation import options
+from tests.helpers.images import image_tokenizer, stand_in, write_image
 from tests.helpers.small_tokenizers import BYTES
 
 
@@ -83,6 +91,30 @@ def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
         assert sets(tmp_path / "qa.jsonl", "--sample_prompts", tmp_path / asked)[1] == why
     _, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", alpaca_file)
     assert prompt == ALPACA.format(instruction="Say red.") and len(held) == 40
+
+
+def test_other_data_has_the_columns_of_the_runs_recipe(tmp_path):
+    """Where it has them: without the recipe's name of the images, rows would be read without them."""
+    row = {"image": write_image(tmp_path / "1.png", 16, 16).name, "question": "Is it?", "answer": "Yes."}
+    named = {"image_id" if column == "image" else column: value for column, value in row.items()}
+    write_file(tmp_path / "data.jsonl", to_jsonl([named]))
+    recipe = write_file(tmp_path / "a.toml", 'source = "data.jsonl"\ncolumns = { image = "image_id" }\n')
+    tokenizer = image_tokenizer()
+    images = {"image_format": stand_in(tokenizer)}
+
+    def read(rows: list[dict], trained_on: str = f"{recipe}*0.9,toy*0.1"):
+        path = str(write_file(tmp_path / "other.jsonl", to_jsonl(rows)))
+        config, _ = parse(["--dataset", trained_on])
+        return read_in_trained_format(config, path, -1, tokenizer, **images).rendered
+
+    of_text = {"question": "Is it?", "answer": "No."}
+    assert [len(one.images) for one in read([named, of_text])] == [1, 0]
+    assert [len(one.images) for one in read([row])] == [1]
+    recipe.unlink()
+    with pytest.raises(
+        UserError, match=r"a\.toml: .*names of columns of the run, which --columns gives as well"
+    ):
+        read([named])
 
 
 def test_columns_that_are_not_read_are_told_of_both_sets(checkpoints, tmp_path):
