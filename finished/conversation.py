@@ -163,6 +163,10 @@ class Chat:
             self.conversation.template.check_system()
         except UserError as e:
             return f"/system: {e}"
+        try:
+            self.conversation.template.images.check_text(text, "/system")
+        except UserError as e:
+            return str(e)
         self.conversation.system = text or None
         return "the system prompt is changed" if text else "no system prompt"
 

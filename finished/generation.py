@@ -102,7 +102,8 @@ def make_template(
         system: --system, which the template must be able to show.
         image_folder: --image_folder, that paths of images in rows are relative to.
 
-    Raises UserError if its format is unknown, or if `thinking` or `system` has no effect.
+    Raises UserError if its format is unknown, if `thinking` or `system` has no effect, and if `system` means
+    a token of images.
     """
     tokenizer = load_tokenizer(run)
     format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
@@ -137,6 +138,7 @@ def make_template(
             template.check_system()
         except UserError as e:
             raise UserError(f"--system: has no effect on {run.folder}: {e}") from None
+        images.check_text(system, "--system")
     return template
 
 

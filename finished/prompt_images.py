@@ -112,6 +112,11 @@ class PromptImages:
         check_placeholders(text, len(refs), self.format, origin)
         return expand_images(Rendered(text, [], images=refs), self.format).text
 
+    def check_text(self, text: str, origin: str) -> None:
+        """Raise UserError, which begins with `origin`, if a text that shows no image means a token of one."""
+        if self.format is not None:
+            check_reserved(text, [*dict.fromkeys((self.placeholder, *self.format.reserved))], origin)
+
     def check_tokens(self, ids: Sequence[int], refs: Sequence[ImageRef], origin: str) -> None:
         """Raise UserError, which begins with `origin`, unless a prompt has the tokens of its images alone.
 

@@ -193,6 +193,11 @@ def test_images_that_cannot_be_asked_about(run, runs, pictures, refused, tmp_pat
     )
     assert "--prompt 1: has 1 places <image> for 0 image" in refused(run, "--prompt", "<image> what?")
     assert f"--prompt 1: its text holds {MARKED}" in refused(run, "--prompt", f"{MARKED} is what?")
+    system = ["--system", f"You see {MARKED}", "--image_path", picture]
+    assert f"error: --system: its text holds {MARKED}" in refused(run, *asked, *system)
+    assert "error: --system: its text holds <image_soft_token>" in refused(
+        run, *asked, "--system", "<image_soft_token>"
+    )
     many = [word for _ in range(200) for word in ("--image_path", picture)]
     assert "--prompt 1: takes 2," in refused(run, *asked, *many)
 
@@ -270,12 +275,15 @@ def test_images_of_a_conversation(run, pictures, monkeypatch, capsys, tmp_path):
     one, two = map(str, pictures)
     typed = ["A", f"/image {tmp_path}/none.png", f"/image {two}", "B", "C", "/undo", "/undo", "D"]
     typed += [f"/image {one}", "/image", "E", "/reset", f"/image {one}", f"/image {two}", "<image> F"]
+    typed += ["/system <image_soft_token>", "G <image_soft_token>"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*typed, "<image> F <image>", ""])))
     assert generate.main([str(run), "--image_path", one]) == 0
     out = capsys.readouterr().out
     assert f"/image {tmp_path}/none.png: No such file" in out and "/image PATH, /system" in out
     assert "the next question shows 1.png 20x50" in out and "shows 0.png 61x43, 1.png 20x50" in out
     assert "the question: has 1 places <image> for 2 image(s)" in out
+    for name in ("/system", "the question"):
+        assert f"> {name}: its text holds <image_soft_token>" in out
     image, turns = f"\n\n{MARKED}....<end_of_image>\n\n", lambda *texts: "".join(texts)
     first = f"{image}A<end_of_turn>\n<start_of_turn>model\nYo1<end_of_turn>\n<start_of_turn>user\n"
     second = f"{image}B<end_of_turn>\n<start_of_turn>model\nYo2<end_of_turn>\n<start_of_turn>user\n"
