@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,11 +148,12 @@ class Chat:
         """Return the commands that the model takes."""
         return "/image PATH, " * (self.conversation.template.images.format is not None) + COMMANDS
 
-    def _add_image(self, path: str) -> str:
+    def _add_image(self, text: str) -> str:
         """Let the next question show an image more; "" = none. Return the line to print."""
-        if not path:
+        if not text:
             self.images = []
             return "the next question shows no image"
+        path = _read_path(text)
         try:
             self.images += self.conversation.template.images.find_named([path], "/image")
         except UserError as e:
@@ -202,6 +205,17 @@ class Chat:
         print("" if answer.ended else " ...", flush=True)
         conversation.record_answer(row, prompt.images, answer.text)
         self.images = []
+
+
+def _read_path(text: str) -> str:
+    """Return the path that a line names: as it stands, or quoted for a shell, as terminals paste a file."""
+    if os.path.exists(os.path.expanduser(text)):
+        return text
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote in a name
+        return text
+    return words[0] if len(words) == 1 else text
 
 
 def choose_template(name: str, templates: dict[str, PromptTemplate]) -> PromptTemplate:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import shutil
 import sys
 
 import peft
@@ -304,6 +305,22 @@ def test_images_of_a_conversation(run, pictures, monkeypatch, capsys, tmp_path):
         ),
         (as_asked(f"{image}F{image}"), [one, two]),
     ]
+
+
+def test_paths_that_are_typed_or_dragged_into_a_conversation(run, pictures, monkeypatch, capsys, tmp_path):
+    """With ~, spaces, and the quotes of a shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = tmp_path / "my folder" / "it's.png"
+    named.parent.mkdir()
+    shutil.copy(pictures[0], named)
+    path = "my folder/it's.png"
+    typed = [f"~/{path}", str(named), f'"{named}"', f"'{tmp_path}/my folder/it'\\''s.png'", "~/none it's.png"]
+    typed.append(str(named).replace(" ", "\\ ").replace("'", "\\'"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"/image {text}\n/image\n" for text in typed)))
+    assert generate.main([str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("the next question shows it's.png 61x43") == 5
+    assert "/image ~/none it's.png: No such file" in out
 
 
 def test_a_conversation_on_a_run_without_images(chat_run, pictures, monkeypatch, capsys):
