@@ -188,10 +188,15 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _explode(prompt: Prompt) -> list[Prompt]:
-    """Return a prompt for each question of a row with a list `questions`, as training reads it."""
+    """Return a prompt for each question of a row with a list `questions`, as training reads it.
+
+    Raises UserError if the list is empty.
+    """
     row = prompt.content
     if not isinstance(row, dict) or not isinstance(row.get("questions"), list):
         return [prompt]
+    if not row["questions"]:
+        raise UserError(f"--prompts {prompt.origin}: questions is an empty list")
     others = {name: value for name, value in row.items() if name not in ("questions", "answers")}
     return [
         replace(prompt, origin=f"{prompt.origin} question {i}", content={**others, "question": question})

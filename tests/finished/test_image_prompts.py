@@ -220,6 +220,9 @@ def test_rows_of_prompts_whose_images_are_wrong(run, runs, pictures, refused, tm
     file.write_text(json.dumps(row))
     assert "--image_folder: has no effect" in refused(run, "--prompt", "Hi", "--image_folder", none)
     found = refused(runs[0], "--prompts", file, "--image_folder", pictures[0].parent)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"image": "0.png", "questions": [], "answers": []}))
+    assert "empty.jsonl:1: questions is an empty list" in refused(run, "--prompts", empty)
     assert "ask.jsonl:1: has an image:" in found and "takes no image" in found
 
 
