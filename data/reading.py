@@ -26,6 +26,7 @@ from data.recognition import (
 )
 from data.row_files import Rows
 from data.row_images import (
+    LIST_COLUMNS,
     check_takes_images,
     check_unread_columns,
     describe_text_marks,
@@ -141,7 +142,7 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
         filled = recipe.fill | {"output": recipe.fill["output"] * options.context_length}
         data = dataclasses.replace(data, rows=[filled] * len(data.rows))
     has_images = bool(given) or (options.image_format is not None and has_parts(data.rows))
-    named = _without_images(renamed.named_by)
+    named = _columns_of_formats(renamed.named_by)
     matched = _match_prompts(data.rows, named, options)
     if matched:
         name = options.preferred
@@ -189,9 +190,14 @@ def _load_split(
     return data, given, renamed
 
 
-def _without_images(named: Mapping[str, str]) -> dict[str, str]:
-    """Return the columns that formats read, of {a column: what named it}."""
-    return {column: by for column, by in named.items() if column not in IMAGE_COLUMNS}
+def _columns_of_formats(named: Mapping[str, str]) -> dict[str, str]:
+    """Return {a column that formats read: what named it}, of columns that may also be of images or of lists.
+
+    Of a list of questions each is one in the end.
+    """
+    return {
+        LIST_COLUMNS.get(column, column): by for column, by in named.items() if column not in IMAGE_COLUMNS
+    }
 
 
 def _match_prompts(
@@ -287,6 +293,6 @@ def find_format(dataset: str, options: ReadingOptions) -> tuple[str, Recipe]:
         return options.format if options.format != "auto" else recipe.format, recipe
     data, given, renamed = _load_split(recipe, file, recipe.samples, options, f"--dataset {dataset}")
     has_images = bool(given) or has_parts(data.rows)
-    return _resolve_format(recipe, data, dataset, _without_images(renamed.named_by), options, has_images)[
+    return _resolve_format(recipe, data, dataset, _columns_of_formats(renamed.named_by), options, has_images)[
         0
     ], recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from data.formats import FORMATS
+from data.image_store import IMAGE_COLUMNS
 from data.schemas import Auto, Schema, join_columns
 from options.errors import UserError
 
@@ -151,7 +152,7 @@ def check_columns_are_read(
         if column not in known:
             raise UserError(
                 f"{error_prefix}: {origin}: {reader} a column {join_columns([column])}; the columns are"
-                f" {', '.join(known)} ({PAGE})"
+                f" {', '.join(known)}, and for images {' or '.join(IMAGE_COLUMNS)} ({PAGE})"
             )
     origins = ", ".join(dict.fromkeys(columns.values()))
     raise UserError(

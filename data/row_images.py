@@ -20,6 +20,8 @@ from options.errors import UserError
 
 # Columns of lists of messages, whose contents may have parts.
 MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion")
+# Columns of lists, and the column that each of their elements becomes.
+LIST_COLUMNS = {"questions": "question", "answers": "answer"}
 NO_VISION = "has an image, but the model takes texts only"
 
 

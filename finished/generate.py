@@ -26,7 +26,7 @@ from finished.prompt_template import (
 )
 from launch.program import print_error, quiet_libraries
 from options.errors import UserError
-from options.generate import Options, Prompt
+from options.generate import Options, Prompt, explode_questions
 
 MIN_COLUMN_WIDTH = 34  # characters; on narrower terminals answers are printed one below the other
 
@@ -137,6 +137,15 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
                     print_answers(options, prompt.content, text, answers[i], display_names)
 
 
+def _explode_renamed(options: Options, templates: dict[str, PromptTemplate]) -> Options:
+    """Return the options; of a list of questions that a run's data names otherwise, each is a prompt."""
+    prompts = options.all_prompts or []
+    names = {template.columns.names.get("questions") for template in templates.values()}
+    for column in filter(None, names):
+        prompts = [each for prompt in prompts for each in explode_questions(prompt, column)]
+    return dataclasses.replace(options, all_prompts=prompts)
+
+
 def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTemplate]) -> list[str]:
     """Return lines with the fields of prompts that a template does not read, so that a misspelt one shows."""
     given = [prompt.content for prompt in prompts if isinstance(prompt.content, dict)]
@@ -210,6 +219,7 @@ def run(options: Options) -> int:
         how = (options.dataset_format, options.thinking, options.system, options.image_folder)
         templates = {str(run.folder): make_template(run, *how) for run in runs}
         if options.all_prompts is not None:
+            options = _explode_renamed(options, templates)
             answer_prompts(options, models, templates)
         else:
             chat(options, models, templates)

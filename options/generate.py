@@ -184,23 +184,23 @@ def read_prompts(path: Path) -> list[Prompt]:
         return [Prompt(origin, line.rstrip("\r")) for origin, line in lines]
     folder = os.path.dirname(os.path.abspath(path))
     rows = (Prompt(origin, _parse_row(origin, line), folder=folder) for origin, line in lines)
-    return [prompt for row in rows for prompt in _explode(row)]
+    return [prompt for row in rows for prompt in explode_questions(row)]
 
 
-def _explode(prompt: Prompt) -> list[Prompt]:
-    """Return a prompt for each question of a row with a list `questions`, as training reads it.
+def explode_questions(prompt: Prompt, column: str = "questions") -> list[Prompt]:
+    """Return a prompt for each question of a row with a list of them, as training reads it.
 
-    Raises UserError if the list is empty.
+    column: the list's. Raises UserError if the list is empty.
     """
     row = prompt.content
-    if not isinstance(row, dict) or not isinstance(row.get("questions"), list):
+    if not isinstance(row, dict) or not isinstance(row.get(column), list):
         return [prompt]
-    if not row["questions"]:
-        raise UserError(f"--prompts {prompt.origin}: questions is an empty list")
-    others = {name: value for name, value in row.items() if name not in ("questions", "answers")}
+    if not row[column]:
+        raise UserError(f"--prompts {prompt.origin}: {column} is an empty list")
+    others = {name: value for name, value in row.items() if name not in (column, "answers")}
     return [
         replace(prompt, origin=f"{prompt.origin} question {i}", content={**others, "question": question})
-        for i, question in enumerate(row["questions"], 1)
+        for i, question in enumerate(row[column], 1)
     ]
 
 

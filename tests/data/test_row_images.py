@@ -371,6 +371,14 @@ def test_columns_with_other_names(folder):
     names = ColumnNames.from_options("image=scan,question=q", None)
     found = read_examples(str(write_parquet(folder / "a.parquet", [row])), image_options(columns=names))
     assert widths(found.rendered[0]) == [7] and found.rendered[0].text == turns(f"{BEGIN}Is it?")
+    names = ColumnNames.from_options("image=scan,questions=qs,answers=as", None)
+    found = read(folder, {"scan": "1.png", "qs": ["Is it?", "B?"], "as": ["Yes.", "b"]}, columns=names)
+    assert [widths(one) for one in found.rendered] == [[1], [1]]
+    assert found.rendered[0].text == turns(f"{BEGIN}Is it?")
+    with pytest.raises(
+        UserError, match=r"img=scan: no format reads a column img; .* for images images or image"
+    ):
+        read(folder, {"scan": "1.png"} | PAIR, columns=ColumnNames.from_options("img=scan", None))
 
 
 def test_the_image_folder(folder):

@@ -12,6 +12,7 @@ import sys
 import peft
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -147,6 +148,20 @@ def test_answers_are_those_of_peft(run, pictures, ask, peft_answers):
     [none] = ask(run, "--prompt", QUESTION, *ASKED)
     assert texts_of(none) == peft_answers(as_asked(QUESTION), [])
     assert len({*texts_of(both), *texts_of(none)}) == 4
+
+
+def test_lists_of_questions_with_the_names_of_the_data(run, pictures, ask, tmp_path):
+    """A run on such data has asked each question about the image."""
+    renamed = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["columns"] = "image=scan,questions=qs,answers=as"
+    (renamed / "config.yaml").write_text(yaml.safe_dump(config))
+    row = {"scan": str(pictures[0]), "qs": ["A?", "B?"], "as": ["a", "b"]}
+    (pictures[0].parent / "renamed.jsonl").write_text(json.dumps(row))
+    short = ["--max_new_tokens", "1", "--compare", "false"]
+    lines = ask(renamed, "--prompts", pictures[0].parent / "renamed.jsonl", *short)
+    assert [line["rendered"] for line in lines] == [as_asked(f"{MARKED}{q}") for q in ("A?", "B?")]
+    assert [line["images"] for line in lines] == [[str(pictures[0])]] * 2
 
 
 def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, tmp_path):
