@@ -23,7 +23,7 @@ from data.rows import IGNORE
 from data.tokenizing import tokenize_dataset
 from files.model_folder import CheckpointFiles
 from finished.finished_run import load_tokenizer, open_run, read_adapter
-from finished.layerwise import packed_logits, plain_logits, trained_logits
+from finished.layerwise import LogitInputs, packed_logits, plain_logits, trained_logits
 
 
 def measure(folder: str, n_rows: int) -> None:
@@ -44,7 +44,8 @@ def measure(folder: str, n_rows: int) -> None:
             f" {differences.mean().item():.4f}"
         )
 
-    trained = trained_logits(run, read_adapter(run), batch.ids, device)
+    inputs = LogitInputs(batch.ids, None, torch.arange(batch.ids.shape[1]))
+    trained = trained_logits(run, read_adapter(run), inputs, device)
     print_line("trained", trained)
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("dequantized", "original"):
@@ -53,10 +54,10 @@ def measure(folder: str, n_rows: int) -> None:
             assert export.main([folder, *options]) == 0
             files = CheckpointFiles(out)
             print_line(
-                f"merged into {name}", plain_logits(run.model_config, run.family, files, batch.ids, device)
+                f"merged into {name}", plain_logits(run.model_config, run.family, files, inputs, device)
             )
             merged_run = dataclasses.replace(run, files=files)
-            print_line(f"merged into {name}, packed again", packed_logits(merged_run, batch.ids, device))
+            print_line(f"merged into {name}, packed again", packed_logits(merged_run, inputs, device))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -26,21 +24,25 @@ from checkpoints.model_writer import (
     with_stored_names,
     write_model,
 )
-from data.dataset_names import first_set
-from data.reading import ReadingOptions
-from data.sources import find_recipe
 from data.stop_ids import make_generation_config
 from data.template_choice import compare_with_base
-from data.tokenizing import tokenize_dataset
 from files.atomic_writes import write_text
 from files.config_parts import weights_dtype, without_quantization
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
 from files.model_folder import CheckpointFiles, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER_FILES, split_revision
+from finished.comparison_rows import read_comparison_rows
 from finished.export_folder import check_output_folder, check_space, staging_folder
-from finished.finished_run import Run, find_stop_ids, load_tokenizer, open_run, read_adapter
-from finished.layerwise import compare_logits, plain_logits, trained_logits
+from finished.finished_run import (
+    Run,
+    find_stop_ids,
+    load_tokenizer,
+    open_run,
+    read_adapter,
+    read_run_image_format,
+)
+from finished.layerwise import LogitInputs, compare_logits, plain_logits, trained_logits
 from finished.merge import make_apart_entries, make_merged_entries
 from finished.model_card import render_card
 from launch.program import print_error, quiet_libraries
@@ -50,13 +52,6 @@ from models.registry import build_on_meta, read_config
 from options.errors import UserError, describe
 from options.export import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
-
-FIXED_PROMPTS = (
-    "The capital of France is",
-    "Below is an instruction that describes a task. Write a response that completes it.",
-    "def fibonacci(n):",
-    "In 1969, two people walked on the moon.",
-)
 
 
 def check_options(options: Options) -> Run:
@@ -246,40 +241,24 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
 # Comparing logits (--check)
 
 
-def read_comparison_rows(run: Run) -> tuple[list[list[int]], str]:
-    """Return (token ids of a few texts, their description): rows of local data, else FIXED_PROMPTS."""
-    tokenizer, config = load_tokenizer(run), run.config
-    with contextlib.suppress(UserError):  # the data was moved or changed since the run
-        name = first_set(config.dataset)
-        recipe, file = find_recipe(name)
-        if file or recipe.fill:
-            length = min(config.context_length, 256)
-            reading = ReadingOptions.from_config(config, tokenizer)
-            rows = tokenize_dataset(name, dataclasses.replace(reading, samples=4, context_length=length))
-            return [row.tolist() for row in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
-    return [ids for ids in tokenizer(list(FIXED_PROMPTS))["input_ids"] if ids], "fixed prompts"
-
-
 def describe_logit_difference(run: Run, out: Path, device: torch.device) -> str:
     """Return a line with the largest difference between the written model's logits and the trained model's.
 
     If the base was not verified, the reference is the RUN over that base, and the line says so.
     """
-    rows, description = read_comparison_rows(run)
-    lengths = [len(row) for row in rows]
-    # Padded on the right: causal attention never reads the padding.
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    trained = trained_logits(run, read_adapter(run) if run.adapter else {}, ids, device)
+    rows = read_comparison_rows(run.config, load_tokenizer(run), read_run_image_format(run)[0])
+    inputs = LogitInputs(rows.ids, rows.images, rows.positions)
+    trained = trained_logits(run, read_adapter(run) if run.adapter else {}, inputs, device)
     reference = "the trained model" if run.is_base_verified else f"the run over {run.base}"
-    written, family = read_config(out)  # not the run's config, so that errors in the written file show
+    # Not the run's config, so that errors in the written file show.
+    written, family = read_config(out, images=rows.images is not None)
     files = CheckpointFiles(out)
     rename_tensors(build_on_meta(written, family), family, files)
-    difference, largest = compare_logits(trained, plain_logits(written, family, files, ids, device), lengths)
+    plain = plain_logits(written, family, files, inputs, device)
+    difference, largest = compare_logits(trained, plain, rows.positions, rows.lengths)
     return (
         f"largest logit difference from {reference}: {difference:.4g}, of logits up to {largest:.4g}"
-        f" ({len(rows)} {description}, {sum(lengths)} tokens, computed in fp32)"
+        f" ({len(rows.lengths)} {rows.description}, {sum(rows.lengths)} tokens, computed in fp32)"
     )
 
 

@@ -1,20 +1,22 @@
 """Compute a model's logits with one submodule in memory at a time.
 
-For comparing models after training, in fp32. A submodule is a decoder layer, the embedding, the head, or a
-module next to them. transformers' own forward calls them in order; hooks load each one's weights before and
-drop them after.
+For comparing models after training, in fp32. A submodule is a decoder layer, the embedding, the head, a
+vision part, or a module next to them. The model's forward calls them in order; hooks load each one's weights
+before and drop them after.
 
-Shapes: B rows, T tokens, V vocabulary size.
+Shapes: B rows, T tokens, P positions of them, V vocabulary size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from data.image_batches import ImageBatch
 from files.model_folder import CheckpointFiles
 from finished.finished_run import Run, select_module_tensors
 from launch.precision import Precision
@@ -30,29 +32,44 @@ from quantization.quantizers import pack_weight
 FP32_PRECISION = Precision(torch.float32, torch.float32)
 
 
+@dataclass(frozen=True)
+class LogitInputs:
+    """What a model reads, and where its logits are wanted.
+
+    Attributes:
+        ids: [B, T] int64, padded on the right.
+        images: those of the rows, for a model with its vision parts; None = they have none.
+        positions: [P] int64, of the T tokens.
+    """
+
+    ids: torch.Tensor
+    images: ImageBatch | None
+    positions: torch.Tensor
+
+
 def trained_logits(
-    run: Run, adapter: dict[str, torch.Tensor], ids: torch.Tensor, device: torch.device
+    run: Run, adapter: dict[str, torch.Tensor], inputs: LogitInputs, device: torch.device
 ) -> torch.Tensor:
     """Compute the logits of the base, packed as in training, with its adapter.
 
-    Returns [B, T, V] fp32 on the CPU.
+    Returns [B, P, V] fp32 on the CPU, at the positions of the inputs.
 
     Args:
         run: the opened RUN.
         adapter: as `read_adapter` returns it; {} for a run without an adapter.
-        ids: [B, T] int64, padded on the right.
+        inputs: what the model reads.
         device: device to compute on.
     """
     model = build_on_meta(run.model_config, run.family)
     apply_method(model, run.family, run.config, FP32_PRECISION, run.files)
-    return _compute_logits(model, run.family, run.files, adapter, ids, device)
+    return _compute_logits(model, run.family, run.files, adapter, inputs, device)
 
 
 def plain_logits(
     config: PretrainedConfig,
     family: Family,
     files: CheckpointFiles,
-    ids: torch.Tensor,
+    inputs: LogitInputs,
     device: torch.device,
 ) -> torch.Tensor:
     """Compute the logits of a model without packing or adapter, as `trained_logits` returns them.
@@ -61,14 +78,14 @@ def plain_logits(
         config: the model's config.
         family: its family.
         files: its weights.
-        ids: [B, T] int64, padded on the right.
+        inputs: what the model reads.
         device: device to compute on.
     """
     model = build_on_meta(config, family).to(torch.float32)  # type: ignore[arg-type]
-    return _compute_logits(model, family, files, {}, ids, device)
+    return _compute_logits(model, family, files, {}, inputs, device)
 
 
-def packed_logits(run: Run, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+def packed_logits(run: Run, inputs: LogitInputs, device: torch.device) -> torch.Tensor:
     """Compute the logits of `run.files` without an adapter, packed as training packed its base.
 
     This is a merged model that is quantized again. Returns logits as `trained_logits` does.
@@ -76,12 +93,14 @@ def packed_logits(run: Run, ids: torch.Tensor, device: torch.device) -> torch.Te
     model = build_on_meta(run.model_config, run.family).to(torch.float32)  # type: ignore[arg-type]
     names = packed_linears(model, run.family, run.config, run.files)
     quantize_linears(model, choose_quantizers(names, run.config, run.files), torch.float32)
-    return _compute_logits(model, run.family, run.files, {}, ids, device)
+    return _compute_logits(model, run.family, run.files, {}, inputs, device)
 
 
-def compare_logits(a: torch.Tensor, b: torch.Tensor, lengths: list[int]) -> tuple[float, float]:
-    """Return (largest |a - b|, largest |a|) of logits over the first lengths[i] positions of each row i."""
-    rows = [(x[:n], y[:n]) for x, y, n in zip(a, b, lengths, strict=True)]
+def compare_logits(
+    a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor, lengths: list[int]
+) -> tuple[float, float]:
+    """Return (largest |a - b|, largest |a|) of logits at `positions`, as far as they are within each row."""
+    rows = [(x[positions < n], y[positions < n]) for x, y, n in zip(a, b, lengths, strict=True)]
     difference = max((x - y).abs().max().item() for x, y in rows)
     return difference, max(x.abs().max().item() for x, _ in rows)
 
@@ -92,7 +111,7 @@ def _compute_logits(
     family: Family,
     files: CheckpointFiles,
     adapter: dict[str, torch.Tensor],
-    ids: torch.Tensor,
+    inputs: LogitInputs,
     device: torch.device,
 ) -> torch.Tensor:
     """Run a model of the meta device; hooks load each submodule before it runs and drop it afterwards."""
@@ -105,7 +124,11 @@ def _compute_logits(
         load = partial(_load_submodule, model, path, family, files, adapter, device, tied)
         submodule.register_forward_pre_hook(lambda *_, load=load: load())
         submodule.register_forward_hook(_unload_submodule)
-    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    given = {"input_ids": inputs.ids.to(device), "logits_to_keep": inputs.positions.to(device)}
+    if inputs.images is None:
+        return model(use_cache=False, **given).logits.float().cpu()
+    images = inputs.images.map_tensors(lambda tensor: tensor.to(device))
+    return model(images=images, **given).logits.float().cpu()
 
 
 def _unload_submodule(submodule: nn.Module, *_) -> None:
@@ -113,9 +136,13 @@ def _unload_submodule(submodule: nn.Module, *_) -> None:
 
 
 def _submodule_paths(model: nn.Module, family: Family) -> list[str]:
-    """Return the paths of submodules that together hold every parameter once. A tied head is one of them."""
+    """Return the paths of submodules that together hold every parameter once. A tied head is one of them.
+
+    A vision part is one: it is not larger than an embedding.
+    """
     layers = range(len(family.decoder_layers(model)))
     parts = [family.embedding, *(f"{family.layers}.{i}" for i in layers), family.head]
+    parts += family.unused if family.has_images else ()
     within = tuple(f"{path}." for path in parts)
     for name, _ in model.named_parameters():
         if not name.startswith(within):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import peft
@@ -131,11 +132,15 @@ def test_a_run_answers_as_peft(kind, trained, one_rank, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_folder_has_the_logits(kind, trained, one_rank, tmp_path):
+def test_a_merged_folder_has_the_logits(kind, trained, one_rank, capsys, tmp_path):
     """transformers loads it with its vision parts; PEFT has the adapter over the dequantized base."""
     made = trained(kind)
     exported = ["--to", "merged", "--out", tmp_path / "out", "--dtype", "float32"]
     assert export.main([*map(str, [made.out, *exported])]) == 0
+    found = re.search(
+        r"trained model: (\S+), .* \(3 rows of the data with 2 images,", capsys.readouterr().out
+    )
+    assert found and float(found[1]) < 1e-4
     merged = load_transformers_model(tmp_path / "out", dtype=torch.float32).eval()
     base = transformers_model(made.base, one_rank(dense_state, made.args)[0])
     tuned = peft.PeftModel.from_pretrained(base, made.out).eval()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import evaluate
@@ -21,6 +22,7 @@ import export
 import generate
 from data.images import ImageRef
 from finished import generation
+from finished.export import describe_logit_difference
 from finished.finished_run import open_run
 from finished.prompt_images import PromptImages
 from finished.prompt_template import Answer
@@ -164,8 +166,11 @@ def test_lists_of_questions_with_the_names_of_the_data(run, pictures, ask, tmp_p
     assert [line["images"] for line in lines] == [[str(pictures[0])]] * 2
 
 
-def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, tmp_path):
-    """transformers loads it with its vision parts, in which the adapters of the tower are merged."""
+def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, capsys, tmp_path):
+    """transformers loads it with its vision parts, in which the adapters of the tower are merged.
+
+    The check of the merge has seen them: it finds a tensor of the tower that is changed.
+    """
     assert (
         export.main([str(run), "--to", "merged", "--out", str(tmp_path / "merged"), "--dtype", "float32"])
         == 0
@@ -173,6 +178,19 @@ def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, tmp_pat
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     text = as_asked(MARKED + QUESTION)
     assert peft_answers.generate_text(merged, text, pictures[:1]) == peft_answers(text, pictures[:1])[1]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "(1 rows of the data with 1 images, " in line and largest_difference(line) < 1e-4
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "vision_tower" in name and name.endswith("mlp.fc1.weight"))
+    save_file(tensors | {name: tensors[name] * 2}, path, metadata={"format": "pt"})
+    line = describe_logit_difference(open_run(run), tmp_path / "merged", torch.device("cpu"))
+    assert largest_difference(line) > 1e-2
+
+
+def largest_difference(line: str) -> float:
+    """Return the number in export.py's line about logits."""
+    return float(line.partition(": ")[2].partition(",")[0])
 
 
 @pytest.fixture

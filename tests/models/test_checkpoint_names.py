@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 
-from finished.layerwise import plain_logits
+from finished.layerwise import LogitInputs, plain_logits
 from models.checkpoint_names import ParameterNames
 from models.registry import open_weights, read_config
 from options.errors import UserError
@@ -22,7 +22,9 @@ def logits_of(folder) -> torch.Tensor:
     """Return the logits of a checkpoint as this program reads it."""
     config, family = read_config(folder)
     files, _, _ = open_weights(folder, config, family)
-    return plain_logits(config, family, files, IDS, torch.device("cpu"))
+    return plain_logits(
+        config, family, files, LogitInputs(IDS, None, torch.arange(IDS.shape[1])), torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
