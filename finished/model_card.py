@@ -32,7 +32,8 @@ CARD_OPTIONS = (
     "gradient_accumulation_steps", "world_size", "optimizer", "lr", "lr_scheduler", "lr_warmup", "wd",
     "apply_gradient_clipping", "grad_norm", "precision", "seed",
 )  # fmt: skip
-assert set(CARD_OPTIONS) <= FIELDS.keys()
+IMAGE_OPTIONS = ("images", "image_size", "vision_targets", "vision_bits")  # on images only
+assert {*CARD_OPTIONS, *IMAGE_OPTIONS} <= FIELDS.keys()
 
 
 def is_hub_id(name: str) -> bool:
@@ -58,8 +59,10 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
     data = _find_hub_datasets(config)
     if data:
         metadata["datasets"] = data
-    metadata |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
-    rows = [(name, getattr(config, name)) for name in CARD_OPTIONS]
+    task = "image-text-to-text" if config.has_images else "text-generation"
+    metadata |= {"pipeline_tag": task, "tags": ["fsdp-finetune", config.train_type]}
+    names = (*CARD_OPTIONS, *(IMAGE_OPTIONS if config.has_images else ()))
+    rows = [(name, getattr(config, name)) for name in names]
     table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
     shown_base = {
         TOY_MODEL: "the tiny Llama of the demo (`toy`)",

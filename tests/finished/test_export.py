@@ -327,6 +327,12 @@ def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     text = render_card(config, tmp_path, "meta-llama/Llama-2-7b-hf", "t", "w", "peft")
     assert "\nbase_model: meta-llama/Llama-2-7b-hf\ndatasets:\n- yahma/alpaca-cleaned\n" in text
     assert "Final loss: not known" in text
+    assert "\npipeline_tag: text-generation\n" in text and "vision" not in text
+    config = dataclasses.replace(config, images="true", vision_targets="all", vision_bits=4, image_size=448)
+    text = render_card(config, tmp_path, "google/gemma-3-4b-it", "t", "w", "peft")
+    assert "\npipeline_tag: image-text-to-text\n" in text
+    for row in ("images | true", "vision_targets | all", "vision_bits | 4", "image_size | 448"):
+        assert f"\n| {row} |\n" in text
 
 
 @pytest.mark.gpu
