@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from data.columns import ColumnNames
-from data.encoding import encode
+from data.encoding import drop_empty_answers, encode
 from data.evaluation_data import Prompt
 from data.evaluation_sets import (
     make_row_prompt,
@@ -145,14 +145,20 @@ def prepare_inputs(
         rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}", image_format)
     if tuple(metrics) == ("perplexity",):
         return EvaluationInputs(rows, [])
-    candidates = (make_row_prompt(r, tokenizer, length, stop_ids, image_format) for r in rendered)
+    candidates = [make_row_prompt(r, tokenizer, length, stop_ids, image_format) for r in rendered]
     prompts = [p for p in candidates if p and p.answer]
+    without = (r for r, p in zip(rendered, candidates, strict=True) if p is None and r.images)
+    too_long = sum(bool(drop_empty_answers(r, tokenizer).learned) for r in without)
+    if not prompts and too_long:
+        raise UserError(
+            f"--dataset {dataset}: no question with its images fits in the run's {length:,} tokens"
+        )
     if not prompts:
         raise UserError(
             f"--dataset {dataset}: its rows have no question and answer, as text metrics need;"
             " use --metrics perplexity"
         )
-    return EvaluationInputs(rows, prompts, image_format)
+    return EvaluationInputs(rows, prompts, image_format, too_long)
 
 
 def evaluate(options: Options) -> dict:
@@ -192,6 +198,7 @@ def evaluate(options: Options) -> dict:
         "dataset": dataset,
         "rows": len(rendered),
         "answered": len(inputs.prompts),
+        "too_long": inputs.too_long,
         "unscored": inputs.rows.dropped if inputs.rows else 0,
         "cut_rows": inputs.rows.cut if inputs.rows else 0,
         "row_reasons": inputs.rows.describe_reasons() if inputs.rows else [],

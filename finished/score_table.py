@@ -20,13 +20,15 @@ def describe_scoring_details(results: dict) -> list[str]:
     lines = [f"{name}: {how}" for name, how in results["scored_with"].items()]
     if None in results["metrics"].get("bleu", {}).values():
         lines.append("bleu is undefined where no answer, or no reference, has four tokens")
-    unanswered = results["rows"] - results["answered"] if results["answers"] else 0
-    if unanswered:
-        text_metrics = ", ".join(name for name in results["metrics"] if name != "perplexity")
-        lines.append(
-            f"{text_metrics}: of {results['rows']:,} rows {unanswered:,} are left out, without a question or"
-            " an answer to compare with"
-        )
+    too_long = results["too_long"]
+    unanswered = results["rows"] - results["answered"] - too_long if results["answers"] else 0
+    text_metrics = ", ".join(name for name in results["metrics"] if name != "perplexity")
+    for count, reason in (
+        (unanswered, "without a question or an answer to compare with"),
+        (too_long, f"whose question and images take more than {results['context_length']:,} tokens"),
+    ):
+        if count:
+            lines.append(f"{text_metrics}: of {results['rows']:,} rows {count:,} are left out, {reason}")
     lines += [f"perplexity: {reason}" for reason in results["row_reasons"]]
     base_cut, tuned_cut = results["cut"]["base"], results["cut"]["tuned"]
     if base_cut or tuned_cut:

@@ -90,11 +90,13 @@ class EvaluationInputs:
         rows: rows for the loss; None if perplexity is not requested.
         prompts: prompts to answer, with their references.
         image_format: how the model takes the prompts' images; None = it takes none.
+        too_long: number of rows that are no prompt, since with their images they take more than the context.
     """
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
     image_format: ImageFormat | None = None
+    too_long: int = 0
 
 
 @dataclass(frozen=True)

@@ -407,6 +407,8 @@ def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
         "scored_with": {},
         "answered": 1,
         "unscored": 0,
+        "too_long": 0,
+        "context_length": 512,
         "cut_rows": 0,
         "row_reasons": [],
         "answers": [],

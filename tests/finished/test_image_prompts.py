@@ -289,6 +289,20 @@ def test_rows_to_score_whose_images_are_wrong(run, runs, pictures, capsys, tmp_p
         assert err.startswith("error: --") and words in err and err.count("\n") == 1
 
 
+def test_rows_whose_images_are_too_many_to_score(run, pictures, capsys):
+    """The images of a question cannot be cut to the context."""
+    data, short = pictures[0].parent / "many.jsonl", ["--metrics", "exact_match", "--max_new_tokens", "1"]
+    rows = [{"images": ["0.png"] * n, "question": QUESTION, "answer": "No."} for n in (1, 150, 150)]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, rows[0] | {"answer": ""}]))
+    assert evaluate.main([*map(str, [run, "--dataset", data, *short])]) == 0
+    out = capsys.readouterr().out
+    line = "exact_match: of 4 rows 2 are left out, whose question and images take more than 512 tokens\n"
+    assert line in out and "of 4 rows 1 are left out, without a question or an answer" in out
+    data.write_text(json.dumps(rows[1]))
+    assert evaluate.main([*map(str, [run, "--dataset", data, *short])]) == 2
+    assert "no question with its images fits in the run's 512 tokens" in capsys.readouterr().err
+
+
 def test_a_run_with_images_and_one_without_share_no_base(runs, refused, monkeypatch):
     def open_with_images(folder, base_model):
         opened = open_run(runs[0], base_model)
