@@ -121,8 +121,9 @@ def test_an_adapter_of_peft_on_the_tower_is_refused(kind, words, targets, checkp
     """PEFT's names of linears match those of the tower, too, without exclude_modules. The run is on text."""
     base = checkpoints(kind)
     theirs = save_peft_adapter(base, tmp_path / "peft", target_modules=targets)
+    options = ["--train_type", "lora", "--adapter", theirs, "--images", "false"]
     with pytest.raises(UserError, match=f"{words} .*exclude_modules"):
-        make_single_rank_job(base, alpaca_file, "--train_type", "lora", "--adapter", theirs)
+        make_single_rank_job(base, alpaca_file, *options)
 
 
 @pytest.mark.parametrize(
