@@ -116,6 +116,7 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
         "revision": base.revision,
         "r": config.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": config.use_rslora,
         "lora_dropout": config.lora_dropout,
         "target_modules": peft_target_modules(model, family, config),
         "exclude_modules": peft_exclusions(model, family, config),

@@ -33,7 +33,7 @@ PICKLE = "adapter_model.bin"
 # exclude_modules names the modules of a wrapper that text does not need. If it left out a linear of the
 # decoder layers, the file would lack the linear's tensors.
 FOREIGN_SETTINGS = (
-    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
     "layer_replication", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
     "kasa_config", "arrow_config", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",
@@ -110,6 +110,8 @@ def check_settings(settings: dict, path: Path) -> None:
         raise UserError(f"{path}: {changed} {settings[changed]} is not supported here")
     if settings.get("bias") not in (None, "none"):
         raise UserError(f"{path}: bias {settings['bias']} is not supported here; only none")
+    if settings.get("use_rslora") not in (None, True, False):
+        raise UserError(f"{path}: use_rslora {settings['use_rslora']}: must be true or false")
     start = settings.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise UserError(

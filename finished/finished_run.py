@@ -254,11 +254,14 @@ def _check_adapter_config(path: Path, run: Run) -> None:
         "target_parameters": peft_target_parameters(run.family, config),
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
+        "use_rslora": bool(config.use_rslora),
         "use_dora": config.method.adapter == "dora",
     }
     adapter_config = read_json(path, MAX_CONFIG_BYTES)
     for name, value in expected.items():
-        if adapter_config.get(name) != value and (value is not None or adapter_config.get(name) not in UNSET):
+        if adapter_config.get(name) != value and (
+            value not in UNSET or adapter_config.get(name) not in UNSET
+        ):
             found = f"{name} {adapter_config.get(name)}"
             raise UserError(f"{path}: {found}, but {OPTIONS} makes it {value}: one of them is damaged")
     check_settings(adapter_config, path)

@@ -271,7 +271,7 @@ class AnsweringModels:
 
 def _adapter_options(run: Run) -> tuple:
     c = run.config
-    return c.method.adapter, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.vision_targets
+    return c.method.adapter, c.lora_rank, c.lora_scaling, c.lora_target_modules, c.vision_targets
 
 
 def _make_generation_config(

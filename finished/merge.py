@@ -2,9 +2,9 @@
 
 LoRA:  W' = W + s B A DoRA:  W' = m * (W + s B A) / ||W + s B A||_row, m as in the adapter's file
 
-s = lora_alpha / R. W is the weight of the files (`original`), or the weight that training computed with:
-packed and dequantized (`dequantized`). DoRA's norm is that of the base merged into, as in PEFT: over the
-original base m is still the length of each row, and only the direction has the quantization error.
+s = `Config.lora_scaling`. W is the weight of the files (`original`), or the weight that training computed
+with: packed and dequantized (`dequantized`). DoRA's norm is that of the base merged into, as in PEFT: over
+the original base m is still the length of each row, and only the direction has the quantization error.
 
 Shapes: O output features, I input features, R rank.
 """
@@ -42,7 +42,7 @@ def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scalin
     Args:
         weight: W [O, I] fp32; it is overwritten.
         tensors: the adapter's tensors, by PEFT's names below the module.
-        scaling: lora_alpha / R.
+        scaling: s.
     """
     a, b = (tensors[name].to(weight.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
     weight.addmm_(b, a, alpha=scaling)
@@ -89,7 +89,7 @@ def make_merged_entries(
         adapters.pop(f"{run.family.head}.weight", None)
     quantizers = find_training_quantizers(run) if dequantized else {}
     assert not run.files.packed or dequantized
-    scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
+    scaling = run.config.lora_scaling if adapter else 0.0
     buffers = PinnedBuffers(device.type) if device.type == "cuda" else None
     entries = file_entries(run.files)
     for name, entry in entries.items():
@@ -148,7 +148,7 @@ def _read_merged_weight(
         name: name of the weight.
         quantizer: how training packed it, or None.
         tensors: its adapter's tensors, or None.
-        scaling: lora_alpha / R.
+        scaling: s.
         device: device that computes.
         buffers: page-locked buffers for reading, or None.
     """

@@ -217,14 +217,14 @@ def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Linear4bit)
         size = (base.out_features, base.in_features)
-        options = (size, config.lora_rank, config.lora_alpha, config.lora_dropout, dtype)
+        options = (size, config.lora_rank, config.lora_scaling, config.lora_dropout, dtype)
         model.set_submodule(path, ADAPTERS[name](base, *options))
     vision = family.built_vision()
     for matrix in vision_matrices(family, config):
         assert vision is not None
         path, adapt = matrix.rpartition(".")[0], vision.matrices[matrix]
         base = model.get_submodule(path)
-        model.set_submodule(path, adapt(base, config.lora_rank, config.lora_alpha, dtype))
+        model.set_submodule(path, adapt(base, config.lora_rank, config.lora_scaling, dtype))
 
 
 @torch.no_grad()

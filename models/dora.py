@@ -56,7 +56,7 @@ class DoRALinear(LoRALinear):
 
     Args:
         base: as for LoRALinear; its bias, if any, moves here, because it is not rescaled.
-        features, rank, alpha, dropout: as for LoRALinear.
+        features, rank, scaling, dropout: as for LoRALinear.
         dtype: of A, B and the magnitudes for the optimizer.
     """
 
@@ -65,11 +65,11 @@ class DoRALinear(LoRALinear):
         base: nn.Linear | Linear4bit,
         features: tuple[int, int],
         rank: int,
-        alpha: float,
+        scaling: float,
         dropout: float,
         dtype: torch.dtype,
     ):
-        super().__init__(base, features, rank, alpha, dropout, dtype)
+        super().__init__(base, features, rank, scaling, dropout, dtype)
         self.bias = base.bias
         base.bias = None  # type: ignore[assignment]
         empty = torch.empty(features[0], device=self.lora_B.device)

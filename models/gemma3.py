@@ -65,12 +65,12 @@ class LoRAProjector(LowRankModule):
 
     Args:
         base: the frozen projector.
-        rank, alpha, dtype: as for LoRALinear.
+        rank, scaling, dtype: as for LoRALinear.
     """
 
-    def __init__(self, base: Gemma3MultiModalProjector, rank: int, alpha: float, dtype: torch.dtype):
+    def __init__(self, base: Gemma3MultiModalProjector, rank: int, scaling: float, dtype: torch.dtype):
         matrix = base.mm_input_projection_weight
-        super().__init__((matrix.shape[0], matrix.shape[1]), rank, alpha, dtype, matrix.device)
+        super().__init__((matrix.shape[0], matrix.shape[1]), rank, scaling, dtype, matrix.device)
         self.base = (base,)  # in a tuple it is no submodule, which would give the tensors second names
         self.patches_per_image, self.avg_pool = base.patches_per_image, base.avg_pool
         self.mm_soft_emb_norm = base.mm_soft_emb_norm

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv 2106.09685, section 4.1): y = W x + s B A dropout(x), s = lora_alpha / R.
+"""LoRA (Hu et al., arXiv 2106.09685, section 4.1): y = W x + s B A dropout(x), s = `Config.lora_scaling`.
 
 A [R, I] starts Kaiming-uniform with a = sqrt(5), as in PEFT, which is uniform within 1 / sqrt(I). B [O, R]
 starts at zero, so step 0 is the base model.
@@ -27,17 +27,17 @@ class LowRankModule(ConvertingModule):
     Args:
         features: (O, I).
         rank: R.
-        alpha: lora_alpha of the scaling s.
+        scaling: s.
         dtype: of A and B for the optimizer.
         device: of A and B.
     """
 
     def __init__(
-        self, features: tuple[int, int], rank: int, alpha: float, dtype: torch.dtype, device: torch.device
+        self, features: tuple[int, int], rank: int, scaling: float, dtype: torch.dtype, device: torch.device
     ):
         super().__init__()
         out_features, in_features = features
-        self.scaling = alpha / rank
+        self.scaling = scaling
         self.active = True  # switched by `adapters_off`
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
@@ -83,7 +83,7 @@ class LoRALinear(LowRankModule):
         base: the frozen layer; its parameters keep their checkpoint names.
         features: (O, I).
         rank: R.
-        alpha: lora_alpha of the scaling s.
+        scaling: s.
         dropout: probability, on the low-rank branch.
         dtype: of A and B for the optimizer; forward rounds them to x's dtype.
     """
@@ -93,11 +93,11 @@ class LoRALinear(LowRankModule):
         base: nn.Linear | Linear4bit,
         features: tuple[int, int],
         rank: int,
-        alpha: float,
+        scaling: float,
         dropout: float,
         dtype: torch.dtype,
     ):
-        super().__init__(features, rank, alpha, dtype, next(base.parameters()).device)
+        super().__init__(features, rank, scaling, dtype, next(base.parameters()).device)
         self.base, self.dropout = base, dropout
         self.saves_output = False  # for backward instead of a recompute; set by wrapping.py
 

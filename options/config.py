@@ -44,7 +44,8 @@ DATASET_FORMATS = (
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
-ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules", "vision_targets", "train_embeddings")
+ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "use_rslora", "lora_target_modules", "vision_targets",
+                   "train_embeddings")  # fmt: skip
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
 
@@ -66,11 +67,13 @@ class Config:
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
         choices=tuple(METHODS))
     adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
-        " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha,"
+        " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha, --use_rslora,"
         " --lora_target_modules, --vision_targets and --train_embeddings are the adapter's", needs="adapter")
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", ge=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter", gt=0)
+    use_rslora: bool = option(False, "Method", "scale the low-rank branch by lora_alpha / sqrt(lora_rank)"
+        " instead (rank-stabilized LoRA)", needs="adapter")
     lora_dropout: float = option(0.0, "Method", "dropout on the low-rank branch's input", needs="adapter",
         ge=0, lt=1)
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers (of"
@@ -277,6 +280,14 @@ class Config:
     def method(self) -> Method:
         """What --train_type quantizes, trains and saves."""
         return METHODS[self.train_type]
+
+    @property
+    def lora_scaling(self) -> float:
+        """Scale s of the low-rank branch s B A x.
+
+        With --use_rslora the divisor is the root of the rank (Kalajdzievski, arXiv 2312.03732, section 3).
+        """
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
 
     @property
     def has_images(self) -> bool:

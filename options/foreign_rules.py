@@ -60,8 +60,7 @@ MODEL_AND_METHOD = (
     _rule("--lora_target_modules", images.language_parts,
         hf="finetune_language_layers finetune_attention_modules finetune_mlp_modules",
         factory="freeze_language_model", note="all linears of the text model by default"),
-    _rule("--lora_alpha", values.rank_stabilized, hf="use_rslora", axolotl="peft_use_rslora",
-        note="the scale here is alpha / rank; rsLoRA's is that of alpha x sqrt(rank)"),
+    _rule("--use_rslora", switch("use_rslora"), hf="use_rslora", axolotl="peft_use_rslora"),
 )
 DATA = (
     _rule("--dataset", rows.dataset, hf="dataset_name dataset_config dataset_train_split",

@@ -120,19 +120,6 @@ def target_modules(given: Settings, _settings: Settings) -> Translation:
     return Translation({"lora_target_modules": names})
 
 
-def rank_stabilized(given: Settings, settings: Settings) -> Translation:
-    """Translate rsLoRA, alpha / sqrt(r), to the lora_alpha that gives the same alpha / r."""
-    if all(map(is_off, given.values())):
-        return Translation(note="it is off")
-    rank = as_number(first(settings, "lora_r", "lora_rank", "r"))
-    alpha = as_number(first(settings, "lora_alpha"))
-    if not rank or rank < 0 or not alpha:
-        note = "give --lora_alpha as alpha x sqrt(rank), for the same scale"
-        return Translation(note=note, lost=True, is_advice=True)
-    scaled = f"{alpha * math.sqrt(rank):.6g}"
-    return Translation({"lora_alpha": scaled}, f"{alpha:g} x sqrt({rank:g}): the scale is alpha / rank")
-
-
 def epochs(given: Settings, _settings: Settings) -> Translation:
     """Translate a number of epochs, which may have a fraction elsewhere."""
     text = next(iter(given.values()))

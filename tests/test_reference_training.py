@@ -97,10 +97,11 @@ EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
     [
         ("lora", "llama_bias", {}),
         ("bnb_dora", "llama_bias", {}),
+        ("qlora", "llama", {"use_rslora": True}),
         ("qlora", "llama", EMBEDDINGS),
         ("dora", "qwen2", EMBEDDINGS | {"ensure_weight_tying": True}),
     ],
-    ids=["lora", "bnb_dora", "untied embeddings", "tied embeddings"],
+    ids=["lora", "bnb_dora", "rslora", "untied embeddings", "tied embeddings"],
 )
 def test_a_saved_adapter_is_trained_further(
     train_type, kind, more, checkpoints, short_rows, one_rank, two_ranks, tmp_path

@@ -42,7 +42,8 @@ DEEPSPEED_TUNING = ("zero_optimization", "zero_allow_untested_optimizer", "fp16"
                     "flops_profiler", "comms_logger", "data_types")  # fmt: skip
 DEEPSPEED_FEATURES = ("amp", "curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity",
                       "sparse_attention", "compression_training", "tensor_parallel", "pipeline")  # fmt: skip
-LORA = ("adapter", "train_embeddings", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA = ("adapter", "train_embeddings", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout",
+        "lora_target_modules")  # fmt: skip
 UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
 WIDTH = 100  # columns of a line of the command
 

@@ -1,7 +1,7 @@
 """--adapter: train a saved adapter further, on the same base, with a new optimizer and schedule.
 
-Rank, alpha, target modules and chat template are the adapter's. Its tensors replace the initial ones after
-the load.
+Rank, alpha, use_rslora, target modules and chat template are the adapter's. Its tensors replace the initial
+ones after the load.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _check_adapter_base(
 def adopt_options(
     config: Config, adapter: SavedAdapter, model_config: PretrainedConfig, family: Family
 ) -> Config:
-    """Return the options with the adapter's name, rank, alpha and targets.
+    """Return the options with the adapter's name, rank, alpha, scaling rule and targets.
 
     Raises UserError for an adapter of another kind, or an option that contradicts it.
     """
@@ -178,6 +178,9 @@ def adopt_options(
         if getattr(config, name) not in (None, value):
             raise _contradiction(name, config, adapter, value)
     values["lora_alpha"] = float(values["lora_alpha"])
+    values["use_rslora"] = bool(adapter.settings.get("use_rslora"))
+    if config.use_rslora not in (None, values["use_rslora"]):
+        raise _contradiction("use_rslora", config, adapter, values["use_rslora"])
     values["train_embeddings"] = bool(_saved_vocabulary(adapter, family)) or bool(config.train_embeddings)
     if config.train_embeddings is False and values["train_embeddings"]:
         raise _contradiction("train_embeddings", config, adapter, True)

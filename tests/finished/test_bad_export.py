@@ -172,10 +172,13 @@ def test_a_config_that_lost_options(refused, run):
     other = ["lora_alpha: 3.0\n" if line.startswith("lora_alpha:") else line for line in lines]
     (run / "config.yaml").write_text("".join(other))
     refused("adapter_config.json: lora_alpha", "but config.yaml makes it 3.0", "damaged")
+    other = [line.replace("use_rslora: false", "use_rslora: true") for line in lines]
+    (run / "config.yaml").write_text("".join(other))
+    refused("adapter_config.json: use_rslora False", "but config.yaml makes it True", "damaged")
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True}]
+    "change", [{"use_qalora": True}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True}]
 )
 def test_an_adapter_with_settings_that_no_run_writes(change, refused, run):
     """PEFT would compute something else with them. With its defaults written out it is the same adapter."""

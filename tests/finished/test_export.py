@@ -21,7 +21,7 @@ import finished.export
 from checkpoints import model_writer
 from files.model_folder import TOY_BASE
 from files.names import ADAPTER, INDEX
-from finished import layerwise
+from finished import finished_run, layerwise
 from models.registry import read_config
 from quantization.nf4 import NF4
 from tests.helpers import tiny
@@ -34,6 +34,7 @@ from tests.helpers.logits import IDS
 from tests.helpers.parity import biased_checkpoint
 from tests.helpers.proc import status
 from tests.helpers.resuming import run as train_here
+from tests.helpers.runs import dense_state, transformers_model
 
 DIFFERENCE = r"largest logit difference from the trained model: (\S+), of logits up to (\S+) "
 
@@ -89,6 +90,24 @@ def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_
     close(merged, logits(theirs))
     assert (merged - trained).abs().max() > 0.01, "the bases do not differ: nothing was compared"
     assert (merged - logits(loaded(checkpoints(kind)))).abs().max() > 0.01, "nothing was merged"
+
+
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+def test_rank_stabilized_adapters(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+    """alpha / sqrt(rank): PEFT, generate.py's model and the merged folder compute what was trained."""
+    run, args = tmp_path / "run", args_for(checkpoints(), alpaca_file, train_type, "--use_rslora", "true")
+    trained = write_random_run(one_rank, run, args)
+    base = transformers_model(checkpoints(), one_rank(dense_state, args)[0])
+    close(logits(peft.PeftModel.from_pretrained(base, run).eval()), trained)
+    opened = finished_run.load_model(finished_run.open_run(run), torch.device("cpu"), torch.float32)
+    close(logits(opened), trained)
+    assert difference(exported(run, tmp_path / "merged")) < 1e-4
+    close(logits(loaded(tmp_path / "merged")), trained)
+    settings = run / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_rslora": False}))
+    plain = transformers_model(checkpoints(), one_rank(dense_state, args)[0])
+    theirs = logits(peft.PeftModel.from_pretrained(plain, run).eval())
+    assert (theirs - trained).abs().max() > 0.01, "the scale does not show"
 
 
 def test_gguf_ready_of_a_trained_base(one_rank, tmp_path):

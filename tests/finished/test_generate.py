@@ -257,7 +257,7 @@ def test_switched_off_a_layer_is_its_base(kind, quantizer):
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(5, I)
     linear = torch.nn.Linear(I, O)
     base = Linear4bit(linear, torch.float32, quantizer) if quantizer else linear
-    layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
+    layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA / R, 0.0, torch.float32)
     fill_layer(layer, weight, bias)
     dequantized = base.weight.detach().clone()
     expected, tuned = x @ dequantized.T + bias, layer(x)

@@ -59,4 +59,4 @@ def fill_layer(layer: LoRALinear, weight: torch.Tensor, bias: torch.Tensor, seed
 
 
 def dora(base: nn.Module, dropout: float = 0.0) -> DoRALinear:
-    return DoRALinear(base, (O, I), R, ALPHA, dropout, torch.float32)
+    return DoRALinear(base, (O, I), R, ALPHA / R, dropout, torch.float32)

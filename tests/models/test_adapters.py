@@ -89,7 +89,7 @@ def test_a_row_of_zeros_is_no_nan():
 def test_small_magnitude_changes_survive_bf16():
     """m in bf16 would lose a change of 0.1%; m - ||W|| does not."""
     weight, bias = torch.randn(O, I), torch.zeros(O)
-    layer = DoRALinear(nn.Linear(I, O).bfloat16(), (O, I), R, ALPHA, 0.0, torch.bfloat16)
+    layer = DoRALinear(nn.Linear(I, O).bfloat16(), (O, I), R, ALPHA / R, 0.0, torch.bfloat16)
     fill_layer(layer, weight.bfloat16(), bias)
     layer.lora_B.data = torch.zeros(O, R, dtype=torch.bfloat16)
     norm = weight.bfloat16().float().norm(dim=1)
@@ -113,7 +113,7 @@ def test_dropout_acts_on_the_low_rank_branch_only():
 def test_layers_compile_without_a_graph_break(kind, compiled_as, quantizer):
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(4, I)
     base = Linear4bit(nn.Linear(I, O), torch.float32, quantizer)
-    layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
+    layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA / R, 0.0, torch.float32)
     fill_layer(layer, weight, bias)
     call = layer if compiled_as == "eager" else torch.compile(layer, fullgraph=True, backend="aot_eager")
     call(x).square().sum().backward()

@@ -141,7 +141,7 @@ def test_images_for_a_model_of_text_alone(checkpoints):
     ("name", "spelling", "train_type", "options"),
     [
         ("gemma3", "hub", "dora", TOWER),
-        ("gemma3", "hub", "lora", PROJECTOR),
+        ("gemma3", "hub", "lora", [*PROJECTOR, "--use_rslora", "true"]),
         ("qwen3_vl", "hub", "dora", TOWER),
         *slow(("gemma3", spelling, "dora", TOWER) for spelling in SPELLINGS if spelling != "hub"),
         *slow(("gemma3", spelling, "lora", TOWER) for spelling in SPELLINGS),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from options import evaluate
@@ -104,9 +102,7 @@ def error_of(*argv: str) -> str:
         ("--learning_rate 2e-4 --lora_target_modules q_proj v_proj", "_rate: here it is --lr 2e-4$"),
         ("--lora_target_modules q_proj v_proj --learning_rate", "--learning_rate: here it is --lr ...$"),
         ("--warmup_ratio", "--warmup_ratio: here it is --lr_warmup ...$"),
-        ("--use_rslora true --lora_alpha 16 --lora_rank 4", "here it is --lora_alpha 32 (16 x sqrt(4): the"),
-        ("--use_rslora true --lora_r 4", "give --lora_alpha as alpha x sqrt(rank), for the same scale;"),
-        ("--use_rslora true", "give --lora_alpha as alpha x sqrt(rank), for the same scale$"),
+        ("--peft_use_rslora true", "here it is --use_rslora true$"),
         ("--dataset_name a/b --dataset_config main", "here it is --dataset a/b:main$"),
         ("--dataset a/b --dataset_train_split sft", "--dataset_train_split: here it is --dataset a/b::sft$"),
         ("--completion_only_loss false", "has no equal here: prompts are never learned"),
@@ -162,7 +158,7 @@ def test_several_foreign_options_share_a_line_if_it_is_short():
         "--lora_r: here it is --lora_rank 8",
         "--weight_decay: here it is --wd 0",
     ]
-    many = ["--neftune_noise_alpha", "5", "--label_smoothing_factor", "0.1", "--use_rslora", "true", "--fp16"]
+    many = ["--neftune_noise_alpha", "5", "--label_smoothing_factor", "0.1", "--loftq_config", "x", "--fp16"]
     line = error_of("--learning_rate", "2e-4", *many)
     assert line.startswith("--learning_rate: here it is --lr 2e-4; and 4 more such options: `python -m tools")
 
@@ -177,8 +173,8 @@ def test_the_answer_to_a_file(tmp_path):
     assert error_of("--config", str(file)).endswith(
         f"`python -m tools.migrate {file}` translates another program's file"
     )
-    file.write_text("use_rslora: true\nlora_alpha: 8\nlora_rank: 16\n")
-    assert "here it is `lora_alpha: 32`" in error_of("--config", str(file))
+    file.write_text("peft_use_rslora: true\n")
+    assert "here it is `use_rslora: true`" in error_of("--config", str(file))
 
 
 def test_an_adapter_whose_folder_has_the_name_of_a_method(tmp_path, monkeypatch):
@@ -218,17 +214,6 @@ def test_translations_are_options_that_train_accepts():
             assert translation.options or translation.note, (name, value)
     for values, option in ((OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_scheduler")):
         assert set(values.values()) <= set(FIELDS[option].metadata["choices"])
-
-
-def test_rank_stabilized_lora_keeps_pefts_scale():
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-    from torch import nn
-
-    config = LoraConfig(r=16, lora_alpha=8, use_rslora=True, init_lora_weights=False)
-    theirs = Linear(nn.Linear(4, 4), "default", r=16, lora_alpha=8, config=config).scaling["default"]
-    found = FOREIGN.by_name["use_rslora"].apply({"use_rslora": "true", "lora_r": "16", "lora_alpha": "8"})
-    assert math.isclose(float(found.options["lora_alpha"]) / 16, theirs)
 
 
 def test_only_train_knows_foreign_options():

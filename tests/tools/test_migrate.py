@@ -51,7 +51,7 @@ EXPECTED = {
         "--batch_size 16 --wd 0.01"
     ),
     "axolotl_dora.yml": (
-        "--train_type bnb_dora --lora_rank 64 --lora_alpha 128.0 "
+        "--train_type bnb_dora --lora_rank 64 --lora_alpha 16.0 --use_rslora true "
         "--lora_target_modules q_proj,k_proj,v_proj,o_proj "
         "--model_name mistralai/Mistral-7B-v0.1@26bca36bde8333b5d7f72e9ed20ccda6a618af24 "
         "--dataset data/chats.jsonl,data/more.jsonl --dataset_format chat --eval_dataset data/test.jsonl "
@@ -101,7 +101,8 @@ EXPECTED = {
         "--lr 0.0001 --gradient_accumulation_steps 8"
     ),
     "factory_qlora_hqq.yaml": (
-        "--train_type hqq_lora --n_bits 3 --lora_rank 8 --lora_target_modules q_proj,v_proj "
+        "--train_type hqq_lora --n_bits 3 --lora_rank 8 --use_rslora true "
+        "--lora_target_modules q_proj,v_proj "
         "--dataset owner/chats --dataset_format chat --packing true --lr_scheduler linear "
         "--lr_warmup 0.0"
     ),
@@ -146,13 +147,13 @@ SAID = {
     "axolotl_lora_chat.yml": ["8-bit weights are HQQ's"],
     "axolotl_full_fsdp1.yml": ["split train[:20%]: whole splits are read", "cosine ends at a tenth of --lr"],
     "axolotl_dora.yml": ["neftune_noise_alpha: 5", "2.5 of them end by --max_steps",
-                         "16 x sqrt(64)", "deepspeed_configs/zero2.json"],
+                         "deepspeed_configs/zero2.json"],
     "trl_lora.yaml": ["push_to_hub", "eos_token: <|im_end|>"],
     "handbook_qlora.yaml": ["test_split_size: 1000", "once an epoch",
                             "write its text to a file: --chat_template FILE"],
     "handbook_full.yaml": ["weight 0.001, a share of its rows: all are used"],
     "factory_lora.yaml": ["trust_remote_code: true"],
-    "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0", "16 x sqrt(8)"],
+    "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0"],
     "factory_full.yaml": ["no_such_name: not in", "--resume auto, not --overwrite"],
     "factory_images.yaml": ["video_max_pixels: 16384: rows are texts and images", "the longest side"],
     "axolotl_images.yml": ["image_resize_algorithm: bilinear: images are resized as the model's own"],

@@ -76,6 +76,10 @@ def test_rank_alpha_and_targets_are_the_adapters(check, saved, changed):
     assert written["adapter"] == str(saved) and written["lora_rank"] == R
     again = check(lora_rank=R, lora_alpha=ALPHA, lora_target_modules="mlp.down_proj,self_attn.q_proj")
     assert again.config.lora_target_modules == "mlp.down_proj,self_attn.q_proj", "the same linears"
+    assert [check(adapter=changed(use_rslora=value)).config.use_rslora for value in (True, None)] == [
+        True,
+        False,
+    ]
     names = {f"model.layers.{i}.{name}" for i in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")}
     assert adopted(check(adapter=changed(target_modules=r".*\.(q|down)_proj")))[2] == names
     assert adopted(check(adapter=changed(target_modules=["q_proj", "down_proj", "c_attn"])))[2] == {
@@ -89,6 +93,7 @@ def test_rank_alpha_and_targets_are_the_adapters(check, saved, changed):
     [
         ("lora_rank", 64, "--lora_rank 64: contradicts --adapter {saved}, which has 8; leave the option out"),
         ("lora_alpha", 1.5, "--lora_alpha 1.5: contradicts --adapter {saved}, which has 20"),
+        ("use_rslora", "true", "--use_rslora true: contradicts --adapter {saved}, which has false"),
         ("lora_target_modules", "all", "--lora_target_modules all: contradicts --adapter {saved}"),
         ("train_type", "bnb_dora", "is a LoRA adapter, which --train_type bnb_dora does not train; choose"),
         ("train_type", "full", "--adapter has no effect with --train_type full"),
@@ -109,7 +114,7 @@ def test_dora_into_a_lora_train_type(check, changed):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_rslora": True},
+        {"use_rslora": "yes"},
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 2}},
         {"bias": "all"},
