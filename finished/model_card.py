@@ -29,7 +29,8 @@ CARD_OPTIONS = (
     "train_type", "n_bits", "group_size", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout",
     "lora_target_modules", "train_embeddings",
     "dataset_format", "dataset_samples", "context_length", "num_epochs", "max_steps", "batch_size",
-    "gradient_accumulation_steps", "world_size", "optimizer", "lr", "lr_scheduler", "lr_warmup", "wd",
+    "gradient_accumulation_steps", "world_size", "optimizer", "lr", "lora_plus_ratio", "lr_scheduler",
+    "lr_warmup", "wd",
     "apply_gradient_clipping", "grad_norm", "precision", "seed",
 )  # fmt: skip
 IMAGE_OPTIONS = ("images", "image_size", "vision_targets", "vision_bits")  # on images only

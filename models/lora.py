@@ -140,6 +140,11 @@ class LoRALinear(LowRankModule):
         return quantizer_for(self.base, name)
 
 
+def lora_b_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return B of each module of the model with LoRA or DoRA."""
+    return [module.lora_B for module in model.modules() if isinstance(module, LowRankModule)]
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Context in which all modules of the model with LoRA or DoRA compute only what their base does.

@@ -156,6 +156,8 @@ class Config:
         " moments move to host memory when the GPU is full", choices=("adamw", "adam", "sgd", "adadelta",
         "fused_adamw", "fused_adam", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"))
     lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4, or 1e-5 for full", ge=0)
+    lora_plus_ratio: float | None = option(1.0, "Training", "learning rate of LoRA's B, and of DoRA's"
+        " magnitudes, relative to --lr, which is A's (LoRA+); 1 = the same", needs="adapter", ge=1)
     lr_scheduler: str = option("constant", "Training", "learning rate after warm-up: linear falls to 0,"
         " cosine to a tenth of --lr", choices=("constant", "linear", "cosine"))
     lr_warmup: float | None = option(None, "Training", "share of the steps spent warming up; unset = 0.1 for"

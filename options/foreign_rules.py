@@ -98,6 +98,8 @@ STEPS = (
         launcher="train_batch_size", note="rows of a whole step, on all GPUs together"),
     _rule("--lr", same("lr"), hf="learning_rate", axolotl="learning_rate",
         launcher="optimizer.params.lr scheduler.params.warmup_max_lr"),
+    _rule("--lora_plus_ratio", values.lora_plus_ratio, axolotl="loraplus_lr_ratio",
+        factory="loraplus_lr_ratio", note="LoRA+"),
     _rule("--lr_scheduler", values.schedule, hf="lr_scheduler_type", axolotl="lr_scheduler",
         launcher="scheduler.type", note="constant, linear, or cosine, which ends at a tenth of --lr"),
     _rule("--lr_warmup", values.warmup, hf="warmup_ratio warmup_steps", axolotl="warmup_ratio warmup_steps",
@@ -189,8 +191,8 @@ LOST = {
         " train_from_scratch random_init_weights mixture_of_depths",
     "A is drawn as in PEFT's default, B is zero":
         "init_lora_weights peft_init_lora_weights loftq_config peft_init pissa_init pissa_iter pissa_convert",
-    "all adapters have one learning rate":
-        "loraplus_lr_ratio loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale",
+    "rates are --lr, and --lora_plus_ratio times that":
+        "loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale",
     "the template decides: --chat_template FILE": "tool_format default_system default_system_message"
         " enable_thinking",
     "the tokenizer is used as it is": "tokens special_tokens added_tokens_overrides new_special_tokens"

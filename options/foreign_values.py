@@ -120,6 +120,12 @@ def target_modules(given: Settings, _settings: Settings) -> Translation:
     return Translation({"lora_target_modules": names})
 
 
+def lora_plus_ratio(given: Settings, _settings: Settings) -> Translation:
+    """Translate LoRA+'s ratio of learning rates, which is off if it is 0 or none."""
+    value = next(iter(given.values()))
+    return Translation(note="it is off") if is_off(value) else Translation({"lora_plus_ratio": value})
+
+
 def epochs(given: Settings, _settings: Settings) -> Translation:
     """Translate a number of epochs, which may have a fraction elsewhere."""
     text = next(iter(given.values()))

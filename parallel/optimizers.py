@@ -180,23 +180,36 @@ def check_optimizer(name: str, cpu_offload: bool) -> None:
 
 
 def make_optimizer(
-    params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float
+    params: Iterable[nn.Parameter],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    lora_b: Iterable[nn.Parameter] = (),
+    ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of --optimizer `name` for the params that require gradients; only matrices decay.
 
     Other settings are torch's defaults. Vectors are norms, biases and DoRA magnitudes, which have nothing to
-    gain from being small.
+    gain from being small. The first group always has the rate `lr`: metrics.jsonl shows that group's.
+
+    LoRA+ (Hayou et al., arXiv 2402.12354, section 4): B learns `ratio` times as fast as A. Vectors learn as
+    fast as B, and an embedding and a head that are trained in full as fast as A, as in PEFT's
+    create_loraplus_optimizer.
 
     Args:
         params: parameters of the model; those without requires_grad are left out.
         name: a key of OPTIMIZERS.
         lr: peak learning rate.
         weight_decay: of parameters with two or more dimensions.
+        lora_b: those that are a B of LoRA or DoRA.
+        ratio: learning rate of lora_b and of vectors, relative to lr.
     """
     params = [p for p in params if p.requires_grad]
+    matrices, faster = [p for p in params if p.dim() >= 2], set(lora_b) if ratio != 1 else set()
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in matrices if p not in faster], "weight_decay": weight_decay, "lr": lr},
+        {"params": [p for p in matrices if p in faster], "weight_decay": weight_decay, "lr": ratio * lr},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr": ratio * lr},
     ]
     return OPTIMIZERS[name]([g for g in groups if g["params"]], lr=lr)
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM
 
 from data.batches import StepSampler
 from data.rows import IGNORE
 from options.methods import METHODS
-from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter, set_up_adapters
+from tests.helpers.adapters import (
+    args_for,
+    build_peft_model,
+    peft_name,
+    save_peft_adapter,
+    set_up_adapters,
+)
 from tests.helpers.parity import biased_checkpoint
 from tests.helpers.programs import run_and_read
 from tests.helpers.runs import (
@@ -34,10 +41,10 @@ def batches_of(rank_info, args) -> list:
     return [[(b.ids, b.targets) for b in step.batches] for _, step in steps]
 
 
-def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]]:
+def reference_steps(model, batches, optimizer, schedule=None) -> tuple[list[float], list[float]]:
     """Run the textbook loop; return (losses, gradient norms), as means over each step's targets.
 
-    Padding is masked from attention.
+    Padding is masked from attention. schedule: one of torch's learning-rate schedulers.
     """
     losses, norms = [], []
     for step in batches:
@@ -55,6 +62,8 @@ def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]
         )
         optimizer.step()
         optimizer.zero_grad()
+        if schedule:
+            schedule.step()
         losses.append(total)
     return losses, norms
 
@@ -87,6 +96,36 @@ def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_ra
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
     torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-3, atol=0)
     assert ours[-1] < 0.95 * ours[0]
+
+
+# PEFT also decays DoRA's magnitudes, which never decay here.
+@pytest.mark.parametrize(("train_type", "decay"), [("lora", 0.1), ("bnb_dora", 0.0)])
+def test_lora_plus_and_rslora_follow_peft(train_type, decay, checkpoints, short_rows, one_rank, two_ranks):
+    """On one and two ranks, against PEFT's parameter groups and scale, with clipping and a schedule."""
+    folder, lr, ratio = checkpoints("llama_bias"), 5e-4, 8
+    more = f"--use_rslora true --lora_plus_ratio {ratio} --lr {lr} --wd {decay} --max_steps {STEPS}"
+    more += " --lr_scheduler linear --lr_warmup 0 --gradient_accumulation_steps 2"
+    args = args_for(folder, short_rows, train_type, *more.split())
+    ours = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    sharded = two_ranks(train_run, [*args, "--batch_size", "2"])[0]
+    args += ["--batch_size", "4"]
+    state, adapters = one_rank(dense_state, args)[0], one_rank(set_up_adapters, args)[0]
+    is_dora = METHODS[train_type].adapter == "dora"
+    model = build_peft_model(folder, state, adapters, is_dora, use_rslora=True)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
+    )
+    linear = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    theirs, norms = reference_steps(model, one_rank(batches_of, args)[0], optimizer, linear)
+    trained = {peft_name(name): name for name in adapters}
+    after = {trained[n]: p.detach() for n, p in model.named_parameters() if n in trained}
+    for losses, tensors, our_norms in (ours, sharded):
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(theirs), rtol=1e-4, atol=0)
+        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-3, atol=0)
+        for name in after:
+            if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+                torch.testing.assert_close(tensors[name], after[name], rtol=0, atol=lr / 10)
+    assert theirs[-1] < 0.95 * theirs[0]
 
 
 EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}

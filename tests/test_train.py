@@ -141,7 +141,7 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path, run_her
 def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_here, processes):
     """The next command that a run prints repeats it, in its own processes."""
     first = tmp_path / "a run"
-    more = ["--lr_scheduler", "cosine", "--lora_dropout", "0.1", "--world_size", "1"]
+    more = "--lr_scheduler cosine --lora_dropout 0.1 --lora_plus_ratio 4 --world_size 1".split()
     out = run_here(small(checkpoints, alpaca_file, first, *more))
     lines = metrics(first)
     assert [list(m) for m in lines] == [METRICS] * 4

@@ -15,6 +15,7 @@ from data.packing import max_sequence_length
 from launch.ranks import RankInfo
 from launch.signals import NoStopRequests
 from models.causal_lm import loss_sum
+from models.lora import lora_b_parameters
 from monitoring.deferred import DeferredCalls
 from monitoring.metrics import Meter
 from monitoring.profiling import NoProfiler
@@ -65,7 +66,8 @@ def make_loop_components(
     config, folder = job.config, Path(job.output_dir)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert config.lr is not None
-    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
+    lora_b, ratio = lora_b_parameters(model), config.lora_plus_ratio or 1.0
+    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd, lora_b, ratio)
     scaler = job.precision.scaler("cpu" if config.use_cpu_offload else rank_info.device.type)
     meter, deferred = Meter(rank_info.device, profiler.phase_bytes), DeferredCalls()
     guard = BadStepGuard(

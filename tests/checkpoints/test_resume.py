@@ -52,7 +52,7 @@ def undisturbed(source, two_ranks, tmp_path_factory):
 
 
 def test_a_resumed_run_is_bitwise_equal(source, two_ranks, tmp_path):
-    """With packing, dropout, fp16's scaler and accumulation.
+    """With packing, dropout, LoRA+, fp16's scaler and accumulation.
 
     The run is stopped within both epochs, and metrics.jsonl is cut within a line.
     """

@@ -57,6 +57,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_8_bit_states_move_to_other_ranks(source, one_rank, two_ranks, tmp_path):
     """One rank has more than 4,096 of 51 x 160 weights, so its state is 8-bit; the other has fewer."""
     argv = [*source, *QUIET, *EXACT, "--optimizer", "adamw_8bit", "--lora_rank", "51", "--resume", "auto"]
+    argv += ["--lora_plus_ratio", "2"]
     whole, folder, other = (tmp_path / name for name in ("whole", "run", "other"))
     two_ranks(run, [*argv, "--output_dir", str(whole)])
     again = [*argv, "--output_dir", str(folder)]

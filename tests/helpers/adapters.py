@@ -26,13 +26,16 @@ def args_for(model, data, train_type: str, *more) -> list[str]:
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *adapters, *more]
 
 
-def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
-    """Build transformers' model with the weights `state` under PEFT, with the adapters `ours`."""
+def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA, **more):
+    """Build transformers' model with the weights `state` under PEFT, with the adapters `ours`.
+
+    more: other options of LoraConfig.
+    """
     base = transformers_model(folder, state)
     names = sorted({name.rpartition(".")[0] for name in ours})
     bare = [name for name in names if name.endswith("multi_modal_projector")]
     targets = [name for name in names if name not in bare]
-    options = {"r": R, "lora_alpha": alpha, "target_modules": targets, "use_dora": use_dora}
+    options = {"r": R, "lora_alpha": alpha, "target_modules": targets, "use_dora": use_dora, **more}
     options["target_parameters"] = [f"{name}.{BARE_MATRIX}" for name in bare]
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())

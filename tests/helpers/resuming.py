@@ -32,7 +32,7 @@ RUN = (  # an epoch has 10 steps; half of the rows, packed, make at most 5
 NOISY = [
     *RUN,
     *"--lora_dropout 0.1 --precision fp16_autocast --packing --context_length 80 --max_steps 5".split(),
-    *"--dataset_samples 12".split(),
+    *"--dataset_samples 12 --lora_plus_ratio 4".split(),
 ]
 QUIET = [*RUN, "--max_steps", "7"]
 CHECK_FREE_SPACE = disk_room.check_free_space

@@ -102,6 +102,8 @@ def error_of(*argv: str) -> str:
         ("--learning_rate 2e-4 --lora_target_modules q_proj v_proj", "_rate: here it is --lr 2e-4$"),
         ("--lora_target_modules q_proj v_proj --learning_rate", "--learning_rate: here it is --lr ...$"),
         ("--warmup_ratio", "--warmup_ratio: here it is --lr_warmup ...$"),
+        ("--loraplus_lr_ratio 16", "here it is --lora_plus_ratio 16$"),
+        ("--loraplus_lr_ratio null", "is not needed here: it is off"),
         ("--peft_use_rslora true", "here it is --use_rslora true$"),
         ("--dataset_name a/b --dataset_config main", "here it is --dataset a/b:main$"),
         ("--dataset a/b --dataset_train_split sft", "--dataset_train_split: here it is --dataset a/b::sft$"),

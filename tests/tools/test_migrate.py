@@ -104,7 +104,7 @@ EXPECTED = {
         "--train_type hqq_lora --n_bits 3 --lora_rank 8 --use_rslora true "
         "--lora_target_modules q_proj,v_proj "
         "--dataset owner/chats --dataset_format chat --packing true --lr_scheduler linear "
-        "--lr_warmup 0.0"
+        "--lr_warmup 0.0 --lora_plus_ratio 16.0"
     ),
     "factory_full.yaml": (
         "--train_type full --precision bf16 --resume auto --overwrite false --dataset no_such_name "
@@ -153,7 +153,6 @@ SAID = {
                             "write its text to a file: --chat_template FILE"],
     "handbook_full.yaml": ["weight 0.001, a share of its rows: all are used"],
     "factory_lora.yaml": ["trust_remote_code: true"],
-    "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0"],
     "factory_full.yaml": ["no_such_name: not in", "--resume auto, not --overwrite"],
     "factory_images.yaml": ["video_max_pixels: 16384: rows are texts and images", "the longest side"],
     "axolotl_images.yml": ["image_resize_algorithm: bilinear: images are resized as the model's own"],
