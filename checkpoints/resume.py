@@ -45,10 +45,11 @@ FREE_GROUPS = (
     COMPATIBILITY,
 )
 # ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data, also what is learned of
-# them, are compared by contents instead of names, and --precision by what it means on this GPU.
+# them, are compared by contents instead of names, a preset by its values, and --precision by what it means
+# on this GPU.
 FIXED_OPTIONS = ("eval_share",)
-FREE_OPTIONS = ("model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking", "images",
-                "image_folder", "llama_pro_path", "llama_pro_save", "batch_size",
+FREE_OPTIONS = ("preset", "model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking",
+                "images", "image_folder", "llama_pro_path", "llama_pro_save", "batch_size",
                 "gradient_accumulation_steps", "effective_batch_size", "num_epochs", "max_steps",
                 "max_bad_steps", "deterministic")  # fmt: skip
 

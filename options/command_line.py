@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -54,6 +55,8 @@ class Command:
         displaced: displaced(names in the --config file, names on the command line, whether `implied_by_path`
             knows the file's folder) returns the names in the file that are not read.
         foreign: options of other programs, for errors that say what they are here; None = it knows none.
+        pages: options that print a text and end, as --help does; of each (name, line in --help, function
+            that makes the text).
     """
 
     program: str
@@ -64,6 +67,7 @@ class Command:
     implied_by_path: Callable[[str], dict[str, str]] = lambda path: {}
     displaced: Callable[[Set[str], Set[str], bool], Set[str]] = lambda in_file, typed, is_known: set()
     foreign: ForeignOptions | None = None
+    pages: tuple[tuple[str, str, Callable[[], str]], ...] = ()
 
     @cached_property
     def fields(self) -> dict[str, Field]:
@@ -293,6 +297,20 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
+class _PrintPage(argparse.Action):
+    """An option that prints a text and exits with status 0."""
+
+    def __init__(self, option_strings, dest: str, page: Callable[[], str], **options):
+        super().__init__(option_strings, dest, nargs=0, **options)
+        self.page = page
+
+    def __call__(self, parser, *_):
+        """Print the text and exit."""
+        with contextlib.suppress(OSError):  # as argparse does for --help: of a closed pipe, for instance
+            print(self.page(), flush=True)
+        parser.exit()
+
+
 def _make_parser(command: Command) -> Parser:
     """Return the parser of a command's options. It leaves all values as texts."""
     parser = Parser(
@@ -305,6 +323,8 @@ def _make_parser(command: Command) -> Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=110),
     )
     parser.add_argument("--config", metavar="YAML", help="read options from this file; the command line wins")
+    for name, line, page in command.pages:
+        parser.add_argument(f"--{name}", action=_PrintPage, page=page, help=line)
     groups: dict[str, Any] = {}
     for name, field in command.fields.items():
         meta, (kind, _) = field.metadata, command.value_type(name)

@@ -42,6 +42,8 @@ DATASET_FORMATS = (
 )  # fmt: skip
 # Chat templates of this program: data/templates/<name>.jinja.
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
+# Files in options/presets/, which options/presets.py reads.
+PRESETS = ("instruct", "chat", "code", "summarize", "classify", "domain")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
 ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "use_rslora", "lora_target_modules", "vision_targets",
@@ -66,6 +68,8 @@ class Config:
     # fmt: off
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
         choices=tuple(METHODS))
+    preset: str | None = option(None, "Method", "values for a kind of task, of options that are not given:"
+        f" {', '.join(PRESETS)}; --help_presets shows them (docs/recipes.md)", needs="adapter")
     adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
         " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha, --use_rslora,"
         " --lora_target_modules, --vision_targets and --train_embeddings are the adapter's", needs="adapter")

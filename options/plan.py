@@ -11,6 +11,7 @@ from options.config import Config
 from options.declaration import format_value, option, option_fields
 from options.errors import UserError
 from options.foreign_rules import FOREIGN
+from options.presets import HELP, add_preset
 from options.resolve import resolve
 from options.step_rows import displaced_options
 
@@ -83,14 +84,16 @@ COMMAND = Command(
     epilog="All options of train.py are taken. Without --context_length the longest that fits is searched.",
     displaced=displaced_options,
     foreign=FOREIGN,
+    pages=HELP,
 )
 
 
 def parse(argv: list[str]) -> Request:
     """Return what the options in `argv` ask. Raises UserError if they are wrong; exits 0 on --help."""
     given = COMMAND.read(argv)
-    own = {name: given.pop(name) for name in OWN if name in given}
     words = COMMAND.split(argv)
+    given = add_preset(COMMAND.read, dict(words), given)
+    own = {name: given.pop(name) for name in OWN if name in given}
     for name in own:
         if name not in dict(words):  # train.py reads the same file
             raise UserError(f"--config: {name} is no option of train.py; give --{name} on the command line")

@@ -72,7 +72,7 @@ def _fill_in(given: dict) -> Config:
         changes |= {name: None for name in ADAPTER_OPTIONS if name not in given}
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
-    folder = config.output_dir or _run_folder(config.resume)
+    folder = config.output_dir or run_folder(config.resume)
     folder = folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
     changes["output_dir"] = os.path.expanduser(folder)  # in a YAML file no shell expands ~
     if config.quantized_cache:
@@ -83,7 +83,7 @@ def _fill_in(given: dict) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def _run_folder(resume: str | None) -> str | None:
+def run_folder(resume: str | None) -> str | None:
     """Return the folder of the RUN that --resume names; None if it is auto or not given.
 
     resume: a RUN, or one of its checkpoints, RUN/checkpoints/step-<number>.

@@ -7,6 +7,7 @@ import os
 from options.command_line import Command
 from options.config import Config
 from options.foreign_rules import FOREIGN
+from options.presets import HELP, add_preset, describe_added
 from options.resolve import resolve
 from options.step_rows import displaced_options
 
@@ -30,12 +31,17 @@ COMMAND = Command(
     implied_by_path=_output_dir_of,
     displaced=displaced_options,
     foreign=FOREIGN,
+    pages=HELP,
 )
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
     """Return (Config with all defaults filled in, remarks to print once) for the options in `argv`.
 
-    Raises UserError if they are wrong or do not go together; exits with status 0 on --help.
+    Raises UserError if they are wrong or do not go together; exits with status 0 on --help and
+    --help_presets.
     """
-    return resolve(COMMAND.read(argv))
+    given = COMMAND.read(argv)
+    completed = add_preset(COMMAND.read, dict(COMMAND.split(argv)), given)
+    config, remarks = resolve(completed)
+    return config, [*describe_added(given, completed), *remarks]

@@ -1,0 +1,118 @@
+"""Presets: values of the options that decide what is learned, for a kind of task (`--preset`).
+
+Each is a TOML file in options/presets/: `use` says when to take it, and `[options]` has a value for each of
+PRESET_OPTIONS. docs/recipes.md gives the reasons. The order is: defaults < preset < --config < command line.
+config.yaml of a run records the name and every value, so that a later change of a preset changes no run.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from options.config import ADAPTER_OPTIONS, PRESETS
+from options.declaration import format_value
+from options.errors import UserError
+from options.limits import MAX_OPTIONS_BYTES, read_text
+from options.resolve import run_folder
+
+Read = Callable[[list[str]], dict[str, Any]]  # `Command.read` of train.py, or of a command with its options
+FOLDER = Path(__file__).parent / "presets"
+PRESET_OPTIONS = (
+    "lora_rank", "lora_alpha", "use_rslora", "lora_target_modules", "lora_dropout", "lr", "lr_scheduler",
+    "lr_warmup", "num_epochs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset: its file, when to use it, and the values as a command line for train.py has them."""
+
+    path: Path
+    use: str
+    arguments: list[str]
+
+
+def read_preset(name: str) -> Preset:
+    """Return a preset. Raises UserError if there is none of this name, or its file is damaged."""
+    if name not in PRESETS:
+        raise UserError(f"--preset: {name!r}: must be one of {', '.join(PRESETS)}; see --help_presets")
+    path = FOLDER / f"{name}.toml"
+    try:
+        content = tomllib.loads(read_text(path, MAX_OPTIONS_BYTES))
+        use, values = content.pop("use"), content.pop("options")
+    except (OSError, ValueError, KeyError) as e:  # ValueError: not TOML
+        raise UserError(f"{path}: not a preset ({e})") from None
+    if content or set(values) != set(PRESET_OPTIONS):
+        raise UserError(f"{path}: a preset has `use`, and [options] with {', '.join(PRESET_OPTIONS)}")
+    return Preset(path, use, [f"--{key}={format_value(value)}" for key, value in values.items()])
+
+
+def describe_presets() -> str:
+    """Return the text of --help_presets: when to use each preset, and its values as options."""
+    lines = [
+        "--preset NAME gives these options values. Those of --config and of the command line win.",
+        "docs/recipes.md has the reasons, and what to change if the loss says so.",
+    ]
+    for name in PRESETS:
+        preset = read_preset(name)
+        half = len(preset.arguments) // 2
+        words = [argument.replace("=", " ") for argument in preset.arguments]
+        lines += [f"\n{name}: {preset.use}", *(f"    {' '.join(w)}" for w in (words[:half], words[half:]))]
+    return "\n".join(lines)
+
+
+HELP = (("help_presets", "print the presets, and end", describe_presets),)
+
+
+def add_preset(read: Read, typed: Collection[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the given options, and for those of PRESET_OPTIONS that are not given the preset's values.
+
+    A --adapter decides its own options. A run that is resumed has the values that it was started with, even
+    if the preset has changed since.
+
+    Args:
+        read: reads a command line.
+        typed: names of the options on the command line.
+        given: the options of the command line and its --config file, {name: converted value}.
+
+    Raises UserError for an unknown preset, or one on the command line that has no effect.
+    """
+    name = given.get("preset")
+    if name is None:
+        return given
+    decided = ADAPTER_OPTIONS if given.get("adapter") is not None else ()
+    missing = [option for option in PRESET_OPTIONS if option not in given and option not in decided]
+    if not missing and "preset" not in typed:
+        return given  # the config.yaml of a RUN
+    preset = read_preset(name)
+    if not missing:
+        where = "--config and the command line give all of its options"
+        raise UserError(f"--preset {name}: has no effect: {where}; leave it out")
+    values = _recorded_values(read, given)
+    if values.get("preset") != name:
+        try:
+            values = read(preset.arguments)
+        except UserError as e:
+            raise UserError(f"{preset.path}: {e}") from None
+    return given | {option: values[option] for option in missing if option in values}
+
+
+def describe_added(given: dict[str, Any], completed: dict[str, Any]) -> list[str]:
+    """Return the line on the values that `add_preset`, given `given`, has added; [] if it has added none."""
+    added = [f"{name} {format_value(value)}" for name, value in completed.items() if name not in given]
+    return [f"--preset {given['preset']}: {', '.join(added)}"] if added else []
+
+
+def _recorded_values(read: Read, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the RUN that --resume continues, by its config.yaml; {} if there is none."""
+    resume = given.get("resume")
+    if not resume:
+        return {}
+    folder = given.get("output_dir") or run_folder(resume)
+    path = os.path.join(os.path.expanduser(folder or ""), "config.yaml")
+    return read(["--config", path]) if folder and os.path.isfile(path) else {}
