@@ -132,30 +132,34 @@ EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
 
 
 @pytest.mark.parametrize(
-    ("train_type", "kind", "more"),
+    ("train_type", "kind", "more", "ratio"),
     [
-        ("lora", "llama_bias", {}),
-        ("bnb_dora", "llama_bias", {}),
-        ("qlora", "llama", {"use_rslora": True}),
-        ("qlora", "llama", EMBEDDINGS),
-        ("dora", "qwen2", EMBEDDINGS | {"ensure_weight_tying": True}),
+        ("lora", "llama_bias", {}, 1),
+        ("bnb_dora", "llama_bias", {}, 1),
+        ("qlora", "llama", {"use_rslora": True}, 1),
+        ("qlora", "llama", EMBEDDINGS, 4),
+        ("dora", "qwen2", EMBEDDINGS | {"ensure_weight_tying": True}, 1),
     ],
     ids=["lora", "bnb_dora", "rslora", "untied embeddings", "tied embeddings"],
 )
 def test_a_saved_adapter_is_trained_further(
-    train_type, kind, more, checkpoints, short_rows, one_rank, two_ranks, tmp_path
+    train_type, kind, more, ratio, checkpoints, short_rows, one_rank, two_ranks, tmp_path
 ):
-    """--adapter on one and two ranks, and PEFT's trainable adapter from that folder, over the same base."""
+    """--adapter on one and two ranks, and PEFT's trainable adapter from that folder, over the same base.
+
+    With LoRA+ embedding and head learn as fast as A.
+    """
     folder, is_dora = checkpoints(kind), METHODS[train_type].adapter == "dora"
     saved = save_peft_adapter(folder, tmp_path / "adapter", use_dora=is_dora, **more)
     args = ["--model_name", folder, "--dataset", short_rows, "--train_type", train_type, "--adapter", saved]
     args += f"--lr {LR} --max_steps {STEPS} --gradient_accumulation_steps 2".split()
+    args += ["--lora_plus_ratio", str(ratio)]
     ours = one_rank(train_run, [*args, "--batch_size", "4"])[0]
     sharded = two_ranks(train_run, [*args, "--batch_size", "2"])[0]
     without = [*args[:6], "--lora_target_modules", "q_proj,down_proj"]  # the base's own embedding
     base = transformers_model(folder, one_rank(dense_state, without)[0])
     model = peft.PeftModel.from_pretrained(base, saved, is_trainable=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=ratio)
     batches = one_rank(batches_of, [*args, "--batch_size", "4"])[0]
     theirs, norms = reference_steps(model, batches, optimizer)
     for losses, _, our_norms in (ours, sharded):

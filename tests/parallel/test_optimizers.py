@@ -43,7 +43,7 @@ BITSANDBYTES = {
 # Two ranks split no 256-element block, and a shard has 4,096 elements or more where the full tensor has: both
 # have the same 8-bit blocks. Rank 1 has one of 3 rows, and nothing of 1 row or of 1 element.
 SHAPES = [(64, 128), (3, 4096), (1, 4096), (8, 64), (512,), (1,)]
-LR, DECAY, STEPS = 1e-2, 0.1, 6
+LR, DECAY, STEPS, RATIO = 1e-2, 0.1, 6, 4.0
 
 
 def values(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -122,6 +122,33 @@ def test_sharded_follows_torch(name, two_ranks):
         assert state["state1"] == state["state2"] == (torch.uint8 if is_8bit else torch.float32)
         error = (a - b).norm() / (b - start).norm()
         assert (1e-5 < error < 0.03) if is_8bit else error < 1e-5
+
+
+def run_lora_plus(rank_info, name: str):
+    """(full tensors after STEPS steps over DTensors, of which two are B of LoRA+; the groups)."""
+    shard = make_shard(rank_info)
+    params = [nn.Parameter(shard(v)) for v in values(0)]
+    optimizer = make_optimizer(params, name, LR, DECAY, [params[1], params[3]], RATIO)
+    groups = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    run_steps(optimizer, params, range(1, STEPS + 1), shard)
+    return [p.detach().full_tensor() for p in params], groups
+
+
+@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), *BITSANDBYTES.items()])
+def test_lora_plus_has_groups_of_their_own_rate(name, kind, two_ranks):
+    """The first group has --lr, which metrics.jsonl shows. Without a ratio there are two groups, as ever."""
+    params = [nn.Parameter(v) for v in values(0)]
+    groups = [
+        {"params": [params[0], params[2]], "weight_decay": DECAY},
+        {"params": [params[1], params[3]], "weight_decay": DECAY, "lr": RATIO * LR},
+        {"params": params[4:], "weight_decay": 0.0, "lr": RATIO * LR},
+    ]
+    run_steps(kind(groups, lr=LR), params, range(1, STEPS + 1))
+    for got, found in two_ranks(run_lora_plus, name):
+        assert found == [(2, LR, DECAY), (2, RATIO * LR, DECAY), (2, RATIO * LR, 0.0)]
+        torch.testing.assert_close(got, [p.detach() for p in params], rtol=1e-6, atol=1e-6)
+    plain = make_optimizer(params, name, LR, DECAY, params[1:4:2])
+    assert [(len(g["params"]), g["lr"]) for g in plain.param_groups] == [(4, LR), (2, LR)]
 
 
 def test_a_rank_without_rows_keeps_no_state(two_ranks):
