@@ -49,6 +49,7 @@ from launch.program import print_error, quiet_libraries
 from models.checkpoint_names import rename_tensors
 from models.redundant import sync_tied_embeddings
 from models.registry import build_on_meta, read_config
+from monitoring.best_step import find_better_step
 from options.errors import UserError, describe
 from options.export import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
@@ -280,6 +281,8 @@ def upload_to_hub(repo: str, out: Path, names: list[str]) -> str:
 def export(options: Options) -> None:
     """Check the options, write into a staging folder, compare logits, upload. Raises UserError."""
     run = check_options(options)
+    if better := find_better_step(run.folder):
+        print(better.describe(), flush=True)
     tokenizer = load_tokenizer(run)
     tokenizer_use = compare_with_base(run.base, str(run.base), tokenizer, run.config.chat_template)
     for remark in tokenizer_use.remarks:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,7 @@ from finished.prompt_template import (
     RenderedPrompt,
 )
 from launch.program import print_error, quiet_libraries
+from monitoring.best_step import find_better_step
 from options.errors import UserError
 from options.generate import Options, Prompt, explode_questions
 
@@ -110,6 +112,14 @@ def choose_display_names(models: AnsweringModels) -> dict[str, str]:
     """Return {model name: name to print}: a single run is "tuned"."""
     single = len(models.runs) == 1
     return {name: "tuned" if single and name != BASE else name for name in models.names}
+
+
+def tell_better_steps(folders: list[Path]) -> None:
+    """Print a line to stderr for each RUN whose best/ evaluated better, unless best/ answers too."""
+    for folder in folders:
+        better = find_better_step(folder)
+        if better and better.folder not in folders:
+            print(better.describe(), file=sys.stderr)  # stdout is for the answers
 
 
 def answer_prompts(options: Options, models: AnsweringModels, templates: dict[str, PromptTemplate]) -> None:
@@ -215,6 +225,7 @@ def run(options: Options) -> int:
         device = choose_device(options.device)
         check_precision(options.precision, device)
         runs = open_runs(options.runs, options.base_model)
+        tell_better_steps([run.folder for run in runs])
         models = AnsweringModels(runs, options.base_model, device, options.precision, options.compare)
         how = (options.dataset_format, options.thinking, options.system, options.image_folder)
         templates = {str(run.folder): make_template(run, *how) for run in runs}

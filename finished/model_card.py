@@ -1,4 +1,4 @@
-"""README.md that export.py writes: base model, data, the options that decide the result, the final loss.
+"""README.md that export.py writes: base model, data, the options that decide the result, the losses.
 
 Format: https://huggingface.co/docs/hub/model-cards (YAML between two lines of ---, then Markdown). The hub
 refuses a base_model or a dataset that is not one of its ids, so local paths appear only in the text.
@@ -18,6 +18,7 @@ import yaml
 from data.dataset_names import split_mixture
 from data.sources import find_recipe
 from files.names import METRICS, SCORE, split_revision
+from monitoring.best_step import find_better_step, read_evaluations
 from options.config import FIELDS, TOY_MODEL, TOY_VISION, Config
 from options.declaration import format_value
 from options.errors import UserError
@@ -70,11 +71,12 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
         TOY_VISION: "the tiny Gemma 3 with images (`toy_vision`)",
     }.get(base, f"`{base}`" + (f", revision `{revision}`" if revision else ""))
     from_hub = f" ({', '.join(data)})" if data else ""
+    losses = "".join(f"- {line}\n" for line in _describe_losses(run))
     start = f"- Continued from the adapter: `{config.adapter}`\n" if config.adapter else ""
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}\n\n{description}\n\n"
         f"- Base model: {shown_base}\n{start}- Data: `{config.dataset}`{from_hub}\n"
-        f"- {_describe_loss(run)}\n\n"
+        f"{losses}\n"
         f"Trained by `train.py` of fsdp-finetune with:\n\n| option | value |\n|---|---|\n{table}\n"
     )
 
@@ -90,14 +92,30 @@ def _find_hub_datasets(config: Config) -> list[str]:
     return list(dict.fromkeys(ids))
 
 
-def _describe_loss(run: Path) -> str:
-    """Return a line with the last loss in metrics.jsonl, or, in best/, the evaluation loss that chose it."""
-    try:
-        if (run / SCORE).is_file():
+def _describe_losses(run: Path) -> list[str]:
+    """Return lines with the evaluation loss of the weights in a RUN or its best/, and the last loss.
+
+    A RUN's weights are those of the last step. If an earlier step evaluated better, the first line says so.
+    """
+    if (run / SCORE).is_file():
+        with contextlib.suppress(ValueError, LookupError, TypeError, UserError):
             score = read_json(run / SCORE, MAX_CONFIG_BYTES)
             loss, step = score["eval_loss"], score["step"]
-            return f"Evaluation loss: {loss:.4f} after {step:,} steps, the best of its run"
+            return [f"Evaluation loss: {loss:.4f} after {step:,} steps, the best of its run"]
+    lines, better, evaluations = [], find_better_step(run), read_evaluations(run)
+    if better:
+        lines.append(
+            f"Best evaluation loss of the run: {better.loss:.4f} after {better.step:,} steps; those weights"
+            " are in the run's `best/`, not here"
+        )
+    if evaluations:
+        step, loss = evaluations[-1]
+        lines.append(f"Evaluation loss: {loss:.4f} after {step:,} steps")
+    try:
         last = json.loads((run / METRICS).read_text(encoding="utf-8").strip().splitlines()[-1])
-        return f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"
-    except (OSError, ValueError, LookupError, TypeError, UserError):
-        return "Final loss: not known (the run has no metrics.jsonl that can be read)"
+        lines.append(
+            f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        lines.append("Final loss: not known (the run has no metrics.jsonl that can be read)")
+    return lines

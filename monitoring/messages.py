@@ -13,6 +13,7 @@ from data.rows import TokenizedRows
 from files.names import BEST, BLOCKS, METRICS, OPTIONS, SCORE
 from files.output_folder import output_folder
 from launch.program import is_under_torchrun, shell_command
+from monitoring.best_step import find_better_step
 from monitoring.metrics import Metrics, exceeds_bad_steps
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.errors import describe
@@ -195,6 +196,8 @@ def describe_end(
 def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> str:
     """Return lines that name the run's files and the commands that can follow.
 
+    If the best evaluation is not the last, its result in best/ comes first.
+
     Args:
         config: of the run.
         saved: whether the trained weights were saved.
@@ -208,7 +211,9 @@ def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> 
     names += ["memory_snapshot.pickle"] * (folder / "memory_snapshot.pickle").exists()
     names += ["report.html", METRICS, "loss.png", OPTIONS]
     again = ["--config", f"{folder}/{OPTIONS}", "--output_dir", f"{folder}-again"]
-    lines = [f"in {folder}: {', '.join(names)}"]
+    better = find_better_step(folder) if saved else None
+    lines = [f"in {better.folder}: {result} of step {better.step}, the best evaluation"] if better else []
+    lines.append(f"in {folder}: {', '.join(names)}")
     if config.profile:
         lines.append(f"in {config.profiling_output}: traces of single steps, for https://ui.perfetto.dev")
     lines.append(f"next: {shlex.join([*shell_command('train.py'), *again])}")
@@ -216,7 +221,8 @@ def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> 
         is_demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         # Without a prompt, generate.py starts a conversation.
         prompt = f' --prompt "{TOY_PROMPT}"' if is_demo else ""
-        lines.append(f"try: {shlex.join([*shell_command('generate.py'), str(folder)])}{prompt}")
+        asked = str(better.folder if better else folder)
+        lines.append(f"try: {shlex.join([*shell_command('generate.py'), asked])}{prompt}")
     return "\n".join(lines)
 
 

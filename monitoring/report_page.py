@@ -18,13 +18,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from data.dataset_names import without_weights
-from files.names import ADAPTER, BLOCKS, CONFIG, OPTIONS, split_revision
-from launch.program import shell_command
+from files.names import split_revision
 from monitoring import report_charts as charts
+from monitoring.next_commands import next_commands
 from monitoring.run_files import RunFiles
 from monitoring.sample_images import embed_copy
-from options.config import EMBEDDED_MODELS, TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
+from options.config import EMBEDDED_MODELS, Config
 from options.declaration import format_value
 from options.resolve import resolve
 
@@ -223,28 +222,3 @@ def _options(config: Config) -> list[dict]:
         }
         for name in (f.name for f in dataclasses.fields(Config))
     ]
-
-
-def next_commands(run: RunFiles) -> list[tuple[str, list[str]]]:
-    """Return (purpose, words of a shell command) of what can follow this run, in the current folder."""
-    folder, config, commands = str(run.folder), run.config, []
-    is_demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
-    prompt = ["--prompt", TOY_PROMPT] if is_demo else []  # without one, generate.py starts a conversation
-    # evaluate.py uses the held-out rows unless an option names others.
-    has_held_out = config.eval_share or config.eval_dataset
-    rows = [] if has_held_out else ["--dataset", without_weights(config.dataset), "--samples", "200"]
-    has_model, has_adapter = CONFIG in run.names, not run.names.isdisjoint((ADAPTER, BLOCKS))
-    for script, purpose, more, is_possible in (
-        ("generate.py", "Ask the base model and the tuned one", prompt, has_adapter or has_model),
-        ("evaluate.py", "Measure the base model and the tuned one", rows, has_adapter or has_model),
-        ("export.py", "Make a complete model out of the base and what was trained",
-         ["--to", "merged", "--out", f"{folder}-merged"], has_adapter),
-    ):  # fmt: skip
-        if is_possible:
-            commands.append((purpose, [*shell_command(script), folder, *more]))
-    if has_model:
-        commands.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))
-    again = ["--config", f"{folder}/{OPTIONS}", "--output_dir", f"{folder}-again"]
-    commands.append(("Train again with the same options", [*shell_command("train.py"), *again]))
-    commands.append(("Make this page again", [*shell_command("report.py"), folder]))
-    return commands

@@ -336,6 +336,25 @@ def test_the_card_of_the_best_step_has_its_loss(made, tmp_path):
     assert "Evaluation loss: 1.2500 after 40 steps, the best of its run" in text
 
 
+def test_the_card_of_the_last_step_names_a_better_one_first(run, tmp_path):
+    """What is exported stays what was named; a line says that best/ is there."""
+    steps = [{"step": i, "epoch": i / 4, "loss": 3.0 - i, "eval_loss": e} for i, e in ((1, 1.25), (2, 1.5))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    exported(run, tmp_path / "one", to="adapter")
+    losses = "- Evaluation loss: 1.5000 after 2 steps\n- Final loss: 1.0000 after 2 steps (0.50 epochs)\n"
+    text = (tmp_path / "one" / "README.md").read_text()
+    assert f"alpaca.jsonl`\n{losses}\n" in text, "no best/, as of a run with a single evaluation"
+    (run / "best").mkdir()
+    (run / "best" / "evaluation.json").write_text('{"step": 1, "eval_loss": 1.25, "eval_perplexity": 3.49}')
+    shown = exported(run, tmp_path / "out", to="adapter")
+    told = f"{run}/best has the best evaluation: loss 1.2500 at step 1; {run} has the last step, 2, with 1.5"
+    assert shown.startswith(f"{told}000\n")
+    text = (tmp_path / "out" / "README.md").read_text()
+    best = "Best evaluation loss of the run: 1.2500 after 1 steps; those weights are in the run's `best/`"
+    assert f"alpaca.jsonl`\n- {best}, not here\n{losses}\n" in text
+    assert (tmp_path / "out" / ADAPTER).read_bytes() == (run / ADAPTER).read_bytes()
+
+
 def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     import dataclasses
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
+import re
 import types
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import generate
 import train
 from data.batches import StepSampler, make_batch
 from data.evaluation_data import EvaluationData, Prompt
@@ -285,6 +288,32 @@ def test_best_has_the_weights_of_the_best_step(overfitted):
         model = load_model(open_run(path), SINGLE_RANK.device, torch.float32)
         loss = mean_loss(model, rows, 3, train.loss_sum, SINGLE_RANK, context)
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_better_step_than_the_last_is_named_first(overfitted, capsys):
+    """By the run's last lines, its report, and generate.py, which still opens what was named."""
+    folder, printed, _ = overfitted
+    found = [m["eval_loss"] for m in metrics(folder)]
+    step, last = found.index(min(found)) + 1, len(found)
+    *_, best, own, again, ask = printed.splitlines()
+    assert best == f"in {folder}/best: {ADAPTER} of step {step}, the best evaluation"
+    assert own.startswith(f"in {folder}: {ADAPTER}, ") and again.startswith("next: ")
+    assert ask.endswith(f"generate.py {folder}/best")
+    page = html.unescape((folder / "report.html").read_text()).partition("<h2>Next</h2>")[2]
+    commands = re.findall(r"<pre>\S+ (\w+)\.py ([^\s<]+)", page)
+    asked = [("generate", f"{folder}/best"), ("evaluate", f"{folder}/best"), ("export", f"{folder}/best")]
+    assert commands[:4] == [*asked, ("generate", str(folder))]
+    assert f"--out {folder}-best-merged" in page and f"Ask the base model and the last step, {last}" in page
+    line = f"{folder}/best has the best evaluation: loss {min(found):.4f} at step {step}; {folder} has"
+    for runs, told in (([folder], [line]), ([folder, folder / "best"], []), ([folder / "best"], [])):
+        argv = [*map(str, runs), "--prompt", "Say red.", "--max_new_tokens", "2", "--json"]
+        assert generate.main(argv) == 0
+        shown = capsys.readouterr()
+        assert [text for text in shown.err.splitlines() if "best evaluation" in text] == [
+            f"{each} the last step, {last}, with {found[-1]:.4f}" for each in told
+        ]
+        names = [answer["model"] for answer in json.loads(shown.out)["answers"]]
+        assert names == ["base", *map(str, runs)]
 
 
 def test_best_has_only_the_new_blocks_of_an_expanded_model(checkpoints, alpaca_file, one_rank, tmp_path):

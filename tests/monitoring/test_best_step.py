@@ -1,0 +1,48 @@
+"""Whether RUN/best holds better weights than the RUN."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from monitoring.best_step import BestStep, find_better_step, read_evaluations
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "is_better"),
+    [
+        ([1.5, 1.25, 1.75], 2, True),
+        ([1.5, 1.25, None], 2, True),  # NaN
+        ([1.5, 1.25, 1.0], 3, False),
+        ([1.5, 1.25, 1.0], 1, False),  # the disk was full when step 3 was to be kept
+        ([1.5, 1.25, 1.25], 2, False),  # equal: neither is better
+    ],
+)
+def test_best_is_named_only_if_it_evaluated_better(losses, kept, is_better, tmp_path):
+    lines = [{"step": 2 * i, "loss": 1.0, "eval_loss": v} for i, v in enumerate(losses, 1)]
+    lines.insert(1, {"step": 3, "loss": 1.0})  # a step that was not evaluated
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert find_better_step(tmp_path) is None
+    (tmp_path / "best").mkdir()
+    score = tmp_path / "best" / "evaluation.json"
+    score.write_text(json.dumps({"step": 2 * kept, "eval_loss": losses[kept - 1]}))
+    found = find_better_step(tmp_path)
+    if not is_better:
+        assert found is None
+        return
+    last = math.nan if losses[-1] is None else losses[-1]
+    assert found == BestStep(tmp_path / "best", 2 * kept, 1.25, 6, pytest.approx(last, nan_ok=True))
+    assert found.describe().endswith(f"at step 4; {tmp_path} has the last step, 6, with {last:.4f}")
+    for damaged in ("", "[]", '{"step": "4", "eval_loss": 1}', '{"step": 4, "eval_loss": NaN}'):
+        score.write_text(damaged)
+        assert find_better_step(tmp_path) is None
+
+
+def test_evaluations_of_damaged_metrics_are_not_known(tmp_path):
+    assert read_evaluations(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 2}\n{"step": 2, "eval_lo')
+    assert read_evaluations(tmp_path) == [(1, 2.0)], "a line that is being written does not count"
+    (tmp_path / "metrics.jsonl").write_text('{"eval_loss": 2}\n')
+    assert read_evaluations(tmp_path) == []
