@@ -6,8 +6,8 @@ from pathlib import Path
 
 from files.atomic_writes import stage_files, write_text
 from monitoring.memory_history import RecordedStep, Recording
+from monitoring.page import render
 from monitoring.report_charts import Band, Chart, Series, number, short_duration, time_axis, value_axis
-from monitoring.report_page import render
 
 LINES = {
     "main": "#2563c4",

@@ -25,6 +25,7 @@ SIDE = 160  # pixels of the longer side of a copy
 MAX_BYTES = 2**15  # of a copy
 QUALITIES = (80, 40, 10)  # of JPEG; the first one that is small enough
 MAX_COPIES = 4  # of a prompt's images
+MAX_EMBEDDED_CHARS = 2**21  # of all images that a page embeds
 COPY_NAME = re.compile(r"[0-9a-f]{16}\.jpg")
 
 
@@ -94,3 +95,19 @@ def embed_copy(folder: Path, name: str) -> str:
     if len(encoded) > MAX_BYTES or not encoded.startswith(b"\xff\xd8"):
         return ""
     return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
+
+
+class ImageEmbedder:
+    """Embeds copies of images into one page, at most MAX_EMBEDDED_CHARS in all."""
+
+    def __init__(self):
+        self.left = MAX_EMBEDDED_CHARS
+
+    def embed(self, folder: Path, images: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+        """Return (label, `data:` URL) of each image of a sample in a RUN; "" for a URL that has no room."""
+        embedded = []
+        for image in images:
+            url = embed_copy(folder, image.get("copy", ""))
+            embedded.append((image["label"], url if len(url) <= self.left else ""))
+            self.left -= len(embedded[-1][1])
+        return embedded

@@ -21,7 +21,7 @@ from launch.apart import Launcher
 from launch.gpus import Gpu, detect_gpu, find_gpu
 from launch.memory import GIB
 from monitoring.memory_model import MemoryEstimate
-from monitoring.report_page import duration
+from monitoring.page import duration
 from options.config import Config
 from options.errors import UserError
 from options.plan import PlanOptions

@@ -1,6 +1,5 @@
 // One crosshair for all charts of a group: pointing at a step shows its values in the heading of every chart, in the
 // order of the legend.
-"use strict";
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const charts = [...document.querySelectorAll("figure.chart[data-height]")].map((figure) => {
@@ -21,21 +20,6 @@
     marks.forEach((m) => m.setAttribute("r", 4));
     return { figure, area, output, data, line, marks, initialText: output.textContent };
   });
-
-  const formatValue = (value) => {
-    const size = Math.abs(value);
-    if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
-    return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 });
-  };
-
-  const nearest = (points, step) => {
-    let low = 0, high = points.length - 1;
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (points[middle][0] < step) low = middle; else high = middle;
-    }
-    return step - points[low][0] <= points[high][0] - step ? points[low] : points[high];
-  };
 
   const show = (step, group) => charts.filter((c) => c.data.group === group).forEach(({ figure, output, data, line, marks }) => {
     const percent = (s) => `${(100 * (s - data.from)) / (data.to - data.from)}%`;

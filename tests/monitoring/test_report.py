@@ -24,8 +24,8 @@ import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.row_text import RecordedRow, RowPart
 from files.output_folder import clear_output
+from monitoring.page import TEMPLATE_FOLDER, TEMPLATES, render
 from monitoring.report_charts import downsample, log_axis, number, running_mean, step_axis, value_axis
-from monitoring.report_page import TEMPLATE_FOLDER, TEMPLATES, render
 from options import config as options
 from options.errors import UserError
 from options.train import parse

@@ -9,7 +9,7 @@ import json
 import pytest
 from PIL import Image
 
-from monitoring import report_page
+from monitoring import sample_images
 from options.errors import UserError
 from tests.helpers.report_pages import make_run, metrics, page_of
 
@@ -59,7 +59,7 @@ def test_images_of_samples(tmp_path, monkeypatch):
         "a.png 8x8": small_jpeg("red"),
         "b.png 8x8": small_jpeg("blue"),
     }
-    monkeypatch.setattr(report_page, "MAX_IMAGE_CHARS", len(urls["a.png 8x8"]))
+    monkeypatch.setattr(sample_images, "MAX_EMBEDDED_CHARS", len(urls["a.png 8x8"]))
     assert [a["alt"] for tag, a in page_of(run).tags if tag == "img"] == ["a.png 8x8"]
     (run / "samples.jsonl").write_text(json.dumps(lines[0] | {"images": ["x"]}) + "\n")
     with pytest.raises(UserError, match="reference or images of step 0"):
