@@ -1,24 +1,24 @@
-"""Write a run's report again from the RUN's files: <output_dir>/report.html.
+"""Write a run's report again from the RUN's files, or a page that compares several runs.
 
-    python report.py RUN
+    python report.py RUN                    # RUN/report.html
+    python report.py RUN RUN RUN            # compare.html
 
-train.py writes it at the end. This also works while the run is training.
+train.py writes a run's report at its end. This also works while runs are training.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from launch.program import run_command
-from options.report import parse
+from options.report import Options, parse
 
 
-def run(folder: Path) -> int:
-    """Write report.html of the RUN in `folder`. Return 0, or 2 for an error that the user can fix."""
+def run(options: Options) -> int:
+    """Write the page. Return 0, or 2 for an error that the user can fix."""
     from monitoring.report import run  # takes seconds, so after the options are parsed
 
-    return run(folder)
+    return run(options)
 
 
 def main(argv: list[str]) -> int:

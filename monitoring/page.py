@@ -1,4 +1,4 @@
-"""Pages for a browser: `render` fills in the templates of report.html and others.
+"""Pages for a browser: `render` fills in the templates of report.html, compare.html and memory.html.
 
 A page requests nothing from outside. Its Content-Security-Policy allows its own style sheet and script, by
 their hashes, and nothing else: a browser would not even run a name that was not escaped. So there are no

@@ -27,7 +27,8 @@ from monitoring.program_version import find_program_version
 from options.errors import UserError
 
 FACTS = "run.json"
-EVALUATION = "evaluation_digest"  # the key of a digest of the evaluation set
+# Keys of digests: of the training rows, and of the evaluation set.
+TRAINING, EVALUATION = "training_digest", "evaluation_digest"
 MAX_BARS = 40  # of the histogram of row lengths
 PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "safetensors")
 
@@ -50,7 +51,7 @@ LIST_KINDS = {
 }
 # Those that runs of earlier versions lack; nothing is predicted on a CPU.
 NEWER_FACT_KINDS = {
-    "data": {"drop_reasons": "reasons", "cut_reasons": "reasons"},
+    "data": {"drop_reasons": "reasons", "cut_reasons": "reasons", TRAINING: "text", EVALUATION: "text"},
     "memory": {"predicted_peak_gib": "positive"},
 }
 NEWER_FIELDS = {"set": "text"}  # of rows
@@ -115,6 +116,7 @@ def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:
         "rows_cut": rows.cut,
         "drop_reasons": [each.fields() for each in rows.drop_reasons],
         "cut_reasons": [each.fields() for each in rows.cut_reasons],
+        TRAINING: digest_rows(rows),
         "rows_per_epoch": sampler.rows_per_epoch(),
         "sets": [dataclasses.asdict(each) for each in rows.sets],
         "tokens": rows.tokens.numel(),

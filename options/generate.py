@@ -14,6 +14,7 @@ from options.declaration import argument, option
 from options.errors import UserError
 from options.exact_json import parse_json
 from options.limits import MAX_LINE_BYTES, read_text
+from options.run_folders import check_runs
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -116,7 +117,7 @@ def parse(argv: list[str]) -> Options:
     Exits with status 0 on --help.
     """
     given = COMMAND.read(argv)
-    options = Options(**given | {"runs": _check_runs(given["runs"])})
+    options = Options(**given | {"runs": check_runs(given["runs"])})
     for name in ("top_p", "top_k", "seed"):
         if name in given and options.temperature == 0:
             raise UserError(f"--{name} has no effect with --temperature 0, which always takes the likeliest"
@@ -146,19 +147,6 @@ def _read_all_prompts(options: Options) -> list[Prompt]:
                 f"{prompt.origin}: is a row, which names its images itself; leave out --image_path"
             )
     return [replace(prompt, image_paths=tuple(options.image_path or ())) for prompt in prompts]
-
-
-def _check_runs(runs: list[str]) -> list[str]:
-    """Return the folders with ~ expanded. Raises UserError if one has no config.yaml or is given twice."""
-    folders = [os.path.expanduser(run) for run in runs]
-    for i, folder in enumerate(folders):
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder}: no such folder; expected a RUN, the --output_dir of train.py")
-        if not os.path.isfile(os.path.join(folder, "config.yaml")):
-            raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
-        if any(os.path.samefile(folder, other) for other in folders[:i]):
-            raise UserError(f"{folder}: is given twice")
-    return folders
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -20,10 +20,11 @@ from launch.nodes import check_output_is_shared
 from launch.ranks import RankInfo
 from monitoring.messages import describe_end, describe_unsaved
 from monitoring.metrics import Metrics
-from monitoring.report import PAGE, write_report
+from monitoring.report import write_report
 from monitoring.run_facts import FACTS
 from monitoring.tracking import NoTracker, make_tracker
 from options.errors import UserError
+from options.report import PAGE
 from training.bad_steps import ResumedProgress, describe_no_good_step, raise_if_failed, resumed_from
 from training.job import Job
 

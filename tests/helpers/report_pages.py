@@ -65,13 +65,13 @@ def small_rows() -> TokenizedRows:
     return TokenizedRows(torch.ones(33, dtype=torch.int32), learned, starts, drops, cuts, numbers)
 
 
-def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
-    """Write a RUN with these options and lines of metrics.jsonl."""
+def make_run(folder: Path, steps: list[dict], *argv: str, evaluation: TokenizedRows | None = None) -> Path:
+    """Write a RUN with these options and lines of metrics.jsonl, and perhaps the digest of an evaluation."""
     folder.mkdir()
     given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
     (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
     rows = small_rows()
-    facts = run_facts_json(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
+    facts = run_facts_json(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {}, evaluation)
     (folder / "run.json").write_text(facts)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     return folder
