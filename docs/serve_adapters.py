@@ -1,0 +1,114 @@
+"""Serve several adapters over one loaded base, by OpenAI's chat API. docs/serving.md explains it.
+
+python docs/serve_adapters.py BASE one=runs/a two=runs/b --load_in_4bit
+"""
+
+import argparse
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from jinja2 import TemplateError
+from peft import PeftConfig, PeftModel
+from peft.helpers import DoraCaching
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+
+def load(base: str, runs: dict[str, str], load_in_4bit: bool) -> tuple[PeftModel, dict[str, tuple]]:
+    """Return (the base with all adapters, {name: (PEFT's name, tokenizer, stop tokens)})."""
+    dtype = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype or torch.bfloat16
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        device_map="auto",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4) if load_in_4bit else None,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    served = {base: ("", tokenizer, model.generation_config.eos_token_id)}
+    model.generation_config = GenerationConfig()  # the base's may sample, or penalize repetitions
+    for name, run in runs.items():
+        adapter = f"adapter{len(served)}"  # PEFT allows no dot in a name
+        trained_on = PeftConfig.from_pretrained(run).base_model_name_or_path
+        if trained_on != base:  # PEFT compares only the shapes
+            print(f"WARNING: {run} was trained on {trained_on}, and is loaded over {base}", file=sys.stderr)
+        if isinstance(model, PeftModel):
+            model.load_adapter(run, adapter)
+        else:
+            model = PeftModel.from_pretrained(model, run, adapter)
+        # A RUN has these files where they differ from the base's.
+        source = run if Path(run, "tokenizer.json").exists() else base
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        has_stops = Path(run, "generation_config.json").exists()
+        stops = GenerationConfig.from_pretrained(run).eos_token_id if has_stops else served[base][2]
+        served[name] = (adapter, tokenizer, stops)
+    return model.eval(), served
+
+
+def make_app(model: PeftModel, served: dict[str, tuple]) -> FastAPI:
+    """Return the server of what `load` returns. Answers are greedy."""
+    app, turn = FastAPI(), threading.Lock()  # the model has one active adapter, so requests take turns
+
+    @app.get("/v1/models")
+    def list_models() -> dict:
+        return {"object": "list", "data": [{"id": name, "object": "model"} for name in served]}
+
+    @app.post("/v1/chat/completions")
+    def complete(body: dict) -> dict:
+        name, messages = body.get("model"), body.get("messages")
+        if name not in served:
+            raise HTTPException(404, f"model {name!r} is not served; these are: {', '.join(served)}")
+        if body.get("stream") or body.get("temperature"):
+            raise HTTPException(400, "answers are greedy and not streamed: leave out stream and temperature")
+        adapter, tokenizer, stops = served[name]
+        template = {"add_generation_prompt": True} | (body.get("chat_template_kwargs") or {})
+        longest = body.get("max_tokens") or body.get("max_completion_tokens") or 256
+        try:
+            asked = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True, **template)
+        except (TemplateError, ValueError, TypeError, KeyError) as e:
+            raise HTTPException(400, f"the chat template refuses the messages: {e}") from e
+        length = asked["input_ids"].shape[1]
+        with turn, torch.inference_mode():
+            if adapter:
+                model.set_adapter(adapter)
+            with nullcontext() if adapter else model.disable_adapter():
+                tokens = model.generate(
+                    **asked.to(model.device), max_new_tokens=longest, eos_token_id=stops, pad_token_id=0
+                )[0, length:].tolist()
+        ended = tokens[-1] in (stops if isinstance(stops, list) else [stops])
+        message = {"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)}
+        usage = {"prompt_tokens": length, "completion_tokens": len(tokens)}
+        return {
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": name,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop" if ended else "length"}],
+            "usage": usage | {"total_tokens": sum(usage.values())},
+        }
+
+    return app
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Serve several adapters over one base.")
+    parser.add_argument("base", help="folder or hub id of the base, which requests may name, too")
+    parser.add_argument(
+        "runs", nargs="+", metavar="NAME=RUN", help="requests with this name get this adapter"
+    )
+    parser.add_argument("--load_in_4bit", action="store_true", help="pack the base to NF4")
+    parser.add_argument("--cache_dora", action="store_true", help="faster DoRA, for the memory of B A")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+    runs = dict(text.split("=", 1) for text in options.runs if "=" in text)
+    if len({options.base, *runs}) <= len(options.runs):
+        parser.error("give each adapter as NAME=RUN, with names of their own")
+    DoraCaching()(options.cache_dora)
+    app = make_app(*load(options.base, runs, options.load_in_4bit))
+    uvicorn.run(app, host="localhost", port=options.port)
