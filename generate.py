@@ -2,6 +2,7 @@
 
     python generate.py runs/my-run --prompt "Name three colours."       base and tuned, side by side
     python generate.py runs/one runs/two --prompts questions.txt        several adapters over one loaded base
+    python generate.py runs/one runs/two --prompts rows.jsonl --out table.html      with times and scores
     python generate.py runs/my-run                                      a conversation at the terminal
 
 Prompts use the template of the run's training. docs/architecture.md has the map.

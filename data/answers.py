@@ -35,6 +35,11 @@ def decode_answer(ids: list[int], tokenizer, stop_ids: Collection[int], marker: 
     return text.partition(marker)[0] if marker else text
 
 
+def make_printable(text: str) -> str:
+    """Replace control characters of a model's text: on a terminal they could move the cursor or worse."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def cut_repetition(text: str) -> str:
     """Return a text for a terminal in which what is repeated many times stands KEPT_REPEATS times.
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
 from data.dataset_names import split_mixture, split_name
@@ -28,10 +27,10 @@ from data.reading import ReadingOptions
 from data.rows import TokenizedRows
 from data.sources import find_recipe
 from data.tokenizing import (
+    decode_last_answer,
     describe_joined_prompts,
     describe_unknown_tokens,
     tokenize,
-    tokenize_last_answer,
     tokenize_sets,
 )
 from options.config import Config
@@ -224,7 +223,7 @@ def make_row_prompt(
     if not rendered.learned:
         return None
     text, marker = rendered.text[: rendered.last_answer_range[0]], rendered.marker
-    answer = _decode_reference(rendered, tokenizer, stop_ids) if text else ""
+    answer = decode_last_answer(rendered, tokenizer, stop_ids) if text else ""
     text = text or " ".join(rendered.text.split()[:OPENING_WORDS])
     prompt = _encode_row_prompt(rendered, text, tokenizer, context_length, image_format)
     return dataclasses.replace(prompt, answer=answer, marker=marker) if prompt else None
@@ -256,15 +255,6 @@ def _make_bare_prompt(
         return None
     prompt = _encode_row_prompt(rendered, rendered.text, tokenizer, context_length, image_format)
     return dataclasses.replace(prompt, marker=rendered.marker) if prompt else None
-
-
-def _decode_reference(rendered: Rendered, tokenizer, stop_ids: Collection[int]) -> str:
-    """Return the last answer of an example, decoded from its learned tokens like a generated answer."""
-    learned = tokenize_last_answer(rendered, tokenizer)
-    answer = normalize_answer(decode_answer(learned.ids, tokenizer, stop_ids, rendered.marker))
-    # The first and last token of the answer may also have characters of the prompt and of the text after it.
-    prompt, tail = learned.prompt_overlap.strip(), learned.tail_overlap.strip()
-    return answer.removeprefix(prompt).removesuffix(tail).strip()
 
 
 def _make_sample_prompts(

@@ -6,13 +6,14 @@ Shapes: L tokens of one example.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
 
+from data.answers import decode_answer, normalize_answer
 from data.chat_remarks import spread_sample
 from data.dataset_names import Share
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
@@ -215,6 +216,18 @@ def tokenize_last_answer(example: Rendered, tokenizer) -> LearnedAnswer:
     inside = [(begin, stop) for begin, stop in offsets if begin < end and stop > start]
     begin, stop = min((b for b, _ in inside), default=start), max((s for _, s in inside), default=end)
     return LearnedAnswer(tokens[targets].tolist(), example.text[begin:start], example.text[end:stop])
+
+
+def decode_last_answer(example: Rendered, tokenizer, stop_ids: Collection[int]) -> str:
+    """Return the last answer of an example, decoded from its learned tokens like a generated answer.
+
+    stop_ids: token ids that end the answer; it is cut before the first of them.
+    """
+    learned = tokenize_last_answer(example, tokenizer)
+    answer = normalize_answer(decode_answer(learned.ids, tokenizer, stop_ids, example.marker))
+    # The first and last token of the answer may also have characters of the prompt and of the text after it.
+    prompt, tail = learned.prompt_overlap.strip(), learned.tail_overlap.strip()
+    return answer.removeprefix(prompt).removesuffix(tail).strip()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from data.answers import make_printable
 from data.formats import FORMATS, continue_dialogue
 from data.images import ImageRef
 from finished.prompt_template import Answer, AnswerStreamer, EncodedPrompt, PromptTemplate, RenderedPrompt
@@ -221,11 +222,6 @@ def _read_path(text: str) -> str:
 def choose_template(name: str, templates: dict[str, PromptTemplate]) -> PromptTemplate:
     """Return the template of the model `name`; BASE has the first run's."""
     return templates.get(name) or next(iter(templates.values()))
-
-
-def make_printable(text: str) -> str:
-    """Replace control characters of a model's text: on a terminal they could move the cursor or worse."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def read_lines() -> Iterator[str]:

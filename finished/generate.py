@@ -8,15 +8,20 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 
-from data.answers import cut_repetition
+from data.answers import cut_repetition, make_printable
 from data.image_store import IMAGE_COLUMNS
 from data.recognition import list_unread_columns
 from data.schemas import find_schema, join_columns
-from finished.conversation import Chat, choose_template, make_printable
+from files.disk_room import check_writable
+from finished.answer_table import format_summary, write_comparison
+from finished.comparison import AnswerTimer, ComparedPrompt, Comparison, TimedAnswer
+from finished.conversation import Chat, choose_template
 from finished.generation import BASE, AnsweringModels, has_bf16, make_template, open_runs
 from finished.prompt_template import (
     Answer,
@@ -25,6 +30,7 @@ from finished.prompt_template import (
     PromptTemplate,
     RenderedPrompt,
 )
+from finished.references import read_reference
 from launch.program import print_error, quiet_libraries
 from monitoring.best_step import find_better_step
 from options.errors import UserError
@@ -125,34 +131,84 @@ def tell_better_steps(folders: list[Path]) -> None:
 def answer_prompts(options: Options, models: AnsweringModels, templates: dict[str, PromptTemplate]) -> None:
     """Let each model answer all prompts, one model after the other.
 
-    Prints a prompt as soon as all models have answered it.
+    Prints a prompt as soon as all models have answered it. Writes the table of --out at the end.
     """
     assert options.all_prompts is not None
-    rendered = {}
-    for name, template in templates.items():
-        texts = [template.render(prompt, options.system) for prompt in options.all_prompts]
-        rendered[name] = [(text, template.encode(text)) for text in texts]
+    rendered = {
+        name: [template.render(prompt, options.system) for prompt in options.all_prompts]
+        for name, template in templates.items()
+    }
+    encoded = {name: [templates[name].encode(prompt) for prompt in rendered[name]] for name in rendered}
     for line in describe_unread_fields(options.all_prompts, templates):
         print(line, file=sys.stderr)  # stdout is for the answers
-    display_names = choose_display_names(models)
-    answers: list[dict[str, Answer]] = [{} for _ in options.all_prompts]
-    for name in display_names:
+    names = choose_display_names(models)
+    last = next(reversed(templates))
+    compared = list_prompts(options, templates[last], rendered[last])
+    for name in names:
         template = choose_template(name, templates)
-        prompts = rendered.get(name) or next(iter(rendered.values()))
+        prompts = encoded.get(name) or next(iter(encoded.values()))
         with models.activate(name):
-            for i, prompt in enumerate(options.all_prompts):
-                text, encoded = prompts[i]
-                answers[i][name] = models.generate_answer(template, encoded, options.sampling)
-                if len(answers[i]) == len(display_names):
-                    print_answers(options, prompt.content, text, answers[i], display_names)
+            if options.out:  # the first answer on a device also loads kernels
+                models.generate_answer(template, prompts[0], replace(options.sampling, max_new_tokens=2))
+            for prompt, shown in zip(prompts, compared, strict=True):
+                timer = AnswerTimer()
+                answer = models.generate_answer(template, prompt, options.sampling, timer)
+                shown.answers[name] = TimedAnswer(**dataclasses.asdict(answer) | timer.read())
+                if len(shown.answers) == len(names):
+                    print_answers(options, shown, names)
+    if options.out:
+        comparison = Comparison(describe_settings(options, models), names, compared)
+        write_comparison(options.out, comparison)
+        if not options.json:
+            print(f"{format_summary(comparison)}\nanswers and times: {options.out}")
+
+
+def list_prompts(
+    options: Options, template: PromptTemplate, rendered: list[RenderedPrompt]
+) -> list[ComparedPrompt]:
+    """Return the prompts, still without answers, as they are shown; for --out with the answers of their rows.
+
+    Args:
+        options: options of the command.
+        template: the template of the run that answers last.
+        rendered: the prompts in it.
+
+    Raises UserError as `read_reference` does.
+    """
+    found = []
+    for prompt, text in zip(options.all_prompts or [], rendered, strict=True):
+        question = prompt.content if isinstance(prompt.content, str) else template.find_question(text)
+        reference = read_reference(prompt, template) if options.out else ""
+        found.append(ComparedPrompt(prompt.content, text.text, question, text.images, reference, {}))
+    return found
+
+
+def describe_settings(options: Options, models: AnsweringModels) -> dict[str, object]:
+    """Return what the answers and their times depend on, for a table."""
+    device, sampling = models.device, dataclasses.asdict(options.sampling)
+    is_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if not options.temperature:
+        sampling = {"sampling": "greedy"} | {
+            name: sampling[name] for name in ("max_new_tokens", "repetition_penalty")
+        }
+    return {
+        "base model": options.base_model or models.first_run.config.model_name,
+        "device": where,
+        "precision": options.precision,
+        **sampling,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _explode_renamed(options: Options, templates: dict[str, PromptTemplate]) -> Options:
     """Return the options; of a list of questions that a run's data names otherwise, each is a prompt."""
     prompts = options.all_prompts or []
-    names = {template.columns.names.get("questions") for template in templates.values()}
-    for column in filter(None, names):
-        prompts = [each for prompt in prompts for each in explode_questions(prompt, column)]
+    for names in (template.columns.names for template in templates.values()):
+        if column := names.get("questions"):
+            answers = names.get("answers", "answers")
+            prompts = [each for prompt in prompts for each in explode_questions(prompt, column, answers)]
     return dataclasses.replace(options, all_prompts=prompts)
 
 
@@ -169,34 +225,27 @@ def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTem
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 
-def print_answers(
-    options: Options,
-    given: str | dict,
-    prompt: RenderedPrompt,
-    answers: dict[str, Answer],
-    display_names: dict[str, str],
-) -> None:
+def print_answers(options: Options, prompt: ComparedPrompt, display_names: dict[str, str]) -> None:
     """Print one prompt and its answers: with --json as a line of JSON, otherwise as text.
 
     Args:
         options: options of the command.
-        given: the prompt as it was given.
-        prompt: the prompt in the template of the model that answered last.
-        answers: {model name: Answer}.
+        prompt: the prompt and its answers.
         display_names: {model name: name to print}.
     """
     if options.json:
-        answer_fields = [{"model": name, **dataclasses.asdict(answer)} for name, answer in answers.items()]
-        images = {"images": [ref.path for ref in prompt.images]} if prompt.images else {}
-        fields = {"prompt": given, "rendered": prompt.text, **images, "answers": answer_fields}
-        print(json.dumps(fields), flush=True)
+        answer_fields = [
+            {"model": name, "text": a.text, "tokens": a.tokens, "ended": a.ended}
+            for name, a in prompt.answers.items()
+        ]
+        print(json.dumps({**prompt.to_json(), "answers": answer_fields}), flush=True)
         return
-    question = given if isinstance(given, str) else prompt.text.strip()
     texts = {
         display_names[name]: cut_repetition(a.text.rstrip()) + ("" if a.ended else " ...")
-        for name, a in answers.items()
+        for name, a in prompt.answers.items()
     }
     labels = [ref.label for ref in prompt.images]
+    question = prompt.given if isinstance(prompt.given, str) else prompt.rendered.strip()
     print(format_answers(question, texts, labels), end="\n\n", flush=True)
 
 
@@ -224,6 +273,8 @@ def run(options: Options) -> int:
     try:
         device = choose_device(options.device)
         check_precision(options.precision, device)
+        if options.out:
+            check_writable(options.out.absolute().parent, "--out")
         runs = open_runs(options.runs, options.base_model)
         tell_better_steps([run.folder for run in runs])
         models = AnsweringModels(runs, options.base_model, device, options.precision, options.compare)

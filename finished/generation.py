@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from data.answers import decode_answer
 from data.columns import ColumnNames
@@ -36,7 +37,6 @@ from finished.finished_run import (
 from finished.prompt_images import PromptImages, read_image_arguments, without_dataset_option
 from finished.prompt_template import (
     Answer,
-    AnswerStreamer,
     EncodedPrompt,
     MarkerCriterion,
     PromptTemplate,
@@ -231,7 +231,7 @@ class AnsweringModels:
         template: PromptTemplate,
         prompt: EncodedPrompt,
         sampling: Sampling,
-        stream: AnswerStreamer | None = None,
+        stream: BaseStreamer | None = None,
     ) -> Answer:
         """Generate the answer to the prompt with the active model. The seed is set for each answer.
 

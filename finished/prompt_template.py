@@ -96,16 +96,22 @@ class PromptTemplate:
         system: the system prompt, in place of the row's; None = the row's. Raises UserError for a row without
         a question, and for an image that cannot be used.
         """
+        row, refs = self.read_row(prompt)
+        return self.render_shown(row, refs, prompt.origin, system)
+
+    def read_row(self, prompt: Prompt) -> tuple[dict, list[ImageRef]]:
+        """Return (the prompt's row in the columns of the format, which shows its images; these).
+
+        Raises UserError as `render` does.
+        """
         if isinstance(prompt.content, str):
             refs = self.images.find_named(prompt.image_paths, "--image_path")
-            row = self.show_question(prompt.content, refs, prompt.origin)
-            return self.render_shown(row, refs, prompt.origin, system)
+            return self.show_question(prompt.content, refs, prompt.origin), refs
         with without_dataset_option():
             row, schemas = self.match_row(prompt.content)
             row, given = self.images.take_columns(row, prompt.folder, prompt.origin)
             values = _read_row(row, schemas, prompt.origin)
-            values, refs = self.images.show_row(values, given, self.format, prompt.folder, prompt.origin)
-        return self.render_shown(values, refs, prompt.origin, system)
+            return self.images.show_row(values, given, self.format, prompt.folder, prompt.origin)
 
     def show_question(self, text: str, images: Sequence[ImageRef], origin: str) -> dict:
         """Return the row of a question that shows these images. Raises UserError if it cannot."""
@@ -134,6 +140,11 @@ class PromptTemplate:
             text = self.format.prompt(row, self.context)
             text.encode()
         return RenderedPrompt(origin, text, tuple(images))
+
+    def find_question(self, prompt: RenderedPrompt) -> str:
+        """Return the end of a prompt from its last question on."""
+        header = self.format.question_header(self.context)
+        return prompt.text[max(prompt.text.rfind(header), 0) if header else 0 :].strip()
 
     def check_system(self) -> None:
         """Raise UserError unless prompts can have a system prompt."""

@@ -46,6 +46,15 @@ def write_copies(folder: Path, refs: Sequence[ImageRef]) -> list[dict[str, str]]
     return images
 
 
+def embed_image(ref: ImageRef) -> str:
+    """Return a small copy of an image as a `data:` URL for a page. Raises UserError if it cannot be read."""
+    return _data_url(_shrink(open_image(ref)))
+
+
+def _data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
 def _shrink(image: Image.Image) -> bytes:
     """Return an image of mode RGB as a small JPEG."""
     image.thumbnail((SIDE, SIDE))
@@ -94,7 +103,7 @@ def embed_copy(folder: Path, name: str) -> str:
         encoded = file.read(MAX_BYTES + 1)
     if len(encoded) > MAX_BYTES or not encoded.startswith(b"\xff\xd8"):
         return ""
-    return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
+    return _data_url(encoded)
 
 
 class ImageEmbedder:

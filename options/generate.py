@@ -17,6 +17,7 @@ from options.limits import MAX_LINE_BYTES, read_text
 from options.run_folders import check_runs
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TABLES = (".md", ".html", ".csv", ".jsonl")  # what --out writes, by the suffix
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Prompt:
     content: str | dict  # a text, or a row with the fields of the dataset format
     image_paths: tuple[str, ...] = ()  # images that a text shows; a row names its own
     folder: str = ""  # that paths of images in a row are relative to
+    answer: object = None  # the answer to a question of a list; other rows hold theirs; None = none is known
 
 
 def _parse_device(text: str) -> str:
@@ -66,7 +68,7 @@ class Options:
         " question of a conversation; may be given several times. <image> in a prompt is its place",
         repeat=True)
     prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl or .ndjson: rows"
-        " with the fields of the format or of the data, whose answers are ignored")
+        " with the fields of the format or of the data, whose answers no model sees")
     dataset_format: str = option("auto", "Prompts", "format of the prompts; auto = the run's",
         choices=DATASET_FORMATS)
     image_folder: str | None = option(None, "Prompts", "folder that the paths of images in --prompts are"
@@ -93,6 +95,8 @@ class Options:
         convert=_parse_device, noun="one of cpu, cuda, cuda:N")
     precision: str = option("auto", "Model", "auto = as in training", choices=PRECISIONS)
     json: bool = option(False, "Output", "one JSON object per prompt instead of columns")
+    out: Path | None = option(None, "Output", "also write the answers side by side, each with its times, and"
+        " with scores where rows have answers, to this .md, .html, .csv or .jsonl")
     verbose: bool = option(False, "Output", "tracebacks with errors")
     # fmt: on
     all_prompts: list[Prompt] | None = None
@@ -125,8 +129,11 @@ def parse(argv: list[str]) -> Options:
     if options.image_folder is not None and options.prompts is None:
         raise UserError("--image_folder: has no effect without --prompts")
     prompts = _read_all_prompts(options)
-    if options.json and not prompts:
-        raise UserError("--json: needs --prompt or --prompts")
+    for name in ("json", "out"):
+        if name in given and given[name] and not prompts:
+            raise UserError(f"--{name}: needs --prompt or --prompts")
+    if options.out is not None:
+        _check_out(options.out, options.prompts)
     return replace(options, all_prompts=prompts or None)
 
 
@@ -147,6 +154,16 @@ def _read_all_prompts(options: Options) -> list[Prompt]:
                 f"{prompt.origin}: is a row, which names its images itself; leave out --image_path"
             )
     return [replace(prompt, image_paths=tuple(options.image_path or ())) for prompt in prompts]
+
+
+def _check_out(out: Path, prompts: Path | None) -> None:
+    """Raise UserError unless --out names a table that is not the file of the prompts."""
+    if out.suffix.lower() not in TABLES:
+        raise UserError(f"--out {out}: must end with one of {', '.join(TABLES)}")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    if prompts is not None and out.exists() and out.samefile(prompts):
+        raise UserError(f"--out {out}: is the file of --prompts, which would be lost")
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -175,10 +192,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     return [prompt for row in rows for prompt in explode_questions(row)]
 
 
-def explode_questions(prompt: Prompt, column: str = "questions") -> list[Prompt]:
+def explode_questions(prompt: Prompt, column: str = "questions", answers: str = "answers") -> list[Prompt]:
     """Return a prompt for each question of a row with a list of them, as training reads it.
 
-    column: the list's. Raises UserError if the list is empty.
+    column, answers: the lists' columns. Raises UserError if the list of questions is empty.
     """
     row = prompt.content
     if not isinstance(row, dict) or not isinstance(row.get(column), list):
@@ -186,9 +203,12 @@ def explode_questions(prompt: Prompt, column: str = "questions") -> list[Prompt]
     if not row[column]:
         raise UserError(f"--prompts {prompt.origin}: {column} is an empty list")
     others = {name: value for name, value in row.items() if name not in (column, "answers")}
+    given = row.get(answers)
+    if not isinstance(given, list) or len(given) != len(row[column]):
+        given = [None] * len(row[column])
     return [
-        replace(prompt, origin=f"{prompt.origin} question {i}", content={**others, "question": question})
-        for i, question in enumerate(row[column], 1)
+        replace(prompt, origin=f"{prompt.origin} question {i}", content={**others, "question": q}, answer=a)
+        for i, (q, a) in enumerate(zip(row[column], given, strict=True), 1)
     ]
 
 

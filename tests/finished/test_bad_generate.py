@@ -52,6 +52,8 @@ def refused(capsys, monkeypatch):
     ("--dataset_format xml", "'xml': must be one of auto, alpaca"),
     ("--tempreature 1", "did you mean --temperature?"),
     ("--json maybe", "is not true or false"),
+    ("--out table.xlsx", "--out table.xlsx: must end with one of .md, .html, .csv, .jsonl"),
+    ("--out /dev/null/table.md", "--out /dev/null: cannot be written"),
 ])  # fmt: skip
 def test_wrong_options(options, words, runs, refused):
     assert words in refused(runs[0], "--prompt", "Hi", *options.split())
@@ -95,6 +97,20 @@ def test_prompts_that_are_none(runs, chat_run, refused, tmp_path):
     assert "no message to be answered" in refused(chat_run, "--prompts", file)
     assert "no chat template" in refused(runs[0], "--prompt", "Hi", "--dataset_format", "chat")
     assert "--json: needs" in refused(runs[0], "--json")
+
+
+def test_tables_that_cannot_be_made(runs, chat_run, refused, tmp_path):
+    """Before weights are loaded, so that no answer is lost."""
+    file, table = tmp_path / "ask.jsonl", tmp_path / "table.md"
+    file.write_text('{"instruction": "Hi"}\n')
+    assert "--out: needs --prompt or --prompts" in refused(runs[0], "--out", table)
+    assert "is the file of --prompts" in refused(runs[0], "--prompts", file, "--out", file)
+    assert "must have one base" in refused(runs[0], chat_run, "--prompts", file, "--out", table)
+    assert "is given twice" in refused(runs[0], runs[1], runs[0], "--prompts", file, "--out", table)
+    table.mkdir()
+    assert f"--out {table}: is a folder" in refused(runs[0], "--prompts", file, "--out", table)
+    file.write_text("\n")
+    assert f"--prompts {file}: holds no prompt" in refused(runs[0], "--prompts", file, "--out", "t.md")
 
 
 def test_blank_lines_are_no_prompts(tmp_path):

@@ -32,6 +32,7 @@ from tests.helpers.finished_runs import write_random_run
 from tests.helpers.image_folders import write_gemma_folder, write_talkative_gemma
 from tests.helpers.images import TEMPLATE, image_tokenizer, stand_in, write_image
 from tests.helpers.pictures import draw
+from tests.helpers.report_pages import Page
 from tests.helpers.runs import dense_state, transformers_model
 
 NEW, PENALTY = 8, 3.0
@@ -164,6 +165,28 @@ def test_lists_of_questions_with_the_names_of_the_data(run, pictures, ask, tmp_p
     lines = ask(renamed, "--prompts", pictures[0].parent / "renamed.jsonl", *short)
     assert [line["rendered"] for line in lines] == [as_asked(f"{MARKED}{q}") for q in ("A?", "B?")]
     assert [line["images"] for line in lines] == [[str(pictures[0])]] * 2
+    table = tmp_path / "table.jsonl"
+    ask(renamed, "--prompts", pictures[0].parent / "renamed.jsonl", *short, "--out", table)
+    assert [json.loads(line).get("reference") for line in table.read_text().splitlines()] == ["a", "b", None]
+
+
+def test_a_table_of_answers_about_images(run, pictures, ask, tmp_path):
+    """The answers are those of --json. A page embeds small copies of the images."""
+    file = tmp_path / "ask.jsonl"
+    grouped = {"image": str(pictures[0].name), "questions": [QUESTION, "Why?"], "answers": ["No.", "Yes."]}
+    messages = messages_of(pictures[1])
+    file.write_text(json.dumps(grouped) + "\n" + json.dumps(messages))
+    asked = [run, "--prompts", file, "--image_folder", pictures[0].parent, *ASKED]
+    tables = [tmp_path / "t.jsonl", tmp_path / "t.html"]
+    printed = [ask(*asked, "--out", table) for table in tables]
+    *lines, last = map(json.loads, tables[0].read_text().splitlines())
+    assert [texts_of(line) for line in lines] == [texts_of(line) for line in printed[0]]
+    assert [line["reference"] for line in lines] == ["No.", "Yes.", "No."]
+    assert lines[0]["images"] == [str(pictures[0])] and last["averages"]["base"]["scored"] == 3
+    page = Page(tables[1].read_text())
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    copies = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    assert [copy.size for copy in copies] == [(61, 43), (61, 43), (20, 50)]
 
 
 def test_a_merged_folder_answers_as_the_run(run, pictures, peft_answers, capsys, tmp_path):
