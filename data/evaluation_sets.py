@@ -19,7 +19,7 @@ from data.encoding import drop_empty_answers, encode_prompt
 from data.evaluation_data import EvaluationData, Prompt
 from data.examples import Examples
 from data.formats import FORMATS, Rendered
-from data.held_rows import split_sets
+from data.held_rows import split_fold, split_sets
 from data.image_format import ImageFormat
 from data.image_texts import check_placeholders, expand_images
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
@@ -150,7 +150,7 @@ def read_evaluation_rows(
     """
     sets: list[Examples] = []
     remarks: tuple[str, ...] = ()
-    if config.eval_share:
+    if config.eval_share or config.eval_fold:
         options = ReadingOptions.from_config(config, tokenizer, image_format)
         mixture = read_mixture(config.dataset, options)
         sets, remarks = mixture.sets, mixture.remarks
@@ -166,9 +166,12 @@ def _select_rows(
     sets: the sets of --dataset. image_format: as for `prepare_sets`.
     """
     rendered = [examples.rendered for examples in sets]
-    if config.eval_share:
+    if config.eval_share or config.eval_fold:
         names = [examples.name for examples in sets]
-        training, evaluation_rows = split_sets(rendered, names, config.eval_share, config.seed)
+        if config.eval_fold:
+            training, evaluation_rows = split_fold(rendered, names, config.eval_fold, config.seed)
+        else:
+            training, evaluation_rows = split_sets(rendered, names, config.eval_share, config.seed)
         samples = config.eval_samples if config.eval_samples > 0 else None
         held = dataclasses.replace(
             sets[0], rendered=join_evenly(evaluation_rows, names)[:samples], remarks=()
@@ -185,9 +188,9 @@ def _select_rows(
 
 
 def _name_evaluation_option(config: Config) -> str:
-    """Return "--eval_dataset VALUE" if that is given, else "--eval_share VALUE"."""
-    share, dataset = config.eval_share, config.eval_dataset
-    return f"--eval_share {share}" if dataset is None else f"--eval_dataset {dataset}"
+    """Return the option that evaluates, with its value: --eval_dataset, --eval_fold or --eval_share."""
+    names = ("eval_dataset", "eval_fold", "eval_share")
+    return next(f"--{name} {value}" for name in names if (value := getattr(config, name)))
 
 
 @contextlib.contextmanager

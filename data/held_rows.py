@@ -1,4 +1,4 @@
-"""Hold rows of the training data back, to evaluate on (--eval_share)."""
+"""Hold rows of the training data back, to evaluate on (--eval_share, --eval_fold)."""
 
 from __future__ import annotations
 
@@ -37,13 +37,71 @@ def split_sets(
             raise UserError(
                 f"--eval_share {share}: all rows{of_name} show the same images, so it leaves none to train on"
             )
-    training = [
-        [row for i, row in enumerate(rendered) if i not in held]
-        for rendered, held in zip(sets, chosen, strict=True)
-    ]
-    return training, [
-        [rendered[i] for i in sorted(held)] for rendered, held in zip(sets, chosen, strict=True)
-    ]
+    return _divide(sets, chosen)
+
+
+def split_fold(
+    sets: list[list[Rendered]], names: list[str], fold: str, seed: int
+) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
+    """Return (rows to train on, rows to evaluate on) of each set, all in their order.
+
+    The N folds share no row and no image, and have all rows together. Each set is split by itself: its parts
+    of the folds differ by at most 1 row, or by the rows that share an image. Raises UserError for a set of
+    fewer than N groups of rows, and for one that is in a single fold with all of its rows.
+
+    Args:
+        sets, names: the rows of each set, and what errors call it.
+        fold: K/N, the K-th of N folds.
+        seed: with the groups of rows that share images, it decides which fold a row is in.
+    """
+    number, count = map(int, fold.split("/"))
+    groups = _group_by_images(sets)
+    for i, (rendered, name) in enumerate(zip(sets, names, strict=True)):
+        most = sum(any(of == i for of, _ in group) for group in groups)
+        if most < count:
+            of_name = f" of {name}" if len(sets) > 1 else ""
+            shared = ", some of which share images," if most < len(rendered) else ""
+            raise UserError(
+                f"--eval_fold {fold}: {len(rendered)} rows{of_name}{shared} make at most {most} folds"
+            )
+    held = _deal_folds(sets, groups, count, seed)[number - 1]
+    for rows, rendered, name in zip(held, sets, names, strict=True):
+        if len(rows) == len(rendered):
+            raise UserError(f"--eval_fold {fold}: it has all rows of {name}, and leaves none to train on")
+    return _divide(sets, held)
+
+
+def _deal_folds(
+    sets: Sequence[list[Rendered]], groups: list[Group], count: int, seed: int
+) -> list[list[set[int]]]:
+    """Return `count` folds: the indices of the rows of each set in it.
+
+    The groups of a set, in random order, go to the fold that has the fewest rows of this set.
+    """
+    folds = [[set[int]() for _ in sets] for _ in range(count)]
+    left = groups
+    for number in range(len(sets)):
+        own = [group for group in left if any(of == number for of, _ in group)]
+        left = [group for group in left if all(of != number for of, _ in group)]
+        for i in torch.randperm(len(own), generator=_make_generator(seed)).tolist():
+            fold = min(folds, key=lambda fold: len(fold[number]))
+            for of, row in own[i]:
+                fold[of].add(row)
+    return folds
+
+
+def _divide(
+    sets: Sequence[list[Rendered]], held: Sequence[set[int]]
+) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
+    """Return (rows to train on, rows to evaluate on) of each set. held: the indices of the latter."""
+    pairs = list(zip(sets, held, strict=True))
+    training = [[row for i, row in enumerate(rendered) if i not in rows] for rendered, rows in pairs]
+    return training, [[rendered[i] for i in sorted(rows)] for rendered, rows in pairs]
+
+
+def _make_generator(seed: int) -> torch.Generator:
+    """Return the random stream of splits. Those of the data order are seeded from (seed, epoch)."""
+    return torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
 
 
 def _choose_rows(sets: Sequence[list[Rendered]], counts: Sequence[int], seed: int) -> list[set[int]]:
@@ -55,9 +113,7 @@ def _choose_rows(sets: Sequence[list[Rendered]], counts: Sequence[int], seed: in
     groups, chosen = _group_by_images(sets), [set[int]() for _ in sets]
     for number, count in enumerate(counts):
         own = [group for group in groups if any(of == number for of, _ in group)]
-        # This random stream differs from those of the data order, which are seeded from (seed, epoch).
-        generator = torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
-        for i in torch.randperm(len(own), generator=generator).tolist():
+        for i in torch.randperm(len(own), generator=_make_generator(seed)).tolist():
             if len(chosen[number]) >= count:
                 break
             for of, row in own[i]:

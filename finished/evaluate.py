@@ -65,7 +65,8 @@ def read_rows(
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
         remarks = (*remarks, *_check_same_rows(run, rows, tokenizer, image_format))
         rows = rows[: options.samples] if options.samples > 0 else rows
-        return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
+        share = f"fold {config.eval_fold}" if config.eval_fold else f"{config.eval_share:g}"
+        return config.eval_dataset or f"{share} of {config.dataset}", rows, remarks
     columns = optional_columns(config)
     if options.columns is not None or options.text_column is not None:
         columns = ColumnNames.from_options(options.columns, options.text_column)

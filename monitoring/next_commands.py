@@ -49,8 +49,7 @@ def _commands_on(folder: Path, names: Set[str], config: Config, result: str, out
     is_demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
     prompt = ["--prompt", TOY_PROMPT] if is_demo else []  # without one, generate.py starts a conversation
     # evaluate.py uses the held-out rows unless an option names others.
-    has_held_out = config.eval_share or config.eval_dataset
-    rows = [] if has_held_out else ["--dataset", without_weights(config.dataset), "--samples", "200"]
+    rows = [] if config.evaluates else ["--dataset", without_weights(config.dataset), "--samples", "200"]
     has_model, has_adapter = CONFIG in names, not names.isdisjoint((ADAPTER, BLOCKS))
     merged = "what was trained" if result == "the tuned one" else result
     for script, purpose, more, is_possible in (

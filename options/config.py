@@ -61,6 +61,14 @@ def _parse_day(text: str) -> str:
     return datetime.date.fromisoformat(text).isoformat()
 
 
+def parse_fold(text: str) -> str:
+    """Return the text if it is K/N, fold K of N, with N at least 2. Raises ValueError if not."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) or int(match[2]) < 2:
+        raise ValueError(text)
+    return text
+
+
 @dataclass(frozen=True)
 class Config:
     """All options of a run. Made by options/train.py: `parse`, and never changed afterwards."""
@@ -178,6 +186,9 @@ class Config:
 
     eval_share: float = option(0.0, "Evaluation", "share of the rows that is split off, by --seed, for"
         " evaluation; 0 = none", ge=0, lt=1)
+    eval_fold: str | None = option(None, "Evaluation", "K/N: split the rows, by --seed, into N equal folds,"
+        " and evaluate on the K-th instead of training on it, for cross-validation; instead of --eval_share",
+        convert=parse_fold, noun="a fold like 1/5, the first of five")
     eval_dataset: str | None = option(None, "Evaluation", "rows to evaluate on, instead of --eval_share:"
         " whatever --dataset takes, without weights")
     eval_samples: int = option(-1, "Evaluation", "number of rows of the evaluation set that are used, from"
@@ -305,6 +316,11 @@ class Config:
         """The options that are AUTO: numbers that are decided at the start of a run, before its ranks."""
         numbers = ("batch_size", "gradient_accumulation_steps", "context_length")
         return [name for name in numbers if getattr(self, name) == AUTO]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.eval_share or self.eval_fold) or self.eval_dataset is not None
 
     @property
     def saves_best(self) -> bool:

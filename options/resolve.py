@@ -141,9 +141,12 @@ def _check_evaluation(config: Config) -> None:
     """Raise UserError for an option of the group Evaluation that has no effect beside the others."""
     if config.eval_share and config.eval_dataset is not None:
         raise UserError("--eval_share: has no effect with --eval_dataset; leave one of them out")
-    if not config.eval_share and config.eval_dataset is None:
+    if config.eval_fold and (config.eval_share or config.eval_dataset is not None):
+        other = "--eval_share" if config.eval_share else "--eval_dataset"
+        raise UserError(f"--eval_fold: has no effect with {other}; leave one of them out")
+    if not config.evaluates:
         names = ("eval_every", "eval_samples", "early_stopping_patience")
-        _check_unused(config, "--eval_share or --eval_dataset", *names)
+        _check_unused(config, "--eval_share, --eval_fold or --eval_dataset", *names)
     if not config.eval_every:
         _check_unused(config, "--eval_every", "early_stopping_patience")
     if not config.sample_every:

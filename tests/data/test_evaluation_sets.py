@@ -42,6 +42,25 @@ def test_the_split(checkpoints, alpaca_file):
     assert sets("--eval_dataset", alpaca_file, "--eval_samples", "3")[0] == everything
 
 
+def test_the_folds(checkpoints, alpaca_file):
+    """Each row is evaluated on in one fold of three, and trained on in the other two."""
+
+    def sets(fold, *more):
+        config, _ = parse(options(checkpoints, alpaca_file, "--eval_fold", fold, *more))
+        _, rows, held = prepare_sets(config, BYTES)
+        return sorted(texts(rows)), sorted(texts(held.rows))
+
+    folds = [sets(f"{k}/3") for k in (1, 2, 3)]
+    everything = sorted(folds[0][0] + folds[0][1])
+    assert sorted(text for _, held in folds for text in held) == everything
+    assert all(sorted(kept + held) == everything for kept, held in folds)
+    assert sorted(len(held) for _, held in folds) == [13, 13, 14]
+    assert sets("1/3", "--seed", "1") != folds[0]
+    config, _ = parse(options(checkpoints, alpaca_file, "--eval_fold", "2/3"))
+    held, _ = read_evaluation_rows(config, BYTES)  # as evaluate.py reads them
+    assert len(held) == len(folds[1][1])
+
+
 def texts(rows) -> list[str]:
     starts = rows.starts.tolist()
     return [BYTES.decode(rows.tokens[a:b]) for a, b in pairwise(starts)]

@@ -332,9 +332,22 @@ def test_no_image_is_on_both_sides_of_a_split(folder):
     sides = [{ref.digest for ref in each.images.refs} for each in (rows, evaluation.rows)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
     assert 10 <= len(evaluation.rows) <= 12 and len(rows) + len(evaluation.rows) == 40
+    folds = []
+    for k in (1, 2, 3):
+        in_fold = dataclasses.replace(config, eval_share=0, eval_fold=f"{k}/3")
+        _, rows, evaluation = prepare_sets(in_fold, tokenizer, stand_in(tokenizer))
+        sides = [{ref.digest for ref in each.images.refs} for each in (rows, evaluation.rows)]
+        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
+        folds.append(len(evaluation.rows))
+    assert sum(folds) == 40 and max(folds) - min(folds) <= 3  # a group that shares an image has 3 rows
     same = write_file(
         folder / "rows.jsonl", to_jsonl([{"image": "1.png", "text": f"t{i}"} for i in range(8)])
     )
+    with pytest.raises(
+        UserError, match=r"^--eval_fold 1/2: 8 rows, some of which share images, make at most 1 f"
+    ):
+        in_fold = dataclasses.replace(config, dataset=str(same), eval_share=0, eval_fold="1/2")
+        prepare_sets(in_fold, tokenizer, stand_in(tokenizer))
     with pytest.raises(UserError, match=r"^--eval_share 0.25: all rows show the same images"):
         prepare_sets(dataclasses.replace(config, dataset=str(same)), tokenizer, stand_in(tokenizer))
 
@@ -379,6 +392,11 @@ def test_no_image_is_on_both_sides_of_a_mixture(folder):
     sides = [{ref.digest for ref in each.images.refs} for each in (rows, evaluation.rows)]
     assert (len(sides[0]), len(sides[1])) == (6, 2) and not sides[0] & sides[1]
     assert [each.size for each in rows.sets] == [6, 6] and len(evaluation.rows) == 4
+    for k in (1, 2, 3, 4):
+        in_fold = dataclasses.replace(config, eval_share=0, eval_fold=f"{k}/4")
+        _, rows, evaluation = prepare_sets(in_fold, tokenizer, stand_in(tokenizer))
+        folds = [{ref.digest for ref in each.images.refs} for each in (rows, evaluation.rows)]
+        assert (len(folds[0]), len(folds[1])) == (6, 2) and not folds[0] & folds[1]
 
 
 def test_texts_of_a_model_of_images(folder):

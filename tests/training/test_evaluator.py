@@ -416,7 +416,10 @@ def test_a_repetition_is_cut_in_the_printed_sample_alone(monkeypatch, tmp_path):
         (["--eval_share", "0.001"], "--eval_share 0.001: of 40 rows it leaves none to evaluate on"),
         (["--eval_share", "0.999"], "--eval_share 0.999: of 40 rows it leaves none to train on"),
         (["--eval_share", "0.2", "--eval_dataset", "toy"], "--eval_share: has no effect with --eval_dataset"),
-        (["--eval_every", "5"], "--eval_every: has no effect without --eval_share or --eval_dataset"),
+        (["--eval_every", "5"], "--eval_every: has no effect without --eval_share, --eval_fold or --eval_"),
+        (["--eval_fold", "0/5"], "--eval_fold: '0/5' is not a fold like 1/5, the first of five"),
+        (["--eval_fold", "1/41"], "--eval_fold 1/41: 40 rows make at most 40 folds"),
+        (["--eval_fold", "1/5", "--eval_share", "0.2"], "--eval_fold: has no effect with --eval_share"),
         (["--eval_samples", "5"], "--eval_samples: has no effect without"),
         (["--early_stopping_patience", "5"], "--early_stopping_patience: has no effect without --eval_share"),
         (
