@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from options import block_expansion, evaluate, export, generate, plan, report, train
+from options import block_expansion, evaluate, export, generate, plan, report, sweep, train
 from options.config import COMPATIBILITY, FIELDS
 from options.declaration import Range
 from options.errors import UserError
 
 COMMANDS = {
-    each.COMMAND.program: each for each in (block_expansion, evaluate, export, generate, plan, report, train)
+    each.COMMAND.program: each
+    for each in (block_expansion, evaluate, export, generate, plan, report, sweep, train)
 }
 REQUIRED = {  # the required arguments of each command
     "block_expansion.py": ["--model_name", "toy", "--output_dir", "out"],
@@ -22,11 +23,12 @@ REQUIRED = {  # the required arguments of each command
     "generate.py": ["RUN"],
     "plan.py": [],
     "report.py": ["RUN"],
+    "sweep.py": ["--space", "space.yaml"],
     "train.py": [],
 }
 OPTIONAL = {"evaluate.py": ("samples", 7), "export.py": ("dtype", "float16"), "generate.py": ("top_k", 5),
             "block_expansion.py": ("new_blocks", 2), "plan.py": ("batch_size", 7),
-            "train.py": ("lora_rank", 3)}  # fmt: skip
+            "sweep.py": ("trials", 7), "train.py": ("lora_rank", 3)}  # fmt: skip
 
 
 def error_of(program: str, *argv: str) -> str:
