@@ -14,7 +14,7 @@ from tests.helpers.programs import ROOT
 # Each may import those before it. The two in the middle are files of the root; commands may import all.
 ORDER = ("options", "launch", "quantization", "files", "data", "models", "parallel", "quantize_layers",
          "wrapping", "monitoring", "checkpoints", "training", "finished")  # fmt: skip
-COMMANDS = {"train", "generate", "evaluate", "export", "block_expansion", "report", "plan"}
+COMMANDS = {"train", "generate", "evaluate", "export", "block_expansion", "report", "plan", "sweep"}
 LONGEST = 12  # files in a chain of imports
 
 

@@ -15,7 +15,7 @@ from tools.make_readme_picture import PICTURE, SYSTEMS, draw
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("train", "generate", "evaluate", "export", "block_expansion", "report", "plan")
+PROGRAMS = ("train", "generate", "evaluate", "export", "block_expansion", "report", "plan", "sweep")
 # 12,296; 9.57; 74 s. Not the numbers of dates, models and GPUs.
 FIGURE = re.compile(r"\d+(?:,\d{3})+|\d+\.\d+|\d+ s\b")
 

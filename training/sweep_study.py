@@ -1,0 +1,366 @@
+"""The study of a sweep: which trials there are, what each tries, what came of it. Kept by Optuna.
+
+Its journal, OUT/journal.log, has one line for each change. Optuna appends under a lock file, which works on
+network file systems too, so workers on several machines share a study without a server.
+
+A trial is in one of these states:
+
+- running: it records its worker. If that worker is dead, or has let go of it, the next worker takes the trial
+  over, with its number, its values and its folder. So no trial is lost, and none counts twice.
+- complete: it has the loss of its best evaluation, with folds the mean of theirs.
+- pruned: it was stopped early, by `is_worse_than_median`.
+- failed: its run ended with an error, which the trial records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import random
+import statistics
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from files.disk_room import check_writable
+from files.output_folder import holds_run
+from options.errors import UserError, describe
+from options.sweep import Request
+from options.sweep_space import Combination, Space, Values
+from training.sweep_worker import Worker
+
+JOURNAL, LOCK, STUDY = "journal.log", "claims", "sweep"
+MAX_STARTS = 5  # of a trial; one whose workers always die may be what kills them
+MAX_GRID = 10_000  # combinations that are listed to find those that were not tried
+DRAWS = 50  # of a sampler, to find a combination that was not tried
+STEPS_PER_FOLD = 1000  # a run's evaluations are known by their share of its steps, in thousandths
+Key = tuple[tuple[str, str], ...]  # a combination, hashable
+FIRST_TRIALS = 5  # complete trials before any is pruned, as Optuna's MedianPruner has it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that this worker runs.
+
+    Attributes:
+        number: from 0.
+        combination: its values.
+        losses: the loss of each fold that has ended, in order.
+        starts: how often it has been started, this time included.
+    """
+
+    number: int
+    combination: Combination
+    losses: tuple[float, ...] = ()
+    starts: int = 1
+
+
+class Wait:
+    """Nothing to start now: other workers run the last trials, and may die."""
+
+
+class Study:
+    """The trials of a sweep. All methods may be called from several threads.
+
+    Args:
+        request: what sweep.py was asked.
+        worker: this process.
+    """
+
+    def __init__(self, request: Request, worker: Worker):
+        self.request, self.worker, self.path = request, worker, request.folder.resolve() / JOURNAL
+        with _journal_errors(self.path), self._lock():
+            _cut_torn_line(self.path)
+            self.storage = JournalStorage(
+                JournalFileBackend(str(self.path), JournalFileOpenLock(str(self.path)))
+            )
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+            self.study = optuna.create_study(
+                storage=self.storage,
+                study_name=STUDY,
+                direction="minimize",
+                sampler=optuna.samplers.RandomSampler(),  # which does nothing: `_choose` samples
+                load_if_exists=True,
+            )
+            self._check_same()
+
+    def _check_same(self) -> None:
+        """Record what identifies the sweep. Raises UserError if the journal's sweep is another one."""
+        request, day = self.request, datetime.date.today().isoformat()
+        own = {
+            "space": request.space.as_json(),
+            "options": request.recorded,
+            "folds": request.sweep.folds,
+        }
+        if not self.study.user_attrs:
+            self.study.set_user_attr("sweep", own | {"day": day})
+        recorded = self.study.user_attrs["sweep"]
+        for name, value in own.items():
+            if recorded[name] != value:
+                raise UserError(_describe_other(name, recorded[name], value, request))
+
+    @property
+    def day(self) -> str:
+        """The day on which the sweep began, for chat templates that contain a date."""
+        return self.study.user_attrs["sweep"]["day"]
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Let one thread of one worker at a time choose its trial."""
+        lock = JournalFileOpenLock(str(self.request.folder.resolve() / LOCK))
+        lock.acquire()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):  # it took so long that another one broke the lock
+                lock.release()
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return all trials, by number."""
+        return self.study.get_trials(deepcopy=False)
+
+    def claim(self) -> Trial | type[Wait] | None:
+        """Return a trial to run, one that its worker left or a new one; None if all have ended."""
+        with self._lock():
+            running = [t for t in self.trials() if t.state == TrialState.RUNNING]
+            for trial in running:
+                owner = trial.user_attrs["worker"]
+                if owner and self.worker.is_alive(owner):
+                    continue
+                if trial.user_attrs["starts"] < MAX_STARTS:
+                    return self._take_over(trial)
+                self._end(trial, TrialState.FAIL, f"its worker was killed {MAX_STARTS} times")
+            if len(self.trials()) < self.request.trials:
+                return self._create()
+            return Wait if any(t.state == TrialState.RUNNING for t in self.trials()) else None
+
+    def _take_over(self, trial: FrozenTrial) -> Trial:
+        """Record this worker as a trial's worker. Return the trial."""
+        starts = trial.user_attrs["starts"] + 1
+        self._set(trial, worker=self.worker.identity, starts=starts)
+        losses = tuple(trial.user_attrs.get("losses", ()))
+        return Trial(trial.number, trial.user_attrs["options"], losses, starts)
+
+    def _create(self) -> Trial:
+        """Add a running trial to the study, in one line of the journal. Return it."""
+        before = self.trials()
+        combination = choose(self.request, before)
+        distributions = {d.name: _distribution(d) for d in self.request.space.dimensions}
+        params = {name: _param(distributions[name], text) for name, text in combination.items()}
+        attributes = {"options": combination, "worker": self.worker.identity, "starts": 1}
+        self.study.add_trial(
+            optuna.create_trial(
+                state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes
+            )
+        )
+        return Trial(len(before), combination)
+
+    def _find(self, number: int) -> FrozenTrial:
+        return self.trials()[number]
+
+    def _set(self, trial: FrozenTrial, **attributes) -> None:
+        """Record attributes of a trial, unless it has ended."""
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            for name, value in attributes.items():
+                self.storage.set_trial_user_attr(trial._trial_id, name, value)
+
+    def _end(
+        self, trial: FrozenTrial, state: TrialState, reason: str = "", value: float | None = None
+    ) -> None:
+        """Record that a trial has ended, unless it has."""
+        if reason:
+            self._set(trial, reason=reason)
+        self.study.tell(trial.number, value, state=state, skip_if_finished=True)
+
+    def is_mine(self, number: int) -> bool:
+        """Whether this worker still is a trial's worker: others take over from one that seems dead."""
+        trial = self._find(number)
+        return trial.state == TrialState.RUNNING and trial.user_attrs["worker"] == self.worker.identity
+
+    def report(self, number: int, fold: int, share: int, loss: float) -> bool:
+        """Record an evaluation of a trial. Return whether the trial should be stopped, as not promising.
+
+        Args:
+            number: the trial.
+            fold: from 0.
+            share: of the run's steps that were done, in thousandths.
+            loss: the evaluation loss.
+        """
+        trial = self._find(number)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_intermediate_value(trial._trial_id, fold * STEPS_PER_FOLD + share, loss)
+        complete = [t.intermediate_values for t in self.trials() if t.state == TrialState.COMPLETE]
+        own = self._find(number).intermediate_values
+        return self.request.sweep.prune and share < STEPS_PER_FOLD and is_worse_than_median(own, complete)
+
+    def record_fold(self, number: int, losses: tuple[float, ...]) -> None:
+        """Record the losses of the folds of a trial that have ended."""
+        self._set(self._find(number), losses=list(losses))
+
+    def complete(self, number: int, losses: tuple[float, ...]) -> None:
+        """Record that a trial has ended with the mean of its folds' losses."""
+        self._end(self._find(number), TrialState.COMPLETE, value=statistics.fmean(losses))
+
+    def prune(self, number: int, reason: str) -> None:
+        """Record that a trial was stopped early."""
+        self._end(self._find(number), TrialState.PRUNED, reason)
+
+    def fail(self, number: int, reason: str) -> None:
+        """Record that a trial's run ended with an error."""
+        self._end(self._find(number), TrialState.FAIL, reason)
+
+    def release(self, number: int) -> None:
+        """Let go of a trial, which any worker may continue. Its start does not count."""
+        if self.is_mine(number):
+            trial = self._find(number)
+            self._set(trial, starts=trial.user_attrs["starts"] - 1, worker=None)
+
+
+def check_folder(folder: Path) -> bool:
+    """Return whether a folder holds a sweep. Raises UserError if it holds a run, or cannot be written."""
+    check_writable(folder, "--output_dir")
+    if (folder / JOURNAL).is_file():
+        return True
+    if holds_run(folder):
+        raise UserError(
+            f"--output_dir {folder}: holds a run of train.py; choose another folder for the sweep"
+        )
+    return False
+
+
+def choose(request: Request, trials: list[FrozenTrial]) -> Combination:
+    """Return the values of the next trial; they differ from those of all trials before it.
+
+    The choice depends on --seed and on these trials alone, not on the worker.
+    """
+    space, sampler = request.space, request.sweep.sampler
+    tried = {_key(t.user_attrs["options"]) for t in trials}
+    seed = (request.config.seed * 1_000_003 + len(trials)) % 2**32
+    if sampler == "tpe" or space.size > MAX_GRID:
+        combination = _sample(space, sampler, trials, tried, seed)
+        if combination or space.size > MAX_GRID:
+            return combination or _sample(space, sampler, trials, set(), seed)
+    untried = [each for each in space.combinations() if _key(each) not in tried]
+    in_order = sampler == "grid" and request.trials == space.size
+    return untried[0] if in_order else random.Random(seed).choice(untried)
+
+
+def _key(combination: Combination) -> Key:
+    """Return a combination as something to look up, whatever the order of its options is."""
+    return tuple(sorted(combination.items()))
+
+
+def _sample(space: Space, sampler: str, trials: list[FrozenTrial], tried: set[Key], seed: int) -> Combination:
+    """Return a combination by Optuna's sampler that was not tried; {} if it finds none in DRAWS draws.
+
+    It draws in a copy of the study, which costs no trial.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # constant_liar: keep away from what other workers are trying.
+        chosen = (
+            optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            if sampler == "tpe"
+            else optuna.samplers.RandomSampler(seed=seed)
+        )
+    copy = optuna.create_study(sampler=chosen, direction="minimize")
+    copy.add_trials(trials)
+    distributions = {d.name: _distribution(d) for d in space.dimensions}
+    for _ in range(DRAWS):
+        params = copy.ask(distributions).params
+        combination = {
+            d.name: params[d.name] if isinstance(d, Values) else d.text(params[d.name])
+            for d in space.dimensions
+        }
+        if _key(combination) not in tried:
+            return combination
+    return {}
+
+
+def _distribution(dimension) -> BaseDistribution:
+    """Return Optuna's form of an option's values or range."""
+    if isinstance(dimension, Values):
+        return CategoricalDistribution(dimension.texts)
+    if dimension.is_whole:
+        return IntDistribution(
+            int(dimension.low), int(dimension.high), dimension.is_log, int(dimension.step or 1)
+        )
+    return FloatDistribution(dimension.low, dimension.high, dimension.is_log, dimension.step)
+
+
+def _param(distribution: BaseDistribution, text: str) -> str | int | float:
+    """Return an option's text as a value of its distribution."""
+    if isinstance(distribution, CategoricalDistribution):
+        return text
+    return int(text) if isinstance(distribution, IntDistribution) else float(text)
+
+
+def is_worse_than_median(own: dict[int, float], complete: list[dict[int, float]]) -> bool:
+    """Return whether a trial's best evaluation of a fold is above the median of the complete trials'.
+
+    Of each of them the last evaluation counts that it had by the same share of its run: options such as
+    --batch_size change the number of steps, so evaluations need not be at the same shares. Where they are,
+    this is the rule of Optuna's MedianPruner.
+
+    Args:
+        own: {fold * STEPS_PER_FOLD + share of the run in thousandths: loss}; not empty.
+        complete: the same of the complete trials.
+    """
+    now = max(own)
+    start = (now - 1) // STEPS_PER_FOLD * STEPS_PER_FOLD
+    best = min(loss for step, loss in own.items() if step > start)
+    others = [max((step, loss) for step, loss in each.items() if start < step <= now)[1]
+              for each in complete if any(start < step <= now for step in each)]  # fmt: skip
+    return len(others) >= FIRST_TRIALS and best > statistics.median(others)
+
+
+def _describe_other(name: str, before, value, request: Request) -> str:
+    """Return the error for a sweep that differs from the one in the folder. name: what differs."""
+    folder, option = request.folder, "--space " + request.sweep.space if name == "space" else "--config"
+    if name == "folds":
+        what, was, here = "--folds", before, value
+        return f"{what} {here}: the sweep in {folder} has {was}; choose another --output_dir"
+    different = [key for key in {**before, **value} if before.get(key) != value.get(key)]
+    first = different[0] if different else next(iter(value))
+    was, here = (json.dumps(each[first]) if first in each else "nothing" for each in (before, value))
+    return (
+        f"{option}: {first} is {here}, and {was} in the sweep in {folder}; choose another --output_dir for"
+        " another sweep"
+    )
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove half a line at the journal's end, which a full disk or a power failure leaves.
+
+    The next line would be appended to it, and Optuna could never read the journal again.
+    """
+    lock = JournalFileOpenLock(str(path))
+    if not path.exists():
+        return
+    lock.acquire()
+    try:
+        with path.open("rb+") as file:
+            text = file.read()
+            if text and not text.endswith(b"\n"):
+                file.truncate(text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _journal_errors(path: Path) -> Iterator[None]:
+    """Within the context, raise UserError for a journal that cannot be read or written."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (ValueError, KeyError) as e:
+        raise UserError(f"{path}: is damaged, or no journal of a sweep ({describe(e)})") from None
