@@ -13,7 +13,7 @@ import time
 from functools import partial
 
 from launch.program import exit_on_signals, is_under_torchrun, print_error, run_command
-from options.errors import UserError
+from options.errors import UserError, needs_no_traceback
 from options.sweep import Request, parse
 from options.wandb_sweep import write_wandb_sweep
 
@@ -33,7 +33,9 @@ def run(request: Request) -> int:
             print(request.sweep.wandb_sweep)
             return 0
         return sweep(request)
-    except UserError as e:
+    except (UserError, OSError) as e:
+        if not needs_no_traceback(e):
+            raise
         return print_error(e, verbose=request.config.verbose)
 
 
@@ -65,14 +67,13 @@ def work(request: Request, study, gpus: dict[str, str], stop) -> None:
         gpus: the environment variables that give a run its GPUs.
         stop: the request to stop.
     """
-    from training.sweep_study import Wait
     from training.sweep_trial import WAIT_SECONDS, run_trial
 
     while not stop.count:
         trial = study.claim()
         if trial is None:
-            return
-        if trial is Wait:
+            if study.has_ended():
+                return
             stop.wait(WAIT_SECONDS)
             continue
         values = " ".join(f"{name}={text}" for name, text in trial.combination.items())
@@ -83,6 +84,7 @@ def work(request: Request, study, gpus: dict[str, str], stop) -> None:
         if end:
             print(f"trial {trial.number}: {end} ({time.monotonic() - began:.0f} s)", flush=True)
             write_page(request, study)
+            study.check_promising()
 
 
 def write_page(request: Request, study) -> None:

@@ -37,7 +37,7 @@ def make_wandb_sweep(request: Request) -> dict[str, Any]:
         "parameters": {
             each.name: _describe_parameter(each, request.sweep.sampler) for each in request.space.dimensions
         },
-        "command": ["${env}", "python", "${program}", *request.base, *log, "${args}"],
+        "command": ["${env}", "${interpreter}", "${program}", *request.base, *log, "${args}"],
     }
     return sweep if request.trials == request.space.size else {"run_cap": request.trials} | sweep
 

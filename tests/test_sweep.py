@@ -161,6 +161,12 @@ def test_pruned_and_failed_trials(arguments, run, tmp_path):
     assert "trial 1: failed: --lora_rank 13: is unlucky" in printed and status == 0
     argv = arguments("lora_rank: [13]", "--sampler", "grid", "--output_dir", str(tmp_path / "third"))
     assert run(argv)[0] == 1, "no trial is complete"
+    argv = arguments("lora_rank: [13]\nlora_alpha: [1, 2, 3, 4, 5]", "--output_dir", str(tmp_path / "fourth"))
+    status, printed = run(argv)
+    assert status == 2 and printed.count(": failed: ") == 3
+    assert (
+        "error: the first 3 trials failed, the last one: --lora_rank 13: is unlucky; begin again" in printed
+    )
 
 
 def test_folds(arguments, run, tmp_path):

@@ -43,6 +43,7 @@ MAX_GRID = 10_000  # combinations that are listed to find those that were not tr
 DRAWS = 50  # of a sampler, to find a combination that was not tried
 STEPS_PER_FOLD = 1000  # a run's evaluations are known by their share of its steps, in thousandths
 Key = tuple[tuple[str, str], ...]  # a combination, hashable
+FIRST_FAILURES = 3  # at the beginning, after which a sweep ends: the same will happen to all trials
 FIRST_TRIALS = 5  # complete trials before any is pruned, as Optuna's MedianPruner has it
 
 
@@ -61,10 +62,6 @@ class Trial:
     combination: Combination
     losses: tuple[float, ...] = ()
     starts: int = 1
-
-
-class Wait:
-    """Nothing to start now: other workers run the last trials, and may die."""
 
 
 class Study:
@@ -127,8 +124,8 @@ class Study:
         """Return all trials, by number."""
         return self.study.get_trials(deepcopy=False)
 
-    def claim(self) -> Trial | type[Wait] | None:
-        """Return a trial to run, one that its worker left or a new one; None if all have ended."""
+    def claim(self) -> Trial | None:
+        """Return a trial to run, one that its worker left or a new one; None if there is none now."""
         with self._lock():
             running = [t for t in self.trials() if t.state == TrialState.RUNNING]
             for trial in running:
@@ -140,7 +137,21 @@ class Study:
                 self._end(trial, TrialState.FAIL, f"its worker was killed {MAX_STARTS} times")
             if len(self.trials()) < self.request.trials:
                 return self._create()
-            return Wait if any(t.state == TrialState.RUNNING for t in self.trials()) else None
+            return None
+
+    def has_ended(self) -> bool:
+        """Whether all trials have ended. Until then a worker may die, and leave its trial to others."""
+        trials = self.trials()
+        return len(trials) >= self.request.trials and all(t.state.is_finished() for t in trials)
+
+    def check_promising(self) -> None:
+        """Raise UserError if FIRST_FAILURES trials have failed and none has ended otherwise."""
+        ended = [t for t in self.trials() if t.state.is_finished()]
+        if len(ended) >= FIRST_FAILURES and all(t.state == TrialState.FAIL for t in ended):
+            raise UserError(
+                f"the first {len(ended)} trials failed, the last one: {ended[-1].user_attrs['reason']}; begin"
+                f" again in another --output_dir; logs are in {self.request.folder}"
+            )
 
     def _take_over(self, trial: FrozenTrial) -> Trial:
         """Record this worker as a trial's worker. Return the trial."""

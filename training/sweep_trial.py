@@ -112,25 +112,40 @@ def _run(request: Request, study: Study, trial: Trial, fold: int, gpus: dict[str
     with log.open("ab") as output:
         began = output.tell()
         process = start_run([*PROGRAM, *arguments], output.fileno(), gpus, study.worker.descriptor)
-    watched = MetricsFile(folder, config)
+    metrics = MetricsFile(folder, config)
     try:
-        is_pruned, is_mine = _watch(process, watched, study, trial.number, fold, stop)
+        is_pruned, is_mine = _watch(process, metrics, study, trial.number, fold, stop)
     finally:
         if process.poll() is None:  # this worker failed
             process.terminate()
             process.wait()
-    for share, loss in watched.new_evaluations() if is_mine else ():
+    for share, loss in metrics.new_evaluations() if is_mine else ():
         study.report(trial.number, fold, share, loss)
+    error = _find_error(log, began, process.returncode) if process.returncode else ""
+    return _judge(folder, config, error, is_pruned, is_stopped=not is_mine or bool(stop.count))
+
+
+def _judge(folder: Path, config: Config, error: str, is_pruned: bool, is_stopped: bool) -> Ended:
+    """Return how a run ended.
+
+    Args:
+        folder: the RUN.
+        config: its options.
+        error: the line with which it failed, or "".
+        is_pruned, is_stopped: whether it got SIGTERM as not promising; because the sweep lets go of it.
+    """
     metrics = MetricsFile(folder, config)  # read as a whole: a resumed run has cut what it repeats
     metrics.read_all()
-    if not is_mine or (stop.count and not is_pruned and not metrics.is_complete):
-        return Ended(is_stopped=True)
-    if is_pruned and not metrics.is_complete:
-        if not (config.save_every or config.save_minutes):  # the only checkpoint is that of the signal
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return Ended(is_pruned=True, reason=f"above the median, at {metrics.share / 10:.0f}% of the run")
-    if process.returncode:
-        return Ended(reason=_find_error(log, began, process.returncode))
+    if not metrics.is_complete or error:
+        if is_pruned:
+            if not (config.save_every or config.save_minutes):  # the only checkpoint is that of the signal
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            reason = f"above the median, at {metrics.share / 10:.0f}% of the run"
+            return Ended(is_pruned=True, reason=reason)
+        if is_stopped:
+            return Ended(is_stopped=True)
+    if error:
+        return Ended(reason=error)
     if not metrics.has_ended:
         return Ended(reason=f"train.py was stopped after step {metrics.step:,} of {metrics.total_steps:,}")
     if not math.isfinite(metrics.best):

@@ -112,7 +112,7 @@ def test_a_grid_of_wandb_runs_the_same_commands(request_of, tmp_path):
         arguments = utils.create_sweep_command_args({"args": chosen})["args"]
         command = [word for word in utils.create_sweep_command(list(read["command"])) if word != "${args}"]
         commands.add((*command, *arguments))
-    start = ("${env}", "python", "${program}")
+    start = ("${env}", "${interpreter}", "${program}")
     own = {
         (*start, *found.base, "--log_to=wandb", *found.arguments(c)[len(found.base) :])
         for c in found.space.combinations()

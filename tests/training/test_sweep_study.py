@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from options.errors import UserError
 from options.sweep import parse
-from training.sweep_study import MAX_STARTS, Study, Wait, is_worse_than_median
+from training.sweep_study import MAX_STARTS, Study, is_worse_than_median
 from training.sweep_worker import STALE_SECONDS, Worker, share_gpus
 
 BASE = "--eval_share 0.1 --eval_every 10".split()
@@ -56,8 +56,8 @@ def test_two_workers_share_a_grid(study_of):
     studies, run = [study_of(space, "--sampler", "grid") for _ in range(2)], []
 
     def work(study):
-        while (trial := study.claim()) is not None:
-            if trial is not Wait:
+        while not study.has_ended():
+            if (trial := study.claim()) is not None:
                 run.append((trial.number, tuple(trial.combination.values())))
                 study.complete(trial.number, (float(trial.number),))
 
@@ -101,17 +101,17 @@ def test_a_killed_workers_trial_is_taken_over(study_of, tmp_path):
     trials = [first.claim() for _ in range(2)]
     first.record_fold(1, (0.5,))
     third = second.claim()
-    assert third.number == 2 and second.claim() is Wait, "all others are running"
+    assert third.number == 2 and second.claim() is None and not second.has_ended(), "others are running"
     first.worker.__exit__()  # as when its process is gone
     again = [second.claim() for _ in range(2)]
     assert [(t.number, t.combination) for t in again] == [(t.number, t.combination) for t in trials]
     assert again[1].losses == (0.5,) and again[0].starts == 2
-    assert not first.is_mine(0) and second.is_mine(0) and second.claim() is Wait
+    assert not first.is_mine(0) and second.is_mine(0) and second.claim() is None
     second.complete(0, (1.0,))
     first.complete(0, (2.0,))  # it was only slow: its end comes too late
     for number in (1, 2):
         second.complete(number, (float(number),))
-    assert second.claim() is None and [t.value for t in second.trials()] == [1.0, 1.0, 2.0]
+    assert second.has_ended() and [t.value for t in second.trials()] == [1.0, 1.0, 2.0]
 
 
 def test_a_trial_that_kills_its_workers_fails(study_of):
