@@ -4,18 +4,89 @@
 
 The same command goes on with a stopped sweep. Given on several machines that see --output_dir, it shares the
 trials among them. docs/sweep.md explains it.
+
+Stages: parse options and space -> let train.py check one trial -> in each worker: claim a trial, run it, tell
+how it ended -> table and page.
 """
 
 from __future__ import annotations
 
 import sys
+
+from launch.program import exit_on_signals, is_under_torchrun, parse_or_exit, print_error, run_command
+from options.sweep import Request, parse
+
+if __name__ == "__main__":
+    # The imports below take seconds; --help and wrong options are answered before them.
+    PARSED = parse_or_exit(sys.argv[1:], parse)
+
 import time
 from functools import partial
 
-from launch.program import exit_on_signals, is_under_torchrun, print_error, run_command
+from files.atomic_writes import write_text
+from files.disk_room import warn_on_full_disk
+from monitoring.sweep_page import PAGE, render_sweep
 from options.errors import UserError, needs_no_traceback
-from options.sweep import Request, parse
 from options.wandb_sweep import write_wandb_sweep
+from training.sweep_pool import run_in_threads, stop_requests
+from training.sweep_results import collect_results, describe_next, format_results
+from training.sweep_study import JOURNAL, Study, check_folder
+from training.sweep_trial import WAIT_SECONDS, Stop, check_first_run, run_trial
+from training.sweep_worker import Worker, share_gpus
+
+
+def work(request: Request, study: Study, gpus: dict[str, str], stop: Stop) -> None:
+    """Run one trial after the other, until all have ended or the sweep stops. Raises UserError.
+
+    Args:
+        request: what this command was asked.
+        study: the trials, which other workers run too.
+        gpus: the environment variables that give a run its GPUs.
+        stop: the request to stop.
+    """
+    while not stop.count and not study.has_ended():
+        trial = study.claim()
+        if trial is None:  # others run the last ones, and may die
+            stop.wait(WAIT_SECONDS)
+            continue
+        values = " ".join(f"{name}={text}" for name, text in trial.combination.items())
+        print(f"trial {trial.number}{' again' * (trial.starts > 1)}: {values}", flush=True)
+        began = time.monotonic()
+        end = run_trial(request, study, trial, gpus, stop)
+        if end:
+            print(f"trial {trial.number}: {end} ({time.monotonic() - began:.0f} s)", flush=True)
+            write_page(request, study)
+            study.check_promising()
+
+
+def write_page(request: Request, study: Study) -> None:
+    """Write sweep.html, which then shows all trials so far."""
+    with warn_on_full_disk(request.folder / PAGE):
+        write_text(request.folder / PAGE, render_sweep(collect_results(request, study)))
+
+
+def finish(request: Request, study: Study, is_stopped: bool) -> int:
+    """Print the trials, the best first, and what can follow. Return the exit status."""
+    write_page(request, study)
+    results = collect_results(request, study)
+    print(format_results(results))
+    print(f"in {request.folder}: {PAGE}, {JOURNAL}, and the runs of the trials")
+    if is_stopped:
+        print(f"stopped after {results.ended} of {request.trials} trials; the same command goes on")
+        return 0
+    print(*describe_next(request, results), sep="\n")
+    return 0 if results.best else 1
+
+
+def sweep(request: Request) -> int:
+    """Check the sweep, and run its trials, several at a time. Return the exit status. Raises UserError."""
+    shares = share_gpus(request.sweep.workers)
+    if not check_folder(request.folder):
+        check_first_run(request)
+    with Worker(request.folder / "workers") as worker, stop_requests() as stop:
+        study = Study(request, worker)
+        run_in_threads([partial(work, request, study, gpus, stop) for gpus in shares], stop)
+        return finish(request, study, is_stopped=bool(stop.count))
 
 
 def run(request: Request) -> int:
@@ -28,90 +99,15 @@ def run(request: Request) -> int:
             raise UserError(
                 "sweep.py starts the ranks of its runs itself; start it with python, once per machine"
             )
-        if request.sweep.wandb_sweep:
-            write_wandb_sweep(request, request.sweep.wandb_sweep)
-            print(request.sweep.wandb_sweep)
-            return 0
-        return sweep(request)
+        if request.sweep.wandb_sweep is None:
+            return sweep(request)
+        write_wandb_sweep(request, request.sweep.wandb_sweep)
+        print(request.sweep.wandb_sweep)
+        return 0
     except (UserError, OSError) as e:
         if not needs_no_traceback(e):
             raise
         return print_error(e, verbose=request.config.verbose)
-
-
-def sweep(request: Request) -> int:
-    """Check the sweep, and run its trials, several at a time. Return the exit status. Raises UserError."""
-    from training.sweep_pool import (
-        run_in_threads,
-        stop_requests,
-    )  # takes seconds, so after the options are parsed
-    from training.sweep_study import Study, check_folder
-    from training.sweep_trial import check_first_run
-    from training.sweep_worker import Worker, share_gpus
-
-    shares = share_gpus(request.sweep.workers)
-    if not check_folder(request.folder):
-        check_first_run(request)
-    with Worker(request.folder / "workers") as worker, stop_requests() as stop:
-        study = Study(request, worker)
-        run_in_threads([partial(work, request, study, gpus, stop) for gpus in shares], stop)
-        return finish(request, study, is_stopped=bool(stop.count))
-
-
-def work(request: Request, study, gpus: dict[str, str], stop) -> None:
-    """Run one trial after the other, until all have ended or the sweep stops.
-
-    Args:
-        request: what this command was asked.
-        study: the trials, which other workers run too.
-        gpus: the environment variables that give a run its GPUs.
-        stop: the request to stop.
-    """
-    from training.sweep_trial import WAIT_SECONDS, run_trial
-
-    while not stop.count:
-        trial = study.claim()
-        if trial is None:
-            if study.has_ended():
-                return
-            stop.wait(WAIT_SECONDS)
-            continue
-        values = " ".join(f"{name}={text}" for name, text in trial.combination.items())
-        again = " again" if trial.starts > 1 else ""
-        print(f"trial {trial.number}{again}: {values}", flush=True)
-        began = time.monotonic()
-        end = run_trial(request, study, trial, gpus, stop)
-        if end:
-            print(f"trial {trial.number}: {end} ({time.monotonic() - began:.0f} s)", flush=True)
-            write_page(request, study)
-            study.check_promising()
-
-
-def write_page(request: Request, study) -> None:
-    """Write sweep.html, which then shows all trials so far."""
-    from files.atomic_writes import write_text
-    from files.disk_room import warn_on_full_disk
-    from monitoring.sweep_page import PAGE, render_sweep
-    from training.sweep_results import collect_results
-
-    with warn_on_full_disk(request.folder / PAGE):
-        write_text(request.folder / PAGE, render_sweep(collect_results(request, study)))
-
-
-def finish(request: Request, study, is_stopped: bool) -> int:
-    """Print the trials, the best first, and what can follow. Return the exit status."""
-    from monitoring.sweep_page import PAGE
-    from training.sweep_results import collect_results, describe_next, format_results
-
-    write_page(request, study)
-    results = collect_results(request, study)
-    print(format_results(results))
-    print(f"in {request.folder}: {PAGE}, journal.log, and the runs of the trials")
-    if is_stopped:
-        print(f"stopped after {results.ended} of {request.trials} trials; the same command goes on")
-        return 0
-    print(*describe_next(request, results), sep="\n")
-    return 0 if results.best else 1
 
 
 def main(argv: list[str]) -> int:
@@ -120,4 +116,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(PARSED))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from monitoring.sweep_page import SweepPage, TrialRow, render_sweep
+from options import train
 from options.sweep import parse
 from tests.helpers.fake_training import COMMAND, evaluation_loss, run_sweep
 from tests.helpers.programs import ROOT
@@ -180,7 +182,9 @@ def test_folds(arguments, run, tmp_path):
     assert sorted(path.parent.name for path in tmp_path.glob("out/trial-0001/*/metrics.jsonl")) == [
         "fold-1", "fold-2", "fold-3"
     ]  # fmt: skip
-    assert "next, on all rows: " in printed and "--lr=0.001" in printed.splitlines()[-1]
+    command = shlex.split(printed.splitlines()[-1].partition("next, on all rows: ")[2])
+    config, _ = train.parse(command[2:])
+    assert config.lr == 1e-3 and not config.evaluates
 
 
 def test_bad_input_writes_nothing(arguments, run, tmp_path):

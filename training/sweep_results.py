@@ -12,6 +12,7 @@ from files.names import ADAPTER_CONFIG, BEST, CONFIG, OPTIONS
 from launch.program import shell_command
 from monitoring.report import PAGE as REPORT
 from monitoring.sweep_page import SweepPage, TrialRow
+from options.config import FIELDS
 from options.sweep import Request
 from training.sweep_study import Study
 from training.sweep_trial import trial_folder
@@ -24,6 +25,11 @@ STATES = {
 }
 MIN_COMPLETE = 4  # trials without which importances are noise
 TOP_TRIALS = 5  # the best trials, of which PED-ANOVA asks what they have in common
+EVALUATING = (
+    "eval_every",
+    "eval_samples",
+    "early_stopping_patience",
+)  # without effect if no row is held back
 MAX_TEXT = 28  # characters of a value in the table
 
 
@@ -93,9 +99,10 @@ def describe_next(request: Request, page: SweepPage) -> list[str]:
     best = page.best
     if best is None:
         return []
-    arguments = request.arguments(best.options)
-    again = [*shell_command("train.py"), *arguments]
     if request.sweep.folds > 1:  # no trial has been trained on all rows
+        unset = [f"--{name}={FIELDS[name].default}" for name in EVALUATING
+                 if getattr(request.config, name) != FIELDS[name].default]  # fmt: skip
+        again = [*shell_command("train.py"), *request.arguments(best.options), *unset]
         return [f"next, on all rows: {shlex.join(again)}"]
     folder = trial_folder(request, best.number)
     # With several evaluations the best weights are in best/; otherwise the result itself is the best.

@@ -67,7 +67,7 @@ def run_sweep(argv: list[str]) -> int:
     with (
         patch.object(sweep_trial, "PROGRAM", COMMAND),
         patch.object(sweep_trial, "POLL_SECONDS", 0.05),
-        patch.object(sweep_trial, "WAIT_SECONDS", 0.05),
+        patch.object(sweep, "WAIT_SECONDS", 0.05),
         patch.object(sweep_pool, "WAKE_SECONDS", 0.05),
     ):
         return sweep.main(argv)
