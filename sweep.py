@@ -28,10 +28,10 @@ from files.disk_room import warn_on_full_disk
 from monitoring.sweep_page import PAGE, render_sweep
 from options.errors import UserError, needs_no_traceback
 from options.wandb_sweep import write_wandb_sweep
-from training.sweep_pool import run_in_threads, stop_requests
+from training.sweep_pool import Stop, run_in_threads, stop_requests
 from training.sweep_results import collect_results, describe_next, format_results
 from training.sweep_study import JOURNAL, Study, check_folder
-from training.sweep_trial import WAIT_SECONDS, Stop, check_first_run, run_trial
+from training.sweep_trial import WAIT_SECONDS, check_first_run, run_trial
 from training.sweep_worker import Worker, share_gpus
 
 

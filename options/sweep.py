@@ -70,6 +70,11 @@ class Request:
         """Number of trials of the sweep."""
         return int(min(self.sweep.trials, self.space.size))
 
+    def run_folder(self, number: int, fold: int = 0) -> Path:
+        """Return the RUN of a trial; with --folds that of one of its folds, from 0."""
+        folder = self.folder / f"trial-{number:04}"
+        return folder / f"fold-{fold + 1}" if self.sweep.folds > 1 else folder
+
     def arguments(self, combination: Combination) -> list[str]:
         """Return the command line of a trial without what sweep.py adds, split into words."""
         return [*self.base, *(f"--{name}={text}" for name, text in combination.items())]

@@ -82,15 +82,15 @@ class Range:
     @property
     def grid(self) -> tuple[str, ...]:
         """All values, of a range that has finitely many."""
-        low, step = Decimal(str(self.low)), Decimal(str(self.step or 1))
-        return tuple(self.text(float(low + i * step)) for i in range(int(self.size)))
+        return tuple(self.text(self.low + i * (self.step or 1)) for i in range(int(self.size)))
 
     def text(self, value: float) -> str:
         """Return a value as on a command line; where any number may be tried, with DIGITS digits."""
         if self.is_whole:
             return str(int(value))
-        if self.step is not None:
-            return str(float(value))
+        if self.step is not None:  # in decimals: 0.15, not 0.15000000000000002
+            low, step = Decimal(str(self.low)), Decimal(str(self.step))
+            return str(float(low + round((value - self.low) / self.step) * step))
         return str(min(max(float(f"{value:.{DIGITS}g}"), float(self.low)), float(self.high)))
 
     def as_json(self) -> list | dict:

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from launch.signals import STOPS
-from training.sweep_trial import Stop
 
 WAKE_SECONDS = 0.5  # Python runs signal handlers only between waits of the main thread
+
+
+class Stop:
+    """A request to stop the sweep; signal handlers make it, and all workers of the process see it."""
+
+    def __init__(self):
+        self.count, self._event = 0, threading.Event()
+
+    def request(self, *_) -> None:
+        """Ask for the stop; a second request ends the runs at once. Takes a signal handler's arguments."""
+        self.count += 1
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a request, at most this long. Return whether there was one."""
+        return self._event.wait(seconds)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from monitoring.sweep_page import SweepPage, TrialRow
 from options.config import FIELDS
 from options.sweep import Request
 from training.sweep_study import Study
-from training.sweep_trial import trial_folder
 
 STATES = {
     TrialState.COMPLETE: "complete",
@@ -25,11 +24,8 @@ STATES = {
 }
 MIN_COMPLETE = 4  # trials without which importances are noise
 TOP_TRIALS = 5  # the best trials, of which PED-ANOVA asks what they have in common
-EVALUATING = (
-    "eval_every",
-    "eval_samples",
-    "early_stopping_patience",
-)  # without effect if no row is held back
+# They have no effect if no row is held back.
+EVALUATING = ("eval_every", "eval_samples", "early_stopping_patience")
 MAX_TEXT = 28  # characters of a value in the table
 
 
@@ -47,7 +43,7 @@ def collect_results(request: Request, study: Study) -> SweepPage:
 def _make_row(request: Request, trial: FrozenTrial) -> TrialRow:
     """Return a trial as a row of the table."""
     seconds = trial.duration.total_seconds() if trial.duration else None
-    page = trial_folder(request, trial.number, 0 if request.sweep.folds > 1 else None) / REPORT
+    page = request.run_folder(trial.number) / REPORT
     return TrialRow(
         trial.number,
         STATES[trial.state],
@@ -104,7 +100,7 @@ def describe_next(request: Request, page: SweepPage) -> list[str]:
                  if getattr(request.config, name) != FIELDS[name].default]  # fmt: skip
         again = [*shell_command("train.py"), *request.arguments(best.options), *unset]
         return [f"next, on all rows: {shlex.join(again)}"]
-    folder = trial_folder(request, best.number)
+    folder = request.run_folder(best.number)
     # With several evaluations the best weights are in best/; otherwise the result itself is the best.
     saved = folder / BEST if (folder / BEST).is_dir() else folder
     if any((saved / name).exists() for name in (ADAPTER_CONFIG, CONFIG)):

@@ -17,15 +17,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import random
 import statistics
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
@@ -34,17 +31,14 @@ from files.disk_room import check_writable
 from files.output_folder import holds_run
 from options.errors import UserError, describe
 from options.sweep import Request
-from options.sweep_space import Combination, Space, Values
+from options.sweep_space import Combination
+from training.sweep_choice import choose, make_distributions, to_params
+from training.sweep_pruning import STEPS_PER_FOLD, is_worse_than_median
 from training.sweep_worker import Worker
 
 JOURNAL, LOCK, STUDY = "journal.log", "claims", "sweep"
 MAX_STARTS = 5  # of a trial; one whose workers always die may be what kills them
-MAX_GRID = 10_000  # combinations that are listed to find those that were not tried
-DRAWS = 50  # of a sampler, to find a combination that was not tried
-STEPS_PER_FOLD = 1000  # a run's evaluations are known by their share of its steps, in thousandths
-Key = tuple[tuple[str, str], ...]  # a combination, hashable
 FIRST_FAILURES = 3  # at the beginning, after which a sweep ends: the same will happen to all trials
-FIRST_TRIALS = 5  # complete trials before any is pruned, as Optuna's MedianPruner has it
 
 
 @dataclass(frozen=True)
@@ -163,9 +157,12 @@ class Study:
     def _create(self) -> Trial:
         """Add a running trial to the study, in one line of the journal. Return it."""
         before = self.trials()
-        combination = choose(self.request, before)
-        distributions = {d.name: _distribution(d) for d in self.request.space.dimensions}
-        params = {name: _param(distributions[name], text) for name, text in combination.items()}
+        request = self.request
+        combination = choose(
+            request.space, request.sweep.sampler, request.config.seed, request.trials, before
+        )
+        distributions = make_distributions(self.request.space)
+        params = to_params(combination, distributions)
         attributes = {"options": combination, "worker": self.worker.identity, "starts": 1}
         self.study.add_trial(
             optuna.create_trial(
@@ -245,92 +242,6 @@ def check_folder(folder: Path) -> bool:
             f"--output_dir {folder}: holds a run of train.py; choose another folder for the sweep"
         )
     return False
-
-
-def choose(request: Request, trials: list[FrozenTrial]) -> Combination:
-    """Return the values of the next trial; they differ from those of all trials before it.
-
-    The choice depends on --seed and on these trials alone, not on the worker.
-    """
-    space, sampler = request.space, request.sweep.sampler
-    tried = {_key(t.user_attrs["options"]) for t in trials}
-    seed = (request.config.seed * 1_000_003 + len(trials)) % 2**32
-    if sampler == "tpe" or space.size > MAX_GRID:
-        combination = _sample(space, sampler, trials, tried, seed)
-        if combination or space.size > MAX_GRID:
-            return combination or _sample(space, sampler, trials, set(), seed)
-    untried = [each for each in space.combinations() if _key(each) not in tried]
-    in_order = sampler == "grid" and request.trials == space.size
-    return untried[0] if in_order else random.Random(seed).choice(untried)
-
-
-def _key(combination: Combination) -> Key:
-    """Return a combination as something to look up, whatever the order of its options is."""
-    return tuple(sorted(combination.items()))
-
-
-def _sample(space: Space, sampler: str, trials: list[FrozenTrial], tried: set[Key], seed: int) -> Combination:
-    """Return a combination by Optuna's sampler that was not tried; {} if it finds none in DRAWS draws.
-
-    It draws in a copy of the study, which costs no trial.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # constant_liar: keep away from what other workers are trying.
-        chosen = (
-            optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-            if sampler == "tpe"
-            else optuna.samplers.RandomSampler(seed=seed)
-        )
-    copy = optuna.create_study(sampler=chosen, direction="minimize")
-    copy.add_trials(trials)
-    distributions = {d.name: _distribution(d) for d in space.dimensions}
-    for _ in range(DRAWS):
-        params = copy.ask(distributions).params
-        combination = {
-            d.name: params[d.name] if isinstance(d, Values) else d.text(params[d.name])
-            for d in space.dimensions
-        }
-        if _key(combination) not in tried:
-            return combination
-    return {}
-
-
-def _distribution(dimension) -> BaseDistribution:
-    """Return Optuna's form of an option's values or range."""
-    if isinstance(dimension, Values):
-        return CategoricalDistribution(dimension.texts)
-    if dimension.is_whole:
-        return IntDistribution(
-            int(dimension.low), int(dimension.high), dimension.is_log, int(dimension.step or 1)
-        )
-    return FloatDistribution(dimension.low, dimension.high, dimension.is_log, dimension.step)
-
-
-def _param(distribution: BaseDistribution, text: str) -> str | int | float:
-    """Return an option's text as a value of its distribution."""
-    if isinstance(distribution, CategoricalDistribution):
-        return text
-    return int(text) if isinstance(distribution, IntDistribution) else float(text)
-
-
-def is_worse_than_median(own: dict[int, float], complete: list[dict[int, float]]) -> bool:
-    """Return whether a trial's best evaluation of a fold is above the median of the complete trials'.
-
-    Of each of them the last evaluation counts that it had by the same share of its run: options such as
-    --batch_size change the number of steps, so evaluations need not be at the same shares. Where they are,
-    this is the rule of Optuna's MedianPruner.
-
-    Args:
-        own: {fold * STEPS_PER_FOLD + share of the run in thousandths: loss}; not empty.
-        complete: the same of the complete trials.
-    """
-    now = max(own)
-    start = (now - 1) // STEPS_PER_FOLD * STEPS_PER_FOLD
-    best = min(loss for step, loss in own.items() if step > start)
-    others = [max((step, loss) for step, loss in each.items() if start < step <= now)[1]
-              for each in complete if any(start < step <= now for step in each)]  # fmt: skip
-    return len(others) >= FIRST_TRIALS and best > statistics.median(others)
 
 
 def _describe_other(name: str, before, value, request: Request) -> str:

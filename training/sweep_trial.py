@@ -7,48 +7,29 @@ A trial that is taken over continues from it.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from checkpoints.storage import checkpoint_steps
-from files.names import METRICS
-from monitoring.run_facts import FACTS
 from options import train
 from options.config import CHECKPOINTS, Config
 from options.errors import UserError
 from options.sweep import Request
-from training.sweep_study import STEPS_PER_FOLD, Study, Trial
+from training.sweep_metrics import MetricsFile
+from training.sweep_pool import Stop
+from training.sweep_study import Study, Trial
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 5.0  # between looks at the trials of others
 PROGRAM = [sys.executable, str(Path(__file__).parents[1] / "train.py")]
-TRIALS_FOLDER, LOGS, CACHE = "trial-{:04}", "logs", "quantized"
-
-
-class Stop:
-    """A request to stop the sweep; signal handlers make it, and all workers of the process see it."""
-
-    def __init__(self):
-        self.count, self._event = 0, threading.Event()
-
-    def request(self, *_) -> None:
-        """Ask for the stop; a second request ends the runs at once. Takes a signal handler's arguments."""
-        self.count += 1
-        self._event.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for a request, at most this long. Return whether there was one."""
-        return self._event.wait(seconds)
+LOGS, CACHE = "logs", "quantized"
 
 
 @dataclass(frozen=True)
@@ -65,12 +46,6 @@ class Ended:
     reason: str = ""
     is_pruned: bool = False
     is_stopped: bool = False
-
-
-def trial_folder(request: Request, number: int, fold: int | None = None) -> Path:
-    """Return the RUN of a trial, or that of one of its folds, from 0."""
-    folder = request.folder / TRIALS_FOLDER.format(number)
-    return folder if fold is None else folder / f"fold-{fold + 1}"
 
 
 def run_trial(request: Request, study: Study, trial: Trial, gpus: dict[str, str], stop: Stop) -> str:
@@ -104,7 +79,7 @@ def run_trial(request: Request, study: Study, trial: Trial, gpus: dict[str, str]
 
 def _run(request: Request, study: Study, trial: Trial, fold: int, gpus: dict[str, str], stop: Stop) -> Ended:
     """Run train.py for one fold of a trial, from 0, and watch it. Return how it ended."""
-    folder = trial_folder(request, trial.number, fold if request.sweep.folds > 1 else None)
+    folder = request.run_folder(trial.number, fold)
     arguments = run_arguments(request, trial, fold, study.day, folder)
     config = train.parse(arguments)[0]
     log = request.folder / LOGS / f"{folder.relative_to(request.folder)}.log".replace("/", "-")
@@ -268,84 +243,3 @@ def _wait(process: subprocess.Popen) -> int | None:
         return process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
         return None
-
-
-class MetricsFile:
-    """The metrics.jsonl of a run that is being written.
-
-    Attributes:
-        step: the last step in it.
-        best: the lowest evaluation loss in it; infinite if it has none.
-    """
-
-    def __init__(self, folder: Path, config: Config):
-        """folder: the RUN; config: its options."""
-        self.folder, self.config = folder, config
-        self.step, self.best = 0, math.inf
-        self._read = self._worse = 0
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run; 0 if it has not begun."""
-        try:
-            facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return 0
-        steps = facts["data"]["steps_per_epoch"] * self.config.num_epochs
-        return steps if self.config.max_steps < 0 else min(steps, self.config.max_steps)
-
-    @property
-    def share(self) -> int:
-        """Share of the run's steps that are done, in thousandths: from 1 to STEPS_PER_FOLD."""
-        return min(max(STEPS_PER_FOLD * self.step // max(self.total_steps, 1), 1), STEPS_PER_FOLD)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the run has taken all its steps."""
-        return 0 < self.total_steps <= self.step
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the run has ended by itself: after all its steps, or by --early_stopping_patience."""
-        patience = self.config.early_stopping_patience
-        return self.is_complete or 0 < patience <= self._worse
-
-    def new_evaluations(self) -> Iterator[tuple[int, float]]:
-        """Yield (share of the run, loss) of each evaluation that was written since the last call.
-
-        A resumed run cuts the file and writes on. Then a call may begin within a line, which is left out; the
-        evaluations of the steps that are repeated have been yielded before.
-        """
-        for line in self._new_lines():
-            try:
-                metrics = json.loads(line)
-                self.step = int(metrics["step"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if "eval_loss" not in metrics:
-                continue
-            loss = metrics["eval_loss"]
-            is_better = loss is not None and math.isfinite(loss) and loss < self.best
-            self.best, self._worse = (loss, 0) if is_better else (self.best, self._worse + 1)
-            if loss is not None and math.isfinite(loss):
-                yield self.share, loss
-
-    def read_all(self) -> None:
-        """Read what there is: set `step` and `best`."""
-        for _ in self.new_evaluations():
-            pass
-
-    def _new_lines(self) -> list[bytes]:
-        """Return the complete lines after those of the last call."""
-        path = self.folder / METRICS
-        size = path.stat().st_size if path.exists() else 0
-        if size < self._read:
-            self._read = 0
-        if size == self._read:
-            return []
-        with path.open("rb") as file:
-            file.seek(self._read)
-            text = file.read(size - self._read)
-        end = text.rfind(b"\n") + 1
-        self._read += end
-        return text[:end].splitlines()

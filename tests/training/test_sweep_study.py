@@ -18,7 +18,8 @@ from optuna.trial import TrialState
 
 from options.errors import UserError
 from options.sweep import parse
-from training.sweep_study import MAX_STARTS, Study, is_worse_than_median
+from training.sweep_pruning import is_worse_than_median
+from training.sweep_study import MAX_STARTS, Study
 from training.sweep_worker import STALE_SECONDS, Worker, share_gpus
 
 BASE = "--eval_share 0.1 --eval_every 10".split()
@@ -73,14 +74,14 @@ def test_two_workers_share_a_grid(study_of):
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_samplers_try_no_combination_twice(sampler, study_of):
-    space = "lora_rank: [8, 16, 32]\nlora_alpha: {min: 8, max: 32, step: 8}"
+    space = "lora_rank: [8, 16, 32]\nlora_dropout: {min: 0, max: 0.15, step: 0.05}"
     study = study_of(space, "--sampler", sampler)
     assert study.request.trials == 12
     seen = []
     while (trial := study.claim()) is not None:
         seen.append(tuple(trial.combination.values()))
         study.complete(trial.number, (random.random(),))
-    assert len(set(seen)) == len(seen) == 12
+    assert len(set(seen)) == len(seen) == 12 and {of[1] for of in seen} == {"0.0", "0.05", "0.1", "0.15"}
 
 
 def test_tpe_goes_where_losses_are_low(study_of):
