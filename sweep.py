@@ -61,7 +61,7 @@ def work(request: Request, study: Study, gpus: dict[str, str], stop: Stop) -> No
 
 def write_page(request: Request, study: Study) -> None:
     """Write sweep.html, which then shows all trials so far."""
-    with warn_on_full_disk(request.folder / PAGE):
+    with study.lock(), warn_on_full_disk(request.folder / PAGE):
         write_text(request.folder / PAGE, render_sweep(collect_results(request, study)))
 
 

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from launch.signals import STOPS
+from launch.signals import SAME_REQUEST_SECONDS, STOPS
 
 WAKE_SECONDS = 0.5  # Python runs signal handlers only between waits of the main thread
 
 
 class Stop:
-    """A request to stop the sweep; signal handlers make it, and all workers of the process see it."""
+    """A request to stop the sweep; signal handlers make it, and all workers of the process see it.
+
+    Attributes:
+        count: number of requests. As in launch/signals.py, those within a second are one: a scheduler may
+            signal a process twice.
+    """
 
     def __init__(self):
-        self.count, self._event = 0, threading.Event()
+        self.count, self._last, self._event = 0, -math.inf, threading.Event()
 
     def request(self, *_) -> None:
         """Ask for the stop; a second request ends the runs at once. Takes a signal handler's arguments."""
-        self.count += 1
+        now = time.monotonic()
+        self.count += now - self._last >= SAME_REQUEST_SECONDS
+        self._last = now
         self._event.set()
 
     def wait(self, seconds: float) -> bool:

@@ -68,7 +68,7 @@ class Study:
 
     def __init__(self, request: Request, worker: Worker):
         self.request, self.worker, self.path = request, worker, request.folder.resolve() / JOURNAL
-        with _journal_errors(self.path), self._lock():
+        with _journal_errors(self.path), self.lock():
             _cut_torn_line(self.path)
             self.storage = JournalStorage(
                 JournalFileBackend(str(self.path), JournalFileOpenLock(str(self.path)))
@@ -104,8 +104,8 @@ class Study:
         return self.study.user_attrs["sweep"]["day"]
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Let one thread of one worker at a time choose its trial."""
+    def lock(self) -> Iterator[None]:
+        """Let one thread of one worker at a time choose its trial, or write the page."""
         lock = JournalFileOpenLock(str(self.request.folder.resolve() / LOCK))
         lock.acquire()
         try:
@@ -120,7 +120,7 @@ class Study:
 
     def claim(self) -> Trial | None:
         """Return a trial to run, one that its worker left or a new one; None if there is none now."""
-        with self._lock():
+        with self.lock():
             running = [t for t in self.trials() if t.state == TrialState.RUNNING]
             for trial in running:
                 owner = trial.user_attrs["worker"]
