@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from monitoring.page import render
 from monitoring.report_charts import Axis, Points, linear_axis, log_axis, number, step_axis
-from monitoring.report_page import render
 from options.sweep import SweepOptions
 from options.sweep_space import Range, Space, Values
 
