@@ -11,7 +11,7 @@ from options.config import Config
 from options.declaration import format_value, option, option_fields
 from options.errors import UserError
 from options.foreign_rules import FOREIGN
-from options.presets import HELP, add_preset
+from options.presets import HELP, add_preset, describe_added
 from options.resolve import resolve
 from options.step_rows import displaced_options
 
@@ -57,7 +57,7 @@ class Request:
         given: the options of train.py that were given, {name: converted value}.
         config: all options of train.py, resolved as far as they do not depend on the machine.
         typed: the command line for train.py, as `Command.split` returns it.
-        remarks: lines on options that train.py does not read.
+        remarks: lines on what a preset gives, and on options that train.py does not read.
     """
 
     plan: PlanOptions
@@ -92,7 +92,9 @@ def parse(argv: list[str]) -> Request:
     """Return what the options in `argv` ask. Raises UserError if they are wrong; exits 0 on --help."""
     given = COMMAND.read(argv)
     words = COMMAND.split(argv)
-    given = add_preset(COMMAND.read, dict(words), given)
+    completed = add_preset(COMMAND.read, dict(words), given)
+    told = describe_added(given, completed)
+    given = completed
     own = {name: given.pop(name) for name in OWN if name in given}
     for name in own:
         if name not in dict(words):  # train.py reads the same file
@@ -112,4 +114,4 @@ def parse(argv: list[str]) -> Request:
     if "new_blocks" in own and not config.method.expansion:
         raise UserError(f"--new_blocks: has no effect with --train_type {config.train_type}")
     typed = [(name, value) for name, value in words if name not in OWN]
-    return Request(PlanOptions(**own), given, config, typed, remarks)
+    return Request(PlanOptions(**own), given, config, typed, [*told, *remarks])

@@ -23,7 +23,7 @@ ADAMS = "adamw", "adam", "fused_adamw", "fused_adam"  # with two moments per wei
 # Options that the memory of a run depends on. tests/training/test_planner.py compares them with those that
 # are read.
 MEMORY_OPTIONS = frozenset({
-    "model_name", "llama_pro_path", "train_type", "adapter", "lora_rank", "lora_target_modules",
+    "model_name", "llama_pro_path", "train_type", "preset", "adapter", "lora_rank", "lora_target_modules",
     "lora_dropout", "train_embeddings", "n_bits", "group_size", "context_length", "packing", "batch_size",
     "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
     "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",

@@ -120,6 +120,8 @@ def test_the_planner_takes_presets():
     request = plan.parse(["--model_name", "some/model", "--preset", "code"])
     assert request.config.lora_rank == request.given["lora_rank"] == 64
     assert "--preset code" in request.command({})
+    (remark,) = request.remarks
+    assert remark.startswith("--preset code: lora_rank 64, lora_alpha 128.0, "), "as train.py prints it"
 
 
 ALL = "--lora_rank 4 --lora_alpha 1 --use_rslora --lora_target_modules all --lora_dropout 0 --lr 1"

@@ -84,6 +84,8 @@ def test_the_text_has_what_json_has(capsys):
         "5",
         "--keep",
         "2",
+        "--preset",
+        "code",
     ]
     found = answer(capsys, *options)
     assert plan.main(options) == 0

@@ -34,6 +34,7 @@ from training.planner import (
 OF_THE_PLANNER = {
     "model_name",
     "llama_pro_path",
+    "preset",
     "adapter",
     "context_length",
     "packing",
