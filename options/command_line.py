@@ -221,6 +221,13 @@ class Command:
                 found[-1][1].append(each)
         return found
 
+    def config_file(self, argv: list[str]) -> str | None:
+        """Return the path after --config, the last one; None without. argv: as for `split`."""
+        words = dict(self.split(argv)).get("config")
+        if words is None:
+            return None
+        return words[1] if len(words) > 1 else words[0].partition("=")[2]
+
     def _read_yaml(self, path: str, typed: Set[str]) -> dict[str, tuple[Value, str]]:
         """Return {option: (value, its origin for errors)} of the --config file, but nulls and `displaced`.
 

@@ -11,7 +11,7 @@ from options.config import Config
 from options.declaration import format_value, option, option_fields
 from options.errors import UserError
 from options.foreign_rules import FOREIGN
-from options.presets import HELP, add_preset, describe_added
+from options.presets import HELP, add_preset
 from options.resolve import resolve
 from options.step_rows import displaced_options
 
@@ -92,9 +92,7 @@ def parse(argv: list[str]) -> Request:
     """Return what the options in `argv` ask. Raises UserError if they are wrong; exits 0 on --help."""
     given = COMMAND.read(argv)
     words = COMMAND.split(argv)
-    completed = add_preset(COMMAND.read, dict(words), given)
-    told = describe_added(given, completed)
-    given = completed
+    given, told = add_preset(COMMAND.read, dict(words), COMMAND.config_file(argv), given)
     own = {name: given.pop(name) for name in OWN if name in given}
     for name in own:
         if name not in dict(words):  # train.py reads the same file

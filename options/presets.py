@@ -19,6 +19,7 @@ from options.declaration import format_value
 from options.errors import UserError
 from options.limits import MAX_OPTIONS_BYTES, read_text
 from options.resolve import run_folder
+from options.run_folders import recorded_run
 
 Read = Callable[[list[str]], dict[str, Any]]  # `Command.read` of train.py, or of a command with its options
 FOLDER = Path(__file__).parent / "presets"
@@ -37,10 +38,13 @@ class Preset:
     arguments: list[str]
 
 
-def read_preset(name: str) -> Preset:
-    """Return a preset. Raises UserError if there is none of this name, or its file is damaged."""
+def read_preset(name: str, origin: str = "--preset") -> Preset:
+    """Return a preset. Raises UserError if there is none of this name, or its file is damaged.
+
+    origin: where the name was given, for the error.
+    """
     if name not in PRESETS:
-        raise UserError(f"--preset: {name!r}: must be one of {', '.join(PRESETS)}; see --help_presets")
+        raise UserError(f"{origin}: {name!r}: must be one of {', '.join(PRESETS)}; see --help_presets")
     path = FOLDER / f"{name}.toml"
     try:
         content = tomllib.loads(read_text(path, MAX_OPTIONS_BYTES))
@@ -69,43 +73,66 @@ def describe_presets() -> str:
 HELP = (("help_presets", "print the presets, and end", describe_presets),)
 
 
-def add_preset(read: Read, typed: Collection[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the given options, and for those of PRESET_OPTIONS that are not given the preset's values.
+def add_preset(
+    read: Read, typed: Collection[str], file: str | None, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return (the given options and the preset's values for others of PRESET_OPTIONS, the line about them).
 
-    A --adapter decides its own options. A run that is resumed has the values that it was started with, even
-    if the preset has changed since.
+    A --adapter decides its own options. config.yaml of a RUN decides all: an option that an older version did
+    not record has its default. A run that is resumed has the values that it was started with, even if the
+    preset has changed since.
 
     Args:
         read: reads a command line.
         typed: names of the options on the command line.
-        given: the options of the command line and its --config file, {name: converted value}.
+        file: the --config file.
+        given: the options of both, {name: converted value}.
 
     Raises UserError for an unknown preset, or one on the command line that has no effect.
     """
     name = given.get("preset")
     if name is None:
-        return given
+        return given, []
+    is_of_run = file is not None and recorded_run(file) is not None
+    is_typed = "preset" in typed
+    if is_of_run and not is_typed:
+        return given, []
+    preset = read_preset(name, "--preset" if is_typed else f"{file}: preset")
     decided = ADAPTER_OPTIONS if given.get("adapter") is not None else ()
     missing = [option for option in PRESET_OPTIONS if option not in given and option not in decided]
-    if not missing and "preset" not in typed:
-        return given  # the config.yaml of a RUN
-    preset = read_preset(name)
-    if not missing:
-        where = "--config and the command line give all of its options"
-        raise UserError(f"--preset {name}: has no effect: {where}; leave it out")
-    values = _recorded_values(read, given)
+    if missing and not is_of_run:
+        return _complete(read, preset, given, missing)
+    if is_typed:
+        where = f"{file} is a run's, and gives" if is_of_run else _name_sources(file, decided)
+        raise UserError(f"--preset {name}: has no effect: {where} all of its options; leave it out")
+    return given, []
+
+
+def _complete(
+    read: Read, preset: Preset, given: dict[str, Any], missing: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what `add_preset` does, of a preset that decides the options in `missing`."""
+    name = given["preset"]
+    values, origin = _recorded_values(read, given), ", as this run has recorded"
     if values.get("preset") != name:
+        origin = ""
         try:
             values = read(preset.arguments)
         except UserError as e:
             raise UserError(f"{preset.path}: {e}") from None
-    return given | {option: values[option] for option in missing if option in values}
+    added = {option: values[option] for option in missing if option in values}
+    words = ", ".join(f"{option} {format_value(value)}" for option, value in added.items())
+    return given | added, [f"--preset {name}{origin}: {words}"] if added else []
 
 
-def describe_added(given: dict[str, Any], completed: dict[str, Any]) -> list[str]:
-    """Return the line on the values that `add_preset`, given `given`, has added; [] if it has added none."""
-    added = [f"{name} {format_value(value)}" for name, value in completed.items() if name not in given]
-    return [f"--preset {given['preset']}: {', '.join(added)}"] if added else []
+def _name_sources(file: str | None, decided: Collection[str]) -> str:
+    """Return the words on what gives all options of a preset.
+
+    file: --config; decided: the options that --adapter gives.
+    """
+    sources = [*(["--config"] if file else []), *(["--adapter"] if decided else []), "the command line"]
+    *others, last = sources
+    return f"{', '.join(others)} and {last} give" if others else f"{last} gives"
 
 
 def _recorded_values(read: Read, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""RUNs on a command line, checked before the slow imports."""
+"""RUNs on a command line, checked before the slow imports, and the RUN that a --config file is of."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def check_runs(runs: Sequence[str]) -> list[str]:
         if any(os.path.samefile(folder, other) for other in folders[:i]):
             raise UserError(f"{folder}: is given twice")
     return folders
+
+
+def recorded_run(path: str) -> str | None:
+    """Return the folder of the RUN whose config.yaml a --config file is; None for any other file."""
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
+    is_run = name == "config.yaml" and os.path.isfile(os.path.join(folder, "run.json"))
+    return folder if is_run else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from options.command_line import Command
 from options.config import Config
 from options.foreign_rules import FOREIGN
-from options.presets import HELP, add_preset, describe_added
+from options.presets import HELP, add_preset
 from options.resolve import resolve
+from options.run_folders import recorded_run
 from options.step_rows import displaced_options
 
 
@@ -17,9 +16,8 @@ def _output_dir_of(path: str) -> dict[str, str]:
 
     The RUN may have been moved, so its folder overrides the output_dir in the file.
     """
-    folder, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
-    is_run = name == "config.yaml" and os.path.isfile(os.path.join(folder, "run.json"))
-    return {"output_dir": folder} if is_run else {}
+    folder = recorded_run(path)
+    return {} if folder is None else {"output_dir": folder}
 
 
 COMMAND = Command(
@@ -41,7 +39,7 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
     Raises UserError if they are wrong or do not go together; exits with status 0 on --help and
     --help_presets.
     """
-    given = COMMAND.read(argv)
-    completed = add_preset(COMMAND.read, dict(COMMAND.split(argv)), given)
-    config, remarks = resolve(completed)
-    return config, [*describe_added(given, completed), *remarks]
+    given, typed = COMMAND.read(argv), dict(COMMAND.split(argv))
+    given, told = add_preset(COMMAND.read, typed, COMMAND.config_file(argv), given)
+    config, remarks = resolve(given)
+    return config, [*told, *remarks]

@@ -104,9 +104,32 @@ def test_a_run_keeps_its_values_if_the_preset_changes(tmp_path, changed, monkeyp
         assert dataclasses.replace(config_of(*argv), resume=None) == before
     assert parse(["--config", str(run / "config.yaml")])[1] == []
     assert config_of("--preset", "chat", "--resume", run / "checkpoints" / "step-3").lora_rank == 16
+    (remark,) = parse(["--preset", "chat", "--resume", str(run)])[1]
+    assert (
+        remark.startswith("--preset chat, as this run has recorded: lora_rank 16, ") and "lr 0.001" in remark
+    )
     assert config_of("--preset", "chat", "--resume", run, "--lora_rank", "5").lora_rank == 5
     monkeypatch.setattr(presets, "PRESETS", ())
     assert config_of("--config", run / "config.yaml") == before, "the preset is gone"
+    (run / "run.json").unlink()
+    with pytest.raises(UserError, match=r"config\.yaml: preset: 'chat': must be one of "):
+        config_of("--config", run / "config.yaml")
+
+
+@pytest.mark.parametrize("command", [parse, plan.parse])
+def test_a_run_of_an_older_version_is_no_place_for_a_preset(tmp_path, command):
+    """An option that it has not recorded has its default: a preset's value would mix two recipes."""
+    lines = dump_yaml(parse(["--model_name", "some/model"])[0]).splitlines()
+    older = [line for line in lines if not line.startswith(("preset:", "use_rslora:"))]
+    file = tmp_path / "config.yaml"
+    file.write_text("\n".join(older))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError) as refused:
+        command(["--config", str(file), "--preset", "domain"])
+    words = f"--preset domain: has no effect: {file} is a run's, and gives all of its options; leave it out"
+    assert str(refused.value) == words
+    file.write_text("\n".join(["preset: domain", *older]))
+    assert config_of("--config", file).use_rslora is False, "as it was trained"
 
 
 def test_an_adapter_decides_its_own_options():
@@ -136,7 +159,11 @@ ALL += " --lr_scheduler linear --lr_warmup 0 --num_epochs 1"
             "--preset: 'foo': must be one of instruct, chat, code, summarize, classify, domain;",
         ),
         ("--preset chat --train_type full", "--preset has no effect with --train_type full: it is for LoRA"),
-        (f"--preset chat {ALL}", "--preset chat: has no effect: --config and the command line give all of"),
+        (f"--preset chat {ALL}", "--preset chat: has no effect: the command line gives all of its options"),
+        (
+            f"--preset chat --adapter a {ALL.partition(' --lora_target_modules all')[2]}",
+            "--preset chat: has no effect: --adapter and the command line give all of its options",
+        ),
     ],
 )
 def test_presets_without_effect_are_refused(argv, words):
