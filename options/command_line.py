@@ -132,7 +132,8 @@ class Command:
             has_upper_bound = within and within.has_upper_bound
             if within and not within.contains(value):
                 finite = ", and finite" if type(value) is float and not has_upper_bound else ""
-                raise UserError(f"--{name} {texts[name]}: must be {within}{finite}")
+                text = within.describe(is_whole=type(value) is int)
+                raise UserError(f"--{name} {texts[name]}: must be {text}{finite}")
             if type(value) is int and not has_upper_bound and abs(value) >= LARGEST_INT:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 

@@ -41,7 +41,11 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """Return the text for `must be ...`."""
+        """Return the text for `must be ...`, of whole numbers."""
+        return self.describe(is_whole=True)
+
+    def describe(self, is_whole: bool) -> str:
+        """Return the text for `must be ...`. Of whole numbers, 1 or more are the positive ones."""
         if self.ge is not None and self.le is not None:
             text = f"from {self.ge} to {self.le}"
         else:
@@ -51,7 +55,7 @@ class Range:
             high = high if self.lt is None else f"below {self.lt}"
             text = " and ".join(filter(None, (low, high)))
             if not high and self.ge is not None:
-                text = "positive" if self.ge == 1 else f"{self.ge} or more"
+                text = "positive" if self.ge == 1 and is_whole else f"{self.ge} or more"
         return text if self.sentinel is None else f"{text}, or {self.sentinel}"
 
     @property

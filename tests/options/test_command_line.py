@@ -204,6 +204,11 @@ def test_ranges(within, inside, outside, text):
     assert str(within) == text
 
 
+def test_a_number_with_a_fraction_can_be_positive_and_too_small():
+    with pytest.raises(UserError, match=r"^--lora_plus_ratio 0\.5: must be 1 or more, and finite$"):
+        train.parse(["--lora_plus_ratio", "0.5"])
+
+
 def test_tilde_in_a_path_is_the_users_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert export.parse(["RUN", "--to", "merged", "--out", "~/model"]).out == Path("/home/someone/model")
