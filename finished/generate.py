@@ -22,7 +22,7 @@ from files.disk_room import check_writable
 from finished.answer_table import format_summary, write_comparison
 from finished.comparison import AnswerTimer, ComparedPrompt, Comparison, TimedAnswer
 from finished.conversation import Chat, choose_template
-from finished.generation import BASE, AnsweringModels, has_bf16, make_template, open_runs
+from finished.generation import BASE, AnsweringModels, has_bf16, make_template, name_model, open_runs
 from finished.prompt_template import (
     Answer,
     AnswerStreamer,
@@ -279,7 +279,7 @@ def run(options: Options) -> int:
         tell_better_steps([run.folder for run in runs])
         models = AnsweringModels(runs, options.base_model, device, options.precision, options.compare)
         how = (options.dataset_format, options.thinking, options.system, options.image_folder)
-        templates = {str(run.folder): make_template(run, *how) for run in runs}
+        templates = {name_model(run): make_template(run, *how) for run in runs}
         if options.all_prompts is not None:
             options = _explode_renamed(options, templates)
             answer_prompts(options, models, templates)

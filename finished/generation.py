@@ -52,6 +52,11 @@ from options.generate import Sampling
 BASE = "base"
 
 
+def name_model(run: Run) -> str:
+    """Return the name of a run's model: its folder, as `./base` where that would read as BASE."""
+    return f"./{run.folder}" if str(run.folder) == BASE else str(run.folder)
+
+
 def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
     """Open the runs and check that they can share one base. Raises UserError."""
     runs = [open_run(folder, base_model) for folder in folders]
@@ -154,7 +159,7 @@ class AnsweringModels:
     """Models that answer prompts: each run, and with `compare` the base. One is active at a time.
 
     Attributes:
-        runs: {name: run}; a run's name is its folder.
+        runs: {name: run}, by `name_model`.
         names: names of all models, BASE first.
         first_run: the run whose base answers as BASE.
         base_run: the base of a run without an adapter, or None.
@@ -176,7 +181,7 @@ class AnsweringModels:
 
         Raises UserError if the base must be loaded alone but is packed.
         """
-        self.runs = {str(run.folder): run for run in runs}
+        self.runs = {name_model(run): run for run in runs}
         self.names = [BASE] * compare + list(self.runs)
         self.first_run, self.device, self.precision = runs[0], device, precision
         self.base_run = (
@@ -197,10 +202,11 @@ class AnsweringModels:
         return choose_precision(run.config.precision, self.device.type == "cuda", has_bf16(self.device))
 
     def _load(self, run: Run) -> None:
-        """Make `model` the run's: load all of it, or only its adapter if its base is loaded already."""
+        """Make `model` the run's: load all of it, or only its adapter if its base is loaded as it needs it."""
         if self.loaded_run is run:
             return
-        if self.loaded_run and self.model is not None and run.adapter:
+        if run.adapter and self._is_loaded_for(run):
+            assert self.loaded_run is not None and self.model is not None
             if _adapter_options(self.loaded_run) != _adapter_options(run):
                 replace_adapters(self.model, run.family, run.config)
             set_adapter(self.model, run)
@@ -212,11 +218,16 @@ class AnsweringModels:
             self.model = load_model(run, self.device, self._precision(run).frozen)
         self.loaded_run = run
 
+    def _is_loaded_for(self, run: Run) -> bool:
+        """Return whether the loaded base computes in the run's precision."""
+        return bool(self.loaded_run) and self._precision(self.loaded_run) == self._precision(run)
+
     @contextlib.contextmanager
     def activate(self, name: str) -> Iterator[None]:
         """Let `generate_answer` use the model `name` (BASE or a run's) within the context."""
         run = self.runs.get(name)
-        self._load(run or self.base_run or self.loaded_run or self.first_run)
+        base_of = self.loaded_run if self._is_loaded_for(self.first_run) else self.first_run
+        self._load(run or self.base_run or base_of or self.first_run)
         assert self.loaded_run is not None and self.model is not None
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -99,6 +100,27 @@ def test_answers_are_those_of_each_run_alone(sampling, runs, rows, compare, caps
             kept = {name: value for name, value in answer.items() if name not in added}
             assert kept == alone[i, answer["model"]]
             assert 0 < answer["first_token_seconds"] < answer["seconds"]
+
+
+def test_a_run_in_a_folder_called_base_is_not_the_base(runs, rows, compare, tmp_path, monkeypatch):
+    """Beside the base, another run, and alone."""
+    shutil.copytree(runs[0], tmp_path / "base")
+    asked = ["--prompts", rows, *ASKED]
+    expected, _ = compare(".jsonl", *runs[:2], *asked)
+    monkeypatch.chdir(tmp_path)
+
+    def read_texts(text: str) -> dict[str, list[str]]:
+        *lines, _ = map(json.loads, text.splitlines())
+        answers = [answer for line in lines for answer in line["answers"]]
+        return {a["model"]: [b["text"] for b in answers if b["model"] == a["model"]] for a in answers}
+
+    expected = read_texts(expected)
+    expected["./base"] = expected.pop(str(runs[0]))
+    found = read_texts(compare(".jsonl", "base", runs[1], *asked)[0])
+    assert list(found) == ["base", "./base", str(runs[1])] and found == expected
+    assert found["base"] != found["./base"]
+    alone = read_texts(compare(".jsonl", "base", *asked)[0])
+    assert alone == {name: expected[name] for name in ("base", "./base")}
 
 
 def test_each_token_is_timed(runs, rows, compare, monkeypatch):
