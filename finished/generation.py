@@ -202,7 +202,7 @@ class AnsweringModels:
         return choose_precision(run.config.precision, self.device.type == "cuda", has_bf16(self.device))
 
     def _load(self, run: Run) -> None:
-        """Make `model` the run's: load all of it, or only its adapter if its base is loaded as it needs it."""
+        """Make `model` the run's: load all of it, or its adapter only if the base is loaded as needed."""
         if self.loaded_run is run:
             return
         if run.adapter and self._is_loaded_for(run):
@@ -219,19 +219,21 @@ class AnsweringModels:
         self.loaded_run = run
 
     def _is_loaded_for(self, run: Run) -> bool:
-        """Return whether the loaded base computes in the run's precision."""
-        return bool(self.loaded_run) and self._precision(self.loaded_run) == self._precision(run)
+        """Return whether the loaded base has the dtype of the run's precision."""
+        loaded = self.loaded_run
+        return loaded is not None and self._precision(loaded).frozen == self._precision(run).frozen
 
     @contextlib.contextmanager
     def activate(self, name: str) -> Iterator[None]:
         """Let `generate_answer` use the model `name` (BASE or a run's) within the context."""
         run = self.runs.get(name)
-        base_of = self.loaded_run if self._is_loaded_for(self.first_run) else self.first_run
-        self._load(run or self.base_run or base_of or self.first_run)
-        assert self.loaded_run is not None and self.model is not None
+        needed = run or self.base_run or self.first_run
+        if run or self.base_run or not self._is_loaded_for(needed):  # else any adapter is switched off
+            self._load(needed)
+        assert self.model is not None
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(self._precision(self.loaded_run).context(self.device.type))
+            stack.enter_context(self._precision(needed).context(self.device.type))
             stack.enter_context(cached_norms(self.model))
             if run is None:
                 stack.enter_context(adapters_off(self.model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -19,7 +20,7 @@ import models.dora
 from data.formats import ALPACA
 from finished import generation
 from finished.conversation import Conversation
-from finished.finished_run import open_base, open_run
+from finished.finished_run import load_model, open_base, open_run
 from finished.generation import make_template
 from finished.prompt_template import Answer, AnswerStreamer
 from models.dora import DoRALinear, cached_norms
@@ -32,6 +33,7 @@ from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.fsdp_qlora import PROMPT as STANFORD
 from tests.helpers.layers import ALPHA, I, O, R, dora, fill_layer
+from tests.helpers.logits import IDS
 from tests.helpers.products import slow
 from tests.helpers.runs import dense_state, transformers_model
 from tests.helpers.tiny import OTHERS
@@ -150,6 +152,28 @@ def test_adapters_are_switched_over_one_base(runs, answers_of, monkeypatch, tmp_
         }
         assert together == {key: alone[key] for key in together} and len(together) == 2 * (1 + len(order))
     assert len(loads) == 2
+
+
+def test_each_adapter_answers_in_the_precision_of_its_training(runs, tmp_path, monkeypatch):
+    """The base answers in that of the first run, whichever adapter is loaded."""
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub("(?m)^precision: .*", "precision: bf16", text))
+    opened = [open_run(folder) for folder in (runs[2], other, runs[1])]
+    models = generation.AnsweringModels(opened, None, torch.device("cpu"), "auto", compare=True)
+    alone = {
+        str(run.folder): load_model(run, models.device, dtype)
+        for run, dtype in zip(opened, (torch.float32, torch.bfloat16, torch.float32), strict=True)
+    }
+    loads = []
+    monkeypatch.setattr(generation, "load_model", lambda *a: (loads.append(a), load_model(*a))[1])
+    for name in (*alone, "base", str(other), "base"):
+        with models.activate(name):
+            found = models.model(input_ids=IDS).logits
+        expected = alone.get(name) or alone[str(runs[2])]
+        with torch.inference_mode(), contextlib.nullcontext() if name in alone else adapters_off(expected):
+            torch.testing.assert_close(found, expected(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    assert len(loads) == 5
 
 
 def test_seeds_repeat(runs, answers_of):
