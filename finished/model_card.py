@@ -23,6 +23,7 @@ from options.config import FIELDS, TOY_MODEL, TOY_VISION, Config
 from options.declaration import format_value
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
+from options.presets import describe_preset
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Options that decide the result. The others say where and how fast it was computed.
@@ -64,7 +65,8 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
     task = "image-text-to-text" if config.has_images else "text-generation"
     metadata |= {"pipeline_tag": task, "tags": ["fsdp-finetune", config.train_type]}
     names = (*CARD_OPTIONS, *(IMAGE_OPTIONS if config.has_images else ()))
-    rows = [(name, getattr(config, name)) for name in names]
+    values = vars(config) | {"preset": describe_preset(config)}
+    rows = [(name, values[name]) for name in names]
     table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
     shown_base = {
         TOY_MODEL: "the tiny Llama of the demo (`toy`)",

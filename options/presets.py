@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from options.config import ADAPTER_OPTIONS, PRESETS
+from options.config import ADAPTER_OPTIONS, PRESETS, Config
 from options.declaration import format_value
 from options.errors import UserError
 from options.limits import MAX_OPTIONS_BYTES, read_text
@@ -31,11 +31,16 @@ PRESET_OPTIONS = (
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset: its file, when to use it, and the values as a command line for train.py has them."""
+    """A preset: its file, when to use it, and its values, {option: value}."""
 
     path: Path
     use: str
-    arguments: list[str]
+    values: dict[str, Any]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The values as a command line for train.py has them."""
+        return [f"--{name}={format_value(value)}" for name, value in self.values.items()]
 
 
 def read_preset(name: str, origin: str = "--preset") -> Preset:
@@ -53,7 +58,7 @@ def read_preset(name: str, origin: str = "--preset") -> Preset:
         raise UserError(f"{path}: not a preset ({e})") from None
     if content or set(values) != set(PRESET_OPTIONS):
         raise UserError(f"{path}: a preset has `use`, and [options] with {', '.join(PRESET_OPTIONS)}")
-    return Preset(path, use, [f"--{key}={format_value(value)}" for key, value in values.items()])
+    return Preset(path, use, values)
 
 
 def describe_presets() -> str:
@@ -68,6 +73,19 @@ def describe_presets() -> str:
         words = [argument.replace("=", " ") for argument in preset.arguments]
         lines += [f"\n{name}: {preset.use}", *(f"    {' '.join(w)}" for w in (words[:half], words[half:]))]
     return "\n".join(lines)
+
+
+def describe_preset(config: Config) -> str | None:
+    """Return a run's --preset and which of its options had other values in the run; None without a preset.
+
+    Other values come from the command line, --config or --adapter. Of a preset that this version does not
+    have, the name is returned.
+    """
+    if config.preset not in PRESETS:
+        return config.preset
+    values = read_preset(config.preset).values
+    others = [name for name in PRESET_OPTIONS if getattr(config, name) != values[name]]
+    return f"{config.preset}, with other values of {', '.join(others)}" if others else config.preset
 
 
 HELP = (("help_presets", "print the presets, and end", describe_presets),)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finished.model_card import render_card
 from options import plan, presets
 from options.config import PRESETS, Config, dump_yaml
 from options.errors import UserError
@@ -136,6 +137,18 @@ def test_an_adapter_decides_its_own_options():
     config = config_of("--preset", "domain", "--adapter", "some/adapter")
     assert (config.lora_rank, config.lora_alpha, config.use_rslora) == (None, None, None)
     assert (config.lr, config.lr_scheduler) == (5e-5, "linear")
+
+
+def test_the_card_names_options_with_other_values_than_the_preset(tmp_path):
+    def row_of(*argv, **adapters) -> str:
+        config = dataclasses.replace(config_of("--preset", "domain", *argv), **adapters)
+        card = render_card(config, tmp_path, "owner/base", "title", "", "peft")
+        return next(line for line in card.splitlines() if line.startswith("| preset"))
+
+    assert row_of() == "| preset | domain |"
+    of_adapter = {"lora_rank": 4, "lora_alpha": 32.0, "use_rslora": False, "lora_target_modules": "all"}
+    row = row_of("--adapter", "some/adapter", "--num_epochs", "2", **of_adapter)
+    assert row == "| preset | domain, with other values of lora_rank, use_rslora, num_epochs |"
 
 
 def test_the_planner_takes_presets():
