@@ -202,7 +202,7 @@ class AnsweringModels:
         return choose_precision(run.config.precision, self.device.type == "cuda", has_bf16(self.device))
 
     def _load(self, run: Run) -> None:
-        """Make `model` the run's: load all of it, or its adapter only if the base is loaded as needed."""
+        """Make `model` the run's: load all of it, or only its adapter if its base is there in its dtype."""
         if self.loaded_run is run:
             return
         if run.adapter and self._is_loaded_for(run):

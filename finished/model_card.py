@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from data.dataset_names import split_mixture
 from data.sources import find_recipe
 from files.names import METRICS, SCORE, split_revision
-from monitoring.best_step import find_better_step, read_evaluations
+from monitoring.best_step import find_better_step, read_evaluations, read_saved_step
 from options.config import FIELDS, TOY_MODEL, TOY_VISION, Config
 from options.declaration import format_value
 from options.errors import UserError
@@ -110,14 +111,19 @@ def _describe_losses(run: Path) -> list[str]:
             f"Best evaluation loss of the run: {better.loss:.4f} after {better.step:,} steps; those weights"
             " are in the run's `best/`, not here"
         )
-    if evaluations:
-        step, loss = evaluations[-1]
-        lines.append(f"Evaluation loss: {loss:.4f} after {step:,} steps")
+    saved_step = read_saved_step(run)
+    if saved_step is None and evaluations:
+        lines.append("Evaluation and final loss: not known (the run does not say which step it saved)")
+        return lines
+    for step, loss in evaluations:
+        if step == saved_step:
+            shown = f"{loss:.4f}" if math.isfinite(loss) else "not finite"
+            lines.append(f"Evaluation loss: {shown} after {step:,} steps")
     try:
-        last = json.loads((run / METRICS).read_text(encoding="utf-8").strip().splitlines()[-1])
-        lines.append(
-            f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"
-        )
-    except (OSError, ValueError, LookupError, TypeError):
+        steps = map(json.loads, (run / METRICS).read_text(encoding="utf-8").strip().splitlines())
+        last = next(line for line in steps if line["step"] == saved_step)
+        shown = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+        lines.append(f"Final loss: {shown} after {last['step']:,} steps ({last['epoch']:.2f} epochs)")
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
         lines.append("Final loss: not known (the run has no metrics.jsonl that can be read)")
     return lines

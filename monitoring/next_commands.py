@@ -8,7 +8,7 @@ from pathlib import Path
 from data.dataset_names import without_weights
 from files.names import ADAPTER, BLOCKS, CONFIG, OPTIONS
 from launch.program import shell_command
-from monitoring.best_step import find_better_step
+from monitoring.best_step import find_better_step, format_loss
 from monitoring.run_files import RunFiles
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 
@@ -25,7 +25,9 @@ def next_commands(run: RunFiles) -> Commands:
         names = {path.name for path in better.folder.iterdir()}
         result = f"the best step, {better.step:,} (evaluation loss {better.loss:.4f})"
         commands = _commands_on(better.folder, names, run.config, result, f"{folder}-best")
-        last = f"the last step, {better.last_step:,} (evaluation loss {better.last_loss:.4f})"
+        last = "the result of the run's former end"
+        if better.last_step is not None:
+            last = f"the last step, {better.last_step:,} (evaluation: {format_loss(better.last_loss)})"
         commands += _commands_on(run.folder, run.names, run.config, last, folder)[:1]
     else:
         commands = _commands_on(run.folder, run.names, run.config, "the tuned one", folder)

@@ -1,6 +1,7 @@
 """run.json: facts about a RUN's data, model, machine and versions that no other file of it holds.
 
-train.py writes `run_facts_json` when training starts. The report checks it with `check_facts`.
+train.py writes `run_facts_json` when training starts, and at the end the step of the weights that it saved.
+The report checks it with `check_facts`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from data.batches import StepSampler
 from data.packing import PackSampler
 from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
+from files.atomic_writes import write_text
 from launch.memory import GIB
 from monitoring.program_version import find_program_version
 from options.errors import UserError
 
 FACTS = "run.json"
+SAVED_STEP = "saved_step"  # key of the step whose weights are in the RUN; null until the run's end
 # Keys of digests: of the training rows, and of the evaluation set.
 TRAINING, EVALUATION = "training_digest", "evaluation_digest"
 MAX_BARS = 40  # of the histogram of row lengths
@@ -101,6 +104,15 @@ def run_facts_json(
         | ({"CUDA": torch.version.cuda} if has_gpu else {}),
     }
     return json.dumps(facts, indent=2) + "\n"
+
+
+def record_saved_step(folder: Path, step: int | None) -> None:
+    """Write into a RUN's run.json which step's weights the RUN holds. Raises OSError.
+
+    step: None = not known: a run that continues leaves the result of its former end, until its own.
+    """
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    write_text(folder / FACTS, json.dumps(facts | {SAVED_STEP: step}, indent=2) + "\n")
 
 
 def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:

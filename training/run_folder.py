@@ -21,7 +21,7 @@ from launch.ranks import RankInfo
 from monitoring.messages import describe_end, describe_unsaved
 from monitoring.metrics import Metrics
 from monitoring.report import write_report
-from monitoring.run_facts import FACTS
+from monitoring.run_facts import FACTS, record_saved_step
 from monitoring.tracking import NoTracker, make_tracker
 from options.errors import UserError
 from options.report import PAGE
@@ -59,6 +59,7 @@ def start_run_folder(
         resume.roll_back_run(folder, job.saved)
         write_text(folder / OPTIONS, job.options_file())
         write_text(folder / FACTS, facts_json)
+        record_saved_step(folder, None)
         print(ready_line, flush=True)
     if config.save_every or config.save_minutes:
         check_output_is_shared(folder / FACTS, rank_info)
@@ -104,9 +105,12 @@ def finish_run(
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
+        saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
+        if saved and not stop_reason:
+            with warn_on_full_disk(folder / FACTS):
+                record_saved_step(folder, len(history))
         with warn_on_full_disk(folder / PAGE):
             write_report(folder)
-        saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
         lines = describe_end(
             config, history, total_steps, steps_done, seconds, gib, stop_reason, saved, sampled
         )

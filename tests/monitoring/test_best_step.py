@@ -7,7 +7,9 @@ import math
 
 import pytest
 
-from monitoring.best_step import BestStep, find_better_step, read_evaluations
+from finished.model_card import _describe_losses
+from monitoring.best_step import BestStep, find_better_step, read_evaluations, read_saved_step
+from monitoring.run_facts import record_saved_step
 
 
 @pytest.mark.parametrize(
@@ -33,11 +35,44 @@ def test_best_is_named_only_if_it_evaluated_better(losses, kept, is_better, tmp_
         assert found is None
         return
     last = math.nan if losses[-1] is None else losses[-1]
+    shown = "a loss that is not finite" if losses[-1] is None else f"{last:.4f}"
     assert found == BestStep(tmp_path / "best", 2 * kept, 1.25, 6, pytest.approx(last, nan_ok=True))
-    assert found.describe().endswith(f"at step 4; {tmp_path} has the last step, 6, with {last:.4f}")
+    assert found.describe().endswith(f"at step 4; {tmp_path} has the last step, 6, with {shown}")
     for damaged in ("", "[]", '{"step": "4", "eval_loss": 1}', '{"step": 4, "eval_loss": NaN}'):
         score.write_text(damaged)
         assert find_better_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("saved_step", "last_loss", "is_better", "said"),
+    [
+        (4, 1.25, True, "has the last step, 4, with 1.2500"),
+        (None, None, True, "is not known: the run was continued"),
+        (6, 1.0, False, ""),
+        (5, None, True, "has the last step, 5, with a loss that is not known"),
+    ],
+)
+def test_a_run_that_was_continued_and_stopped_holds_an_earlier_step(
+    saved_step, last_loss, is_better, said, tmp_path
+):
+    """The last evaluation of metrics.jsonl is not that of the RUN's weights."""
+    evaluated = {2: 1.5, 4: 1.25, 6: 1.0, 8: 1.75}
+    lines = [{"step": i, "loss": i / 2, "epoch": 1.0} for i in range(1, 9)]
+    lines = [line | ({"eval_loss": loss} if (loss := evaluated.get(line["step"])) else {}) for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run.json").write_text(json.dumps({"saved_step": 1}))
+    record_saved_step(tmp_path, saved_step)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "evaluation.json").write_text('{"step": 6, "eval_loss": 1.0}')
+    found = find_better_step(tmp_path)
+    assert read_saved_step(tmp_path) == saved_step and (found is not None) == is_better
+    if found:
+        assert found == BestStep(tmp_path / "best", 6, 1.0, saved_step, last_loss)
+        assert said in found.describe()
+    card = "\n".join(_describe_losses(tmp_path))
+    assert "Evaluation loss: 1.7500" not in card
+    final = "not known" if saved_step is None else f"{saved_step / 2:.4f} after {saved_step} steps"
+    assert f"inal loss: {final}" in card
 
 
 def test_evaluations_of_damaged_metrics_are_not_known(tmp_path):
