@@ -21,7 +21,7 @@ from monitoring.next_commands import next_commands
 from monitoring.page import MAX_PROMPTS, duration, render, short_count
 from monitoring.report_charts import needs_log
 from monitoring.run_curves import PLOTS, WINDOWS, choose_window, make_curves
-from monitoring.run_summary import finite_points
+from monitoring.run_summary import describe_loss, finite_points
 from monitoring.sample_images import ImageEmbedder
 
 COLOURS, DASHES = 6, 4  # classes c0 to c5 and d0 to d3 of compare.css
@@ -77,7 +77,11 @@ def _needs_log(runs: Sequence[Compared], column: str) -> bool:
 def _summary_row(run: Compared, is_best: bool) -> list[tuple[str, str]]:
     """Return (value, note) of each column of the table of runs, in the order of the template's headings."""
     found = run.summary
-    best = ("none", "") if found.best is None else (f"{found.best[1]:.4f}", f"step {found.best[0]:,}")
+    best = (
+        (describe_loss(found.last_evaluation), "")
+        if found.best is None
+        else (f"{found.best[1]:.4f}", f"step {found.best[0]:,}")
+    )
     if is_best:
         best = best[0], f"{best[1]}, the lowest"
     if find_better_step(run.files.folder):
@@ -85,7 +89,7 @@ def _summary_row(run: Compared, is_best: bool) -> list[tuple[str, str]]:
     skipped = f"{found.skipped:,} skipped" if found.skipped else ""
     return [
         best,
-        ("none" if found.last_evaluation is None else f"{found.last_evaluation:.4f}", ""),
+        (describe_loss(found.last_evaluation), ""),
         ("not finite" if found.last_loss is None else f"{found.last_loss:.4f}", ""),
         (f"{found.steps:,}", skipped),
         (short_count(found.tokens), ""),

@@ -12,7 +12,7 @@ from monitoring import report_charts as charts
 from monitoring.next_commands import next_commands
 from monitoring.page import MAX_PROMPTS, duration, render, short_count
 from monitoring.run_files import RunFiles
-from monitoring.run_summary import finite_points, summarize
+from monitoring.run_summary import describe_loss, finite_points, summarize
 from monitoring.sample_images import ImageEmbedder
 from options.config import EMBEDDED_MODELS, Config
 from options.declaration import format_value
@@ -64,7 +64,9 @@ def _headline(run: RunFiles) -> list[tuple[str, str, str]]:
         perplexity = dict(finite_points(run.steps, "eval_perplexity")).get(step)
         note = "" if perplexity is None else f"perplexity {charts.number(perplexity)}, "
         tiles.append(("Best validation loss", f"{best:.4f}",
-                      f"{note}at step {step:,}; last {found.last_evaluation:.4f}"))  # fmt: skip
+                      f"{note}at step {step:,}; last {describe_loss(found.last_evaluation)}"))  # fmt: skip
+    elif found.last_evaluation is not None:
+        tiles.append(("Best validation loss", "not finite", "at no step a number"))
     skipped = f", {found.skipped:,} skipped as NaN or infinite" * (found.skipped > 0)
     note = f"{len(run.steps):,} optimizer steps{skipped}"
     tiles.append(("Training time", duration(found.seconds), note))

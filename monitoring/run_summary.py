@@ -14,7 +14,7 @@ class RunSummary:
 
     Attributes:
         best: (step, loss) of the best evaluation.
-        last_evaluation: loss of the last evaluation that gave a number.
+        last_evaluation: loss of the last evaluation; NaN if it gave no number, None if there was none.
         first_loss, last_loss: training loss of the first step that has a finite one, and of the last step.
         steps: optimizer steps.
         skipped: steps that were skipped as NaN or infinite.
@@ -43,7 +43,7 @@ def summarize(steps: list[dict]) -> RunSummary:
     memory = finite_points(steps, "memory_allocated_gib")
     return RunSummary(
         best=min(evaluations, key=lambda point: point[1]) if evaluations else None,
-        last_evaluation=evaluations[-1][1] if evaluations else None,
+        last_evaluation=next(map(_read_loss, reversed([s for s in steps if "eval_loss" in s])), None),
         first_loss=losses[0][1] if losses else None,
         last_loss=losses[-1][1] if losses and losses[-1][0] == steps[-1]["step"] else None,
         steps=len(steps),
@@ -53,6 +53,18 @@ def summarize(steps: list[dict]) -> RunSummary:
         speed=sorted(v for _, v in rates)[len(rates) // 2] if rates else None,
         peak_gib=max(v for _, v in memory) if memory else None,
     )
+
+
+def describe_loss(loss: float | None) -> str:
+    """Return an evaluation's loss as pages show it."""
+    if loss is None:
+        return "none"
+    return f"{loss:.4f}" if math.isfinite(loss) else "not finite"
+
+
+def _read_loss(step: dict) -> float:
+    """Return the evaluation's loss in a line of metrics.jsonl; NaN if it is not finite."""
+    return step["eval_loss"] if is_finite(step["eval_loss"]) else math.nan
 
 
 def finite_points(steps: list[dict], name: str) -> Points:

@@ -57,6 +57,20 @@ def runs(tmp_path) -> list[Path]:
     return [one, two]
 
 
+def test_evaluations_that_are_not_finite_are_shown(tmp_path):
+    """On both pages: the last one, and all of them."""
+    last, every = make_steps(20, 2.0), make_steps(20, 2.0)
+    last[-1]["eval_loss"] = None  # as metrics.jsonl has NaN
+    every = [step | ({"eval_loss": None} if "eval_loss" in step else {}) for step in every]
+    one, two = make_run(tmp_path / "one", last), make_run(tmp_path / "two", every)
+    page = compare(tmp_path, one, two)
+    assert "one 2.0000 step 10 not finite 2.3000" in page.text
+    assert "two not finite not finite 2.3000" in page.text
+    for run, words in ((one, "at step 10; last not finite"), (two, "not finite at no step a number")):
+        assert report.main([str(run)]) == 0
+        assert words in Page((run / "report.html").read_text(encoding="utf-8")).text
+
+
 def test_the_page_shows_the_values_of_the_files(runs, tmp_path, capsys):
     page = compare(tmp_path, *runs)
     assert capsys.readouterr() == (f"{tmp_path}/page.html\n", ""), "the data are the same"
