@@ -31,7 +31,7 @@ from files.base_model import (
 )
 from files.config_parts import eos_token_id, text_config
 from files.model_folder import CheckpointFiles, digest_structure, fetch_weights, find_model, pin_model_name
-from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
+from files.names import ADAPTER, ADAPTER_CONFIG, BEST, BLOCKS, CONFIG, OPTIONS
 from files.saved_adapter import (
     PEFT_PREFIX,
     UNSET,
@@ -113,9 +113,11 @@ def open_run(folder: str | Path, base_model: str | None = None) -> Run:
     saves_model = config.method.saves == "model" and not blocks
     saved = folder / (CONFIG if saves_model else BLOCKS if blocks else ADAPTER_CONFIG)
     if not saved.is_file():
+        has_best = (folder / BEST / OPTIONS).is_file()
+        best = f"; {folder / BEST} holds the weights of the best evaluation so far" if has_best else ""
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was interrupted, or ran with"
-            " --save_model false"
+            f" --save_model false{best}"
         )
     run = _open_model(folder, config, None if saves_model else base_model or config.model_name, base_model)
     if saves_model:

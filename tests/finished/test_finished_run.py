@@ -61,7 +61,11 @@ def test_folders_that_are_no_run(run, checkpoints, tmp_path):
     with pytest.raises(UserError, match="half written"):
         open_run(run)
     (run / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="holds no result"):
+    with pytest.raises(UserError, match=r"holds no result.*false$"):
+        open_run(run)
+    (run / "best").mkdir()
+    shutil.copy(run / "config.yaml", run / "best")
+    with pytest.raises(UserError, match=f"false; {run}/best holds the weights of the best evaluation"):
         open_run(run)
 
 
