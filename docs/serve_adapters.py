@@ -18,6 +18,12 @@ from peft import PeftConfig, PeftModel
 from peft.helpers import DoraCaching
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+DEFAULT_TOKENS = 256  # of an answer, at most
+FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "chat_template_kwargs", "user"}
+# Values of other fields that ask for nothing.
+NEUTRAL = {"stream": (False,), "temperature": (0,), "n": (1,), "top_p": (1,), "logprobs": (False,)}
+TEMPLATE_OPTIONS = {"enable_thinking", "thinking", "reasoning_effort"}
+
 
 def load(base: str, runs: dict[str, str], load_in_4bit: bool) -> tuple[PeftModel, dict[str, tuple]]:
     """Return (the base with all adapters, {name: (PEFT's name, tokenizer, stop tokens)})."""
@@ -52,6 +58,27 @@ def load(base: str, runs: dict[str, str], load_in_4bit: bool) -> tuple[PeftModel
     return model.eval(), served
 
 
+def read_request(body: dict, served: dict[str, tuple]) -> tuple[str, list[dict], int, dict]:
+    """Return (model's name, messages, most new tokens, options of the template); HTTPException if wrong."""
+    name, messages = body.get("model"), body.get("messages")
+    if not isinstance(name, str) or name not in served:
+        raise HTTPException(404, f"model {name!r} is not served; these are: {', '.join(served)}")
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+        raise HTTPException(400, "messages: must be a list of objects with role and content")
+    for key, value in body.items():
+        if key not in FIELDS and value not in NEUTRAL.get(key, ()) and value is not None:
+            raise HTTPException(400, f"{key}: is not supported: answers are greedy, whole, and one at a time")
+    given = [body[key] for key in ("max_tokens", "max_completion_tokens") if body.get(key) is not None]
+    longest = given[0] if given else DEFAULT_TOKENS
+    if type(longest) is not int or longest < 1:
+        raise HTTPException(400, f"max_tokens: must be a whole number from 1, not {longest!r}")
+    template = body.get("chat_template_kwargs") or {}
+    # A client's chat_template would be a program that runs here.
+    if not isinstance(template, dict) or not template.keys() <= TEMPLATE_OPTIONS:
+        raise HTTPException(400, f"chat_template_kwargs: may have only {', '.join(sorted(TEMPLATE_OPTIONS))}")
+    return name, messages, longest, template
+
+
 def make_app(model: PeftModel, served: dict[str, tuple]) -> FastAPI:
     """Return the server of what `load` returns. Answers are greedy."""
     app, turn = FastAPI(), threading.Lock()  # the model has one active adapter, so requests take turns
@@ -62,25 +89,27 @@ def make_app(model: PeftModel, served: dict[str, tuple]) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     def complete(body: dict) -> dict:
-        name, messages = body.get("model"), body.get("messages")
-        if name not in served:
-            raise HTTPException(404, f"model {name!r} is not served; these are: {', '.join(served)}")
-        if body.get("stream") or body.get("temperature"):
-            raise HTTPException(400, "answers are greedy and not streamed: leave out stream and temperature")
+        name, messages, longest, template = read_request(body, served)
         adapter, tokenizer, stops = served[name]
-        template = {"add_generation_prompt": True} | (body.get("chat_template_kwargs") or {})
-        longest = body.get("max_tokens") or body.get("max_completion_tokens") or 256
         try:
-            asked = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True, **template)
-        except (TemplateError, ValueError, TypeError, KeyError) as e:
+            asked = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise HTTPException(400, f"the chat template refuses the messages: {e}") from e
         length = asked["input_ids"].shape[1]
+        room = model.config.get_text_config().max_position_embeddings - length
+        if room < 1:
+            raise HTTPException(400, f"messages: {length} tokens leave no room for an answer")
         with turn, torch.inference_mode():
             if adapter:
                 model.set_adapter(adapter)
             with nullcontext() if adapter else model.disable_adapter():
                 tokens = model.generate(
-                    **asked.to(model.device), max_new_tokens=longest, eos_token_id=stops, pad_token_id=0
+                    **asked.to(model.device),
+                    max_new_tokens=min(longest, room),
+                    eos_token_id=stops,
+                    pad_token_id=0,
                 )[0, length:].tolist()
         ended = tokens[-1] in (stops if isinstance(stops, list) else [stops])
         message = {"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)}
@@ -109,6 +138,9 @@ if __name__ == "__main__":
     runs = dict(text.split("=", 1) for text in options.runs if "=" in text)
     if len({options.base, *runs}) <= len(options.runs):
         parser.error("give each adapter as NAME=RUN, with names of their own")
+    for run in runs.values():
+        if not Path(run, "adapter_config.json").is_file():
+            parser.error(f"{run}: holds no adapter (adapter_config.json)")
     DoraCaching()(options.cache_dora)
     app = make_app(*load(options.base, runs, options.load_in_4bit))
     uvicorn.run(app, host="localhost", port=options.port)

@@ -39,6 +39,26 @@ pytest.importorskip("fastapi")
 
 PAGE, SERVER = ROOT / "docs" / "serving.md", ROOT / "docs" / "serve_adapters.py"
 QUESTIONS, TOKENS = ["What is 2 + 2?", "Say red, then blue."], 12
+WRONG_REQUESTS = [
+    ({"stream": True}, "stream: is not supported"),
+    ({"temperature": 0.5}, "temperature: is not supported"),
+    ({"stop": ["x"]}, "stop: is not supported"),
+    ({"top_p": 0.5}, "top_p: is not supported"),
+    ({"n": 2}, "n: is not supported"),
+    ({"tools": [{}]}, "tools: is not supported"),
+    ({"logprobs": True}, "logprobs: is not supported"),
+    ({"messages": "Hi"}, "messages: must be a list"),
+    ({"messages": None}, "messages: must be a list"),
+    ({"messages": [{"role": "user"}] * 2}, "the chat template refuses the messages: "),
+    ({"messages": [{"role": "user", "content": "x" * 9000}]}, "tokens leave no room"),
+    ({"max_tokens": "abc"}, "max_tokens: must be a whole number"),
+    ({"max_tokens": -3}, "max_tokens: must be a whole number"),
+    ({"max_tokens": 0}, "max_tokens: must be a whole number"),
+    ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs: may have only"),
+    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs: may have only"),
+    ({"chat_template_kwargs": "x"}, "chat_template_kwargs: may have only"),
+    ({"model": ["two"]}, "is not served"),
+]
 SECONDS = 90  # for the server to load its libraries and the model
 # {kind: (train type of the LoRA, of the DoRA, more options of the DoRA)}
 KINDS = {
@@ -199,10 +219,12 @@ def test_each_adapter_answers_as_generate_does(serve, adapters, expected):
         status, error = ask(port, "three", "Hi")
         assert status == 404
         assert error == {"detail": f"model 'three' is not served; these are: {', '.join(listed)}"}
-        status, error = ask(port, "two", "Hi", stream=True)
-        assert status == 400 and "not streamed" in error["detail"]
-        status, error = request(port, "/v1/chat/completions", {"model": "two"})
-        assert status == 400 and error["detail"].startswith("the chat template refuses the messages: ")
+        for wrong, words in WRONG_REQUESTS:
+            status, error = ask(port, "two", "Hi", **wrong)
+            assert status in (400, 404) and words in error["detail"], (wrong, status, error)
+        assert ask(port, "two", "Hi", temperature=0, n=1, stream=False, stop=None)[0] == 200
+        reply = ask(port, "two", "Hi", max_tokens=10**6)
+        assert reply[0] == 200 and reply[1]["usage"]["total_tokens"] <= 512  # the model's positions
 
 
 def test_a_line_names_the_base_of_an_adapter_over_another_one(adapters, tmp_path, capsys):
