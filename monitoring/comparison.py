@@ -142,7 +142,7 @@ class ComparedPrompt:
     """A prompt that several runs answered.
 
     Attributes:
-        reference: the row's own answer; "" if it has none.
+        reference: the row's own answer; "" if it has none. If the runs have several, those with their names.
         before: the answer before training, if all runs have the same one; else None.
         answers: (run, step, text) of the last answer of each run.
         images: of a sample, as samples.jsonl has them.
@@ -172,13 +172,20 @@ def shared_prompts(runs: Sequence[Compared]) -> tuple[list[ComparedPrompt], int]
     return shared, len(found) - len(shared)
 
 
+def _join_references(references: dict[str, str]) -> str:
+    """Return the one reference of {run's name: reference}, or all of them with the names."""
+    if len(set(references.values())) == 1:
+        return next(iter(references.values()))
+    return "\n".join(f"{name}: {text or 'none'}" for name, text in references.items())
+
+
 def _compare_answers(runs: Sequence[Compared], by_run: dict[int, list[dict]]) -> ComparedPrompt:
     """Return a prompt with its answers. by_run: {index of a run: its samples, by step}."""
     first = next(iter(by_run.values()))[0]
     before = [samples[0]["text"] if samples[0]["step"] == 0 else None for samples in by_run.values()]
     return ComparedPrompt(
         text=first["prompt"],
-        reference=first["reference"],
+        reference=_join_references({runs[i].name: samples[-1]["reference"] for i, samples in by_run.items()}),
         before=before[0] if len(set(before)) == 1 else None,
         answers=[(runs[i], samples[-1]["step"], samples[-1]["text"]) for i, samples in by_run.items()],
         images=first["images"],

@@ -57,6 +57,13 @@ def runs(tmp_path) -> list[Path]:
     return [one, two]
 
 
+def test_references_that_differ_are_shown_with_their_runs(runs, tmp_path):
+    for run, reference in zip(runs, ("Red.", "Blue."), strict=True):
+        line = {"step": 20, "prompt": "Why?", "text": "So.", "reference": reference}
+        (run / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    assert "Reference one: Red. two: Blue." in compare(tmp_path, *runs).text
+
+
 def test_evaluations_that_are_not_finite_are_shown(tmp_path):
     """On both pages: the last one, and all of them."""
     last, every = make_steps(20, 2.0), make_steps(20, 2.0)
