@@ -75,6 +75,10 @@ def test_a_run_that_was_continued_and_stopped_holds_an_earlier_step(
     assert f"inal loss: {final}" in card
 
 
+def test_control_characters_of_a_folder_are_not_printed(tmp_path):
+    assert "\x1b" not in BestStep(tmp_path / "h\x1b[31m" / "best", 6, 1.0, 8, 1.5).describe()
+
+
 def test_evaluations_of_damaged_metrics_are_not_known(tmp_path):
     assert read_evaluations(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 2}\n{"step": 2, "eval_lo')
