@@ -28,7 +28,7 @@ from models.shapes import SHAPES, Gemma3Shape
 SHARD_BYTES = 4 * 10**9
 STD = 0.02
 EMPTY = "empty"  # a file that marks the folder's shards as sparse
-# Of Gemma 3's images, from the first id on that the byte tokenizer leaves (models/shapes.py).
+# Gemma 3's tokens of images. Their ids begin after those of the byte tokenizer (models/shapes.py).
 IMAGE_TOKENS = ["<start_of_image>", "<image_soft_token>", "<end_of_image>"]
 
 

@@ -285,7 +285,7 @@ def test_an_adapter_of_texts_goes_on_with_images(checkpoints, alpaca_file, one_r
 
 
 def test_an_adapter_on_a_bare_matrix_goes_on(checkpoints, alpaca_file, one_rank, tmp_path):
-    """Of PEFT itself. One of the tower's linears alone gets a new adapter on the matrix."""
+    """The adapter is made by PEFT. One of the tower's linears alone gets a new one on the matrix."""
     base, path = checkpoints("gemma3_wrapper"), "model.multi_modal_projector"
     targets = {"target_modules": ["q_proj"], "exclude_modules": r"(.*\.)?vision_tower(\..*)?"}
     theirs = save_peft_adapter(

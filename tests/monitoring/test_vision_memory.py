@@ -147,7 +147,7 @@ def test_a_frozen_tower_takes_all_images_of_a_micro_batch(kind):
 @pytest.mark.parametrize("train_type", ["lora", "dora"])
 @pytest.mark.parametrize("targets", ["projector", "all"])
 def test_adapted_mergers_save_what_autograd_saves(kind, train_type, targets):
-    """Of the whole tower, without gradient checkpointing. By the slope, as that of a block.
+    """The whole tower, without gradient checkpointing, is measured by the slope, as a block is.
 
     The tolerance: the first block's norm saves nothing, since its input needs no gradient, but is counted.
     """
@@ -194,7 +194,7 @@ def test_many_images_make_the_tower_the_peak():
 
 
 def test_pixels_are_in_host_memory():
-    """Of the step that is decoded, and of two in page-locked memory, as powers of two."""
+    """One step is decoded, and two are in page-locked memory, rounded up to powers of two."""
     none, some = (estimate("--gradient_accumulation_steps 3", images=n, batch=2).host for n in (0, 2))
     pixels = 2 * 2 * 3 * 896**2
     assert some - none == pytest.approx(3 * (pixels + 2 * 2**24))
