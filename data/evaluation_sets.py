@@ -6,10 +6,10 @@ process with a GPU is started.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from data.chat import convert_template_errors
@@ -35,7 +35,7 @@ from data.tokenizing import (
 )
 from options.config import Config
 from options.data_files import file_suffix
-from options.errors import UserError
+from options.errors import UserError, reword_errors
 from options.limits import MAX_LINE_BYTES, read_text
 
 DEFAULT_PROMPTS = 3  # number of rows that are the prompts of samples, without --sample_prompts
@@ -193,13 +193,9 @@ def _name_evaluation_option(config: Config) -> str:
     return next(f"--{name} {value}" for name in names if (value := getattr(config, name)))
 
 
-@contextlib.contextmanager
-def rename_option_in_errors(new: str, old: str = "--dataset") -> Iterator[None]:
-    """Within the context, make UserErrors that begin with the option `old` begin with `new` instead."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(re.sub(rf"^{old}(?=[ :])", new, str(e))) from None
+def rename_option_in_errors(new: str, old: str = "--dataset") -> AbstractContextManager[None]:
+    """Return a context in which UserErrors that begin with the option `old` begin with `new` instead."""
+    return reword_errors(lambda text: re.sub(rf"^{old}(?=[ :])", new, text))
 
 
 def make_row_prompt(

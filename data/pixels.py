@@ -5,9 +5,8 @@ A file that is opened here is untrusted, and may have changed since its header w
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.image_format import ImageFormat
 from data.images import ImageRef
-from options.errors import UserError, describe
+from options.errors import UserError, describe, reword_errors
 from options.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, check_size
 
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # TIFF's tags
@@ -116,10 +115,6 @@ def _error(ref: ImageRef, reason: str) -> UserError:
     return UserError(f"--dataset {ref.origin}: {name}: cannot be read ({reason}){remedy}")
 
 
-@contextlib.contextmanager
-def without_remedies() -> Iterator[None]:
-    """Within the context, leave the remedies for a training run out of UserErrors about images."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(str(e).removesuffix(PUT_BACK).removesuffix(WRITE_AGAIN)) from None
+def without_remedies() -> AbstractContextManager[None]:
+    """Return a context that leaves the remedies for a training run out of UserErrors about images."""
+    return reword_errors(lambda text: text.removesuffix(PUT_BACK).removesuffix(WRITE_AGAIN))

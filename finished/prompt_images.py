@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from data.pixels import without_remedies
 from data.prefetch import decode_images
 from data.row_files import Rows
 from data.row_images import MESSAGE_COLUMNS, check_reserved, show_images, take_image_columns
-from options.errors import UserError
+from options.errors import UserError, reword_errors
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,9 @@ class PromptImages:
             raise UserError(f"{origin}: has an image of {reason}")
 
 
-@contextlib.contextmanager
-def without_dataset_option() -> Iterator[None]:
-    """Within the context, make UserErrors that begin with --dataset begin with the prompt's origin."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(str(e).removeprefix("--dataset ")) from None
+def without_dataset_option() -> AbstractContextManager[None]:
+    """Return a context in which UserErrors that begin with --dataset begin with the prompt's origin."""
+    return reword_errors(lambda text: text.removeprefix("--dataset "))
 
 
 def read_image_arguments(

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """An error that the user can fix. It is printed as one line, `error: ...`, with exit status 2."""
+
+
+@contextmanager
+def reword_errors(change: Callable[[str], str]) -> Iterator[None]:
+    """Within the context, replace the text of a UserError by change(text)."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(change(str(e))) from None
 
 
 MAX_NAMES, MAX_NAME_LENGTH = 20, 60  # names in a line, and characters of one name

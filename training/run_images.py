@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -18,7 +17,7 @@ from data.rows import TokenizedRows
 from models.family import Family
 from models.registry import family_of
 from options.config import FIELDS, Config
-from options.errors import UserError
+from options.errors import UserError, reword_errors
 
 
 def vision_family(config: Config, model_config: PretrainedConfig, family: Family) -> Family:
@@ -69,13 +68,12 @@ def read_image_format(
     return found.limit_side(config.image_size) if config.image_size else found, ""
 
 
-@contextlib.contextmanager
-def explain_refused_images(reason: str) -> Iterator[None]:
-    """Add to a UserError about images why the model takes none; reason: of `read_image_format`."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f"{e}; {reason}" if reason and NO_VISION in str(e) else str(e)) from None
+def explain_refused_images(reason: str) -> AbstractContextManager[None]:
+    """Return a context that adds to a UserError about images why the model takes none.
+
+    reason: of `read_image_format`.
+    """
+    return reword_errors(lambda text: f"{text}; {reason}" if reason and NO_VISION in text else text)
 
 
 def settle_images(
