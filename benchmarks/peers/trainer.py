@@ -11,8 +11,11 @@ from trl import SFTConfig, SFTTrainer
 from work import RANKS
 
 
-def make_config(work, **more) -> SFTConfig:
-    """Make SFTTrainer's options for the work, with Liger's kernels if installed; `more` adds or replaces."""
+def make_config(work, max_length: int | None, **more) -> SFTConfig:
+    """Make SFTTrainer's options for the work, with Liger's kernels if installed; `more` adds or replaces.
+
+    max_length: tokens at which TRL cuts a row; None: nowhere.
+    """
     liger = importlib.util.find_spec("liger_kernel") is not None
     options = {"use_liger_kernel": liger} | more
     return SFTConfig(
@@ -20,7 +23,7 @@ def make_config(work, **more) -> SFTConfig:
         per_device_train_batch_size=work.batch_size,
         gradient_accumulation_steps=1,
         max_steps=work.steps,
-        max_length=work.context_length,
+        max_length=max_length,
         bf16=torch.cuda.is_available(),
         learning_rate=1e-4,
         optim="adamw_torch_fused",

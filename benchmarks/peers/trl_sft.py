@@ -16,7 +16,10 @@ work, device = read_work(), select_device()
 full = work.checkpointing == "full"
 # Made before the model: it starts the process group that FSDP's low-memory loading needs.
 config = make_config(
-    work, gradient_checkpointing=full, gradient_checkpointing_kwargs={"use_reentrant": False}
+    work,
+    work.context_length,
+    gradient_checkpointing=full,
+    gradient_checkpointing_kwargs={"use_reentrant": False},
 )
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 four_bits = BitsAndBytesConfig(

@@ -30,5 +30,5 @@ model = FastLanguageModel.get_peft_model(
     use_gradient_checkpointing={"full": True, "none": False, "offload": "unsloth"}[work.checkpointing],
     **({"use_dora": True} if work.train_type == "bnb_dora" else {}),
 )
-config = make_config(work, use_liger_kernel=False)  # unsloth has its own kernels
+config = make_config(work, work.context_length, use_liger_kernel=False)  # unsloth has its own kernels
 train(work, model, tokenizer, config, ("input_ids", "labels", "attention_mask"))

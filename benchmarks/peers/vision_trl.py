@@ -1,33 +1,21 @@
 """Peer of benchmarks.vision: TRL's SFTTrainer + PEFT + bitsandbytes."""
 
-import tempfile
-
-import torch
 from datasets import Dataset
 from stopwatch import Stopwatch, select_device
-from trainer import StepTimer
+from trainer import StepTimer, make_config
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from vision_work import load_model, lora_config, make_batch, read_vision_work
 
 work, device = read_vision_work(), select_device()
 model = load_model(work, device)
 batch = make_batch(work, model, device)
-config = SFTConfig(
-    output_dir=tempfile.mkdtemp(),
-    per_device_train_batch_size=work.batch_size,
-    max_steps=work.steps,
+config = make_config(
+    work,
     max_length=None,
-    bf16=torch.cuda.is_available(),
+    use_liger_kernel=False,
     gradient_checkpointing=True,
     gradient_checkpointing_kwargs={"use_reentrant": False},
-    learning_rate=1e-4,
-    optim="adamw_torch_fused",
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    dataset_kwargs={"skip_prepare_dataset": True},
-    remove_unused_columns=False,
     dataloader_pin_memory=False,  # the batch is on the GPU
 )
 tokenizer = AutoTokenizer.from_pretrained(work.model_name)
