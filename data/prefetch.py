@@ -38,6 +38,9 @@ def _take_pixels(batch: Batch, pixels: Iterator[torch.Tensor]) -> Batch:
     return dataclasses.replace(batch, planned_images=None, images=planned.with_pixels(own))
 
 
+DATA = "data"  # name of the wait for a step in the traces of --profile
+
+
 class PrefetchedSteps(Iterator[Step]):
     """Yields steps, on the CPU. A thread makes each while the one before it is in use.
 
@@ -68,7 +71,8 @@ class PrefetchedSteps(Iterator[Step]):
         return dataclasses.replace(step, batches=batches)
 
     def __next__(self) -> Step:
-        step = self._next.result()
+        with torch.profiler.record_function(DATA):
+            step = self._next.result()
         if step is None:
             self.close()
             raise StopIteration

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+LOGGING = "logging"  # name of these calls in the traces of --profile
+
 
 class DeferredCalls:
     """A deferred call and the calls that must follow it; the loop runs them once the GPU has work queued."""
@@ -26,5 +30,6 @@ class DeferredCalls:
     def run_all(self) -> None:
         """Empty the queue and run the calls that were in it, in order."""
         calls, self.calls = self.calls, []
-        for call in calls:
-            call()
+        with torch.profiler.record_function(LOGGING):
+            for call in calls:
+                call()

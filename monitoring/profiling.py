@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 
 from files.atomic_writes import write_text
 from files.names import split_revision
 from files.output_folder import output_folder
 from launch.memory import GIB, PEAK_MEMORY, bytes_in_use
 from launch.ranks import RankInfo
+from monitoring.host_time import format_host_time, host_time
 from monitoring.memory_history import BETWEEN_STEPS, MemoryHistory, Recording
 from monitoring.memory_page import write_pages
 from options.config import Config
@@ -236,7 +238,7 @@ class TraceRecorder(Recorder):
             self.history = MemoryHistory(self.rank_info.device)
 
     def _export(self, profiler: torch.profiler.profile) -> None:
-        """Write this rank's files of the cycle that ended: memory, trace, stacks, table of operations."""
+        """Write this rank's files of the cycle that ended: memory, trace, stacks, tables."""
         config, self.has_written = self.config, True
         prefix = self.folder / f"iteration_{profiler.step_num}" / f"rank{self.rank_info.rank}"
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +252,10 @@ class TraceRecorder(Recorder):
         averages = profiler.key_averages(config.with_shapes, 5 if config.with_stack else 0)
         table = averages.table(sort_by=sort, row_limit=TABLE_ROWS)
         write_text(prefix.with_name(f"{prefix.name}_key_averages.txt"), table)
+        on_host = [e for e in profiler.events() or () if e.device_type == DeviceType.CPU and not e.is_async]
+        seconds = host_time(on_host, config.active_steps)
+        text = format_host_time(seconds, config.active_steps)
+        write_text(prefix.with_name(f"{prefix.name}_host_time.txt"), text)
 
     def _export_memory(self, prefix: Path) -> None:
         """Stop recording memory and write the cycle's as <prefix>_memory_timeline.html, .png and .json.

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import train
+from monitoring.deferred import LOGGING
+from monitoring.host_time import AUTOGRAD, HOOKS, OPERATORS, PARTS, PYTHON
 from monitoring.memory_history import BETWEEN_STEPS
 from monitoring.profiling import (
     HISTORY_STEPS,
@@ -97,7 +99,8 @@ def test_each_rank_writes_a_trace_of_the_recorded_steps(runs):
     """One cycle: the first step is waited, the second warms up, the third is recorded."""
     assert {p.name for p in (runs.root / "traces").iterdir()} == {"iteration_3"}
     files = {p.name for p in (runs.root / "traces" / "iteration_3").iterdir()}
-    assert files == {f"rank{r}_{n}" for r in (0, 1) for n in ("trace.json.gz", "key_averages.txt")}
+    kinds = "trace.json.gz", "key_averages.txt", "host_time.txt"
+    assert files == {f"rank{r}_{n}" for r in (0, 1) for n in kinds}
     for rank in (0, 1):
         path = runs.root / "traces" / "iteration_3" / f"rank{rank}_trace.json.gz"
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -107,6 +110,12 @@ def test_each_rank_writes_a_trace_of_the_recorded_steps(runs):
         assert any("Input Dims" in e.get("args", {}) for e in events)
         table = path.with_name(f"rank{rank}_key_averages.txt").read_text()
         assert "aten::" in table and "Input Shapes" in table
+        lines = path.with_name(f"rank{rank}_host_time.txt").read_text().splitlines()
+        seconds = {line[:26].strip(): float(line[26:35]) for line in lines[2:]}
+        assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["busy, in all"], abs=1e-3)
+        assert all(seconds[part] > 0 for part in (OPERATORS, HOOKS, AUTOGRAD, LOGGING, PYTHON))
+        (step_ms,) = (e["dur"] / 1000 for e in events if e["name"] == "ProfilerStep#2")
+        assert seconds["busy, in all"] < 1.5 * step_ms / 1000
 
 
 # The recorders without a run
@@ -135,6 +144,7 @@ def test_cycles_stacks_and_timelines(tmp_path):
     profiler.finish()
     kinds = (
         "key_averages.txt",
+        "host_time.txt",
         "stacks.txt",
         "memory_timeline.html",
         "memory_timeline.json",
