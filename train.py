@@ -59,6 +59,7 @@ from monitoring.tracking import NoTracker
 from options.config import Config
 from options.strategies import STRATEGIES
 from parallel.activation_checkpointing import SavedActivations, compile_run_layer, should_compile
+from parallel.layer_graphs import make_layer_graphs
 from parallel.optimizers import make_schedule
 from parallel.shards import full_tensor
 from quantize_layers import load_weights
@@ -114,6 +115,7 @@ def set_up(
         compiled_run=compile_run_layer(cpus=rank_info.cpus)
         if should_compile(config.compile, device, family)
         else None,
+        graphs=make_layer_graphs(config.cuda_graphs, device, config.verbose and rank_info.rank == 0),
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.start_phase("load")

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -42,6 +43,7 @@ from options.strategies import STRATEGIES, Strategy
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, raise_graph_limit
 from parallel.activation_offload import HostActivations, OffloadedLayer
 from parallel.copy_engines import make_copy_collectives
+from parallel.layer_graphs import GraphedLayer, LayerGraphs
 from quantization.layer import Linear4bit
 
 # --wrap_policy: the dotted names of the modules inside a decoder layer that are units. The rest of the layer
@@ -146,6 +148,14 @@ def _is_frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters())
 
 
+def needs_units(mesh: DeviceMesh, casts: bool, offloads: bool) -> bool:
+    """Return whether the model is sharded. One GPU needs that only to cast or to offload.
+
+    Otherwise its gathering would only copy.
+    """
+    return mesh.size() > 1 or casts or offloads
+
+
 def can_keep_embedding_on_host(model: PreTrainedModel, family: Family) -> bool:
     """Return whether the embedding may stay in host memory: it is neither trained nor tied to the head.
 
@@ -168,6 +178,7 @@ def wrap(
     offload: OffloadPolicy,
     saved_activations: SavedActivations,
     compiled_run: Callable | None,
+    graphs: LayerGraphs | None,
     offload_activations: bool,
 ) -> None:
     """Add recomputation, offload and FSDP units to a meta model, in place. It stays on meta.
@@ -183,6 +194,7 @@ def wrap(
         saved_activations: What each decoder layer saves for backward; the rest is recomputed (non-reentrant).
         compiled_run: Runs a layer compiled (made in parallel/activation_checkpointing.py); None: not
             compiled.
+        graphs: Replays compiled layers that are units; None: does not.
         offload_activations: Keep the layers' inputs, which recomputation needs, in host memory.
     """
     host_activations = HostActivations()
@@ -195,9 +207,8 @@ def wrap(
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     tied = model.config.tie_word_embeddings
     ignored: set[nn.Parameter] = set()
-    # One GPU needs FSDP only to cast or to offload; otherwise its gathering would only copy.
     casts = gather_dtype is not None and any(map(_is_fully_trained, (embedding, *layers)))
-    sharded = mesh.size() > 1 or casts or isinstance(offload, CPUOffloadPolicy)
+    sharded = needs_units(mesh, casts, isinstance(offload, CPUOffloadPolicy))
 
     def shard(module: nn.Module, casts_all: bool = False) -> None:
         """Make a module an FSDP unit if the model is sharded.
@@ -229,7 +240,8 @@ def wrap(
             shard(layer.get_submodule(name))
         # The wrapper is inside the unit: recomputation must find the layer gathered, not gather it again.
         layer_run = None if units else compiled_run
-        layers[i] = recomputed = CheckpointedModule(layer, saved_activations, layer_run)
+        recomputed: ActivationWrapper = CheckpointedModule(layer, saved_activations, layer_run)
+        layers[i] = recomputed = GraphedLayer(recomputed, graphs) if graphs and layer_run else recomputed
         recomputes_all = saved_activations is SavedActivations.INPUT
         saves_output = bool(layer_run) and recomputes_all and _save_last_output(layer, family, offload)
         if offload_activations or saves_output:
@@ -253,6 +265,8 @@ def wrap(
         for module in (*vision.tower_blocks(model), *map(model.get_submodule, vision.parts)):
             shard(module)
     head.compiled = compiled_run is not None
+    if graphs:
+        head.memory = graphs.loss_memory
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
     for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)

@@ -137,9 +137,13 @@ class PeakMemory:
     """Peak GPU memory of each phase of a run and of each step. Measures nothing without a GPU.
 
     Use the one instance PEAK_MEMORY: torch's allocator has one set of counters in a process.
+
+    Attributes:
+        uncounted: bytes in use that torch's allocator counts as free: those of CUDA graphs between replays.
     """
 
     def __init__(self):
+        self.uncounted = 0
         self.reset()
 
     def reset(self) -> None:
@@ -158,11 +162,19 @@ class PeakMemory:
         step, self.step = self.step, (0, 0)
         return step
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing meanwhile: what is allocated here is in memory that is counted already."""
+        self._read_counters()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
     def _read_counters(self) -> None:
         """Raise the peaks of the phase and of the step to the allocator's, and reset the allocator's."""
         if not torch.cuda.is_initialized():
             return
-        now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        now = torch.cuda.max_memory_allocated() + self.uncounted, torch.cuda.max_memory_reserved()
         torch.cuda.reset_peak_memory_stats()
         self.step = max(self.step[0], now[0]), max(self.step[1], now[1])
         self.by_phase[self.phase] = max(self.by_phase.get(self.phase, 0), now[0])

@@ -18,6 +18,7 @@ tokens of a chunk, of all ranks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
@@ -189,6 +190,8 @@ class Head(nn.Linear):
     """The output projection. With targets it returns the loss instead of the logits."""
 
     compiled = False  # set by wrapping.py
+    # Makes the context in which the loss's logits are allocated; set by wrapping.py.
+    memory: Callable[[], contextlib.AbstractContextManager] = staticmethod(contextlib.nullcontext)
     scale = 1.0  # set by models/causal_lm.py
     softcap: float | None = None  # set by models/causal_lm.py
 
@@ -221,7 +224,7 @@ class Head(nn.Linear):
         if self.bias is not None:
             bias = self.scale * self.bias[shard.first_row : shard.first_row + len(rows)].to(x.device, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            settings = target_positions, shard, self.softcap, self.compiled
+            settings = target_positions, shard, self.softcap, self.compiled, self.memory
             return _SummedLoss.apply(x.to(dtype), rows, bias, targets.flatten(), *settings)
 
 
@@ -291,7 +294,9 @@ class _SummedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, rows, bias, targets, target_positions, shard: VocabularyShard, softcap, compiled):
+    def forward(
+        ctx, x, rows, bias, targets, target_positions, shard: VocabularyShard, softcap, compiled, memory
+    ):
         """Return the loss, and save its gradients for backward. Collective if the head is sharded.
 
         Args:
@@ -303,6 +308,7 @@ class _SummedLoss(torch.autograd.Function):
             shard: the ranks that hold the other rows of the head.
             softcap: c of the logits c tanh(z / c); None without a cap.
             compiled: whether to use the compiled KERNELS.
+            memory: makes the context in which the logits are allocated.
         """
         needs_grad_x, needs_grad_rows, needs_grad_bias = ctx.needs_input_grad[:3]
         assert not (needs_grad_rows and shard.n_ranks > 1), "a head that is trained is gathered"
@@ -321,7 +327,9 @@ class _SummedLoss(torch.autograd.Function):
         )  # equal on all ranks: each chunk is collective
         if shard.n_ranks > 1:
             max_tokens = min(max_tokens, HIDDEN_BYTES // (4 * x.shape[1]))
-        for chunk in shard.chunk_slices(len(target_positions), max_tokens):
+
+        def add_chunk(chunk: slice) -> None:
+            """Add a chunk of tokens to the loss and to the gradients; its logits are free afterwards."""
             states = shard.all_gather(x[target_positions[chunk]])  # [C, H]
             chunk_targets = targets[:, chunk].flatten()  # [C]
             index, is_local = shard.find_rows(chunk_targets)
@@ -341,9 +349,13 @@ class _SummedLoss(torch.autograd.Function):
                 grad_x[target_positions[chunk]] = part.to(x.dtype)
             if grad_rows is not None:
                 # A sum over tokens has no bound like that of FP16_FACTOR, so the factor is divided out first.
-                grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)
+                grad_rows.add_(z.t() @ (states / FP16_FACTOR if fp16 else states))
             if grad_bias is not None:
-                grad_bias += z.sum(0, dtype=torch.float32)
+                grad_bias.add_(z.sum(0, dtype=torch.float32))
+
+        with memory():
+            for chunk in shard.chunk_slices(len(target_positions), max_tokens):
+                add_chunk(chunk)
         ctx.save_for_backward(grad_x, grad_rows, grad_bias)
         return losses.sum()
 
@@ -356,5 +368,5 @@ class _SummedLoss(torch.autograd.Function):
             None if grad_x is None else ctx.scale(grad_x, factor),
             None if grad_rows is None else grad_rows * grad,
             None if grad_bias is None else grad_bias * factor,
-            *[None] * 5,
+            *[None] * 6,
         )

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from launch.memory import empty_on_host
-from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
+from parallel.activation_checkpointing import SavedActivations
 
 MIN_OFFLOAD_BYTES = 2**16  # copying a smaller tensor costs more than it saves
 
@@ -155,7 +155,7 @@ class OffloadedLayer(ActivationWrapper):
     Tensors that live only within the layer's forward or its recomputation never reach the hooks here.
 
     Args:
-        layer: the checkpointed layer.
+        layer: the checkpointed layer, or a GraphedLayer of one.
         host_activations: the model's store of offloaded tensors.
         offload_input: offload the layer's input.
         offload_last_output: offload what the layer saves beside its input: the last projection's output. Only
@@ -166,7 +166,7 @@ class OffloadedLayer(ActivationWrapper):
 
     def __init__(
         self,
-        layer: CheckpointedModule,
+        layer: ActivationWrapper,
         host_activations: HostActivations,
         *,
         offload_input: bool,

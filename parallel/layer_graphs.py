@@ -1,0 +1,298 @@
+"""Which calls of decoder layers are replayed from CUDA graphs (--cuda_graphs), and which are not.
+
+A layer runs as ever until its arguments have had the same shapes a few times, in forward and backward. Then
+it is recorded, and it and all layers that are alike are replayed for such arguments. Other calls run as ever:
+those with other shapes (an odd last batch, packs of varying rows), with dropout, or with an argument that is
+no tensor and no plain value. `--verbose` says why.
+
+Layers are alike if their modules, the shapes of their parameters and their attributes are equal. As a
+safeguard, the first replay of each layer is compared with the layer itself, bit for bit. A layer that differs
+is not replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory
+from parallel.recorded_layer import (
+    GraphMemory,
+    LayerParameters,
+    NotRecordable,
+    Recording,
+    Replay,
+    Slots,
+)
+
+# Calls of a layer with the same shapes before it is recorded. The first compiles it, forward and backward.
+CALLS_BEFORE = 3
+# Recordings of one kind of layer. Each has its own kernels, and with more than a few shapes none is repeated
+# often.
+MAX_RECORDINGS = 4
+MAX_COUNTED = 64  # kinds of calls of a layer that are counted
+# `auto` records once the GPU had nothing to do at so many of the last starts of layers, if so much of its
+# memory was never in use.
+LAYERS_WATCHED, WAITING_SHARE, FREE_SHARE = 64, 0.1, 0.1
+DROPOUTS = "p", "dropout", "attention_dropout"  # names of attributes
+PLAIN = int, float, bool, str, type(None), torch.dtype, torch.device
+
+
+class GpuWaits:
+    """Tells whether the GPU waits for the host: it has finished a layer before the next one is launched."""
+
+    def __init__(self):
+        self.finished: torch.cuda.Event | None = None
+        self.waited: deque[bool] = deque(maxlen=LAYERS_WATCHED)
+
+    def start_layer(self) -> None:
+        """Look whether the GPU has finished the layer before."""
+        if self.finished is not None:
+            self.waited.append(self.finished.query())
+
+    def end_layer(self) -> None:
+        """Mark where the GPU will have finished this layer."""
+        self.finished = self.finished or torch.cuda.Event()
+        self.finished.record()
+
+    def are_frequent(self) -> bool:
+        """Return whether the GPU waited at WAITING_SHARE of the last LAYERS_WATCHED layers."""
+        return sum(self.waited) >= WAITING_SHARE * LAYERS_WATCHED
+
+
+def take_apart(value: Any, tensors: list[Tensor]) -> Hashable:
+    """Append the tensors within an argument to `tensors`; return the rest, for comparison and `put_together`.
+
+    Raises NotRecordable for anything but tensors, plain values, and containers and partial functions of them.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return "tensor", value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if isinstance(value, PLAIN):
+        return "value", type(value), value
+    if type(value) in (tuple, list):
+        return type(value), tuple(take_apart(each, tensors) for each in value)
+    if type(value) is dict:
+        return dict, tuple(value), tuple(take_apart(each, tensors) for each in value.values())
+    if type(value) is partial:
+        return "partial", value.func, take_apart([*value.args], tensors), take_apart(value.keywords, tensors)
+    raise NotRecordable(f"it is given a {type(value).__name__}")
+
+
+def put_together(parts: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the argument that `take_apart` took apart, with other tensors."""
+    kind = parts[0]
+    if kind == "tensor":
+        return next(tensors)
+    if kind == "value":
+        return parts[2]
+    if kind == "partial":
+        args = put_together(parts[2], tensors)
+        return partial(parts[1], *args, **put_together(parts[3], tensors))
+    values = [put_together(each, tensors) for each in parts[-1]]
+    return dict(zip(parts[1], values, strict=True)) if kind is dict else kind(values)
+
+
+def describe_kind(layer: nn.Module) -> Hashable:
+    """Return what layers that are alike have in common: modules, parameters' shapes, plain attributes.
+
+    The index of a layer is none of them: transformers uses it for caches only.
+    """
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(
+                (n, p.shape, p.dtype, p.requires_grad) for n, p in module._parameters.items() if p is not None
+            ),
+            tuple(
+                (n, value)
+                for n, value in sorted(vars(module).items())
+                if isinstance(value, PLAIN) and n != "layer_idx"
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
+
+
+def has_dropout(layer: nn.Module) -> bool:
+    """Return whether a module within the layer drops activations at random."""
+    rates = (getattr(module, name, None) for module in layer.modules() for name in DROPOUTS)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _has_room() -> bool:
+    """Return whether FREE_SHARE of the GPU's memory was never in use."""
+    room = gpu_room(torch.device("cuda", torch.cuda.current_device()))
+    return max(PEAK_MEMORY.by_phase.values(), default=0) < (1 - FREE_SHARE) * room
+
+
+class LayerGraphs:
+    """The recordings of a model's layers, and the decision which layers are recorded.
+
+    Args:
+        memory: where graphs are recorded.
+        waits: tells whether it is worth it; None = it always is (--cuda_graphs true).
+        report: takes a line that says why something is not replayed, or that it is.
+    """
+
+    def __init__(self, memory: GraphMemory, waits: GpuWaits | None, report: Callable[[str], None]):
+        self.memory, self.waits, self._report = memory, waits, report
+        self.slots = Slots()
+        self.recordings: dict[tuple[int, Hashable], Recording | None] = {}  # None: was refused
+        self.kinds: dict[Hashable, int] = {}
+        self.per_kind: Counter[int] = Counter()
+        self.reported: set[str] = set()
+
+    def report(self, text: str) -> None:
+        """Report a line, once."""
+        if text not in self.reported:
+            self.reported.add(text)
+            self._report(f"--cuda_graphs: {text}")
+
+    def loss_memory(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the loss allocates: the graphs' memory, unused then, once there is one.
+
+        So the two do not add up.
+        """
+        return self.memory.allocating() if any(self.recordings.values()) else contextlib.nullcontext()
+
+    def kind_of(self, layer: nn.Module) -> int:
+        """Return the number of the layer's kind."""
+        return self.kinds.setdefault(describe_kind(layer), len(self.kinds))
+
+    def find(self, kind: int, key: Hashable, record: Callable[[], Recording]) -> Recording | None:
+        """Return the recording of a kind of layer for a kind of call, made now if it is due; or None."""
+        if (kind, key) in self.recordings:
+            return self.recordings[kind, key]
+        if self.waits and not self.waits.are_frequent():
+            return None
+        if self.waits and not _has_room():
+            self.report(f"less than {FREE_SHARE:.0%} of the GPU's memory is free: layers run without graphs")
+            return None
+        if self.per_kind[kind] >= MAX_RECORDINGS:
+            self.report(f"more than {MAX_RECORDINGS} kinds of micro-batches: others run without graphs")
+            return None
+        made = None
+        try:
+            made = record()
+            self.per_kind[kind] += 1
+            self.report("layers are replayed as CUDA graphs")
+        except NotRecordable as e:
+            self.report(f"a layer runs without graphs: {e}")
+        except RuntimeError as e:
+            reason = "there is no memory for it" if is_out_of_memory(e) else str(e).partition("\n")[0]
+            self.report(f"a layer runs without graphs: {reason}")
+        self.recordings[kind, key] = made
+        return made
+
+
+class GraphedLayer(ActivationWrapper):
+    """A checkpointed decoder layer, replayed from CUDA graphs where that can be done and is worth it.
+
+    Args:
+        layer: a CheckpointedModule.
+        graphs: those of the model.
+    """
+
+    def __init__(self, layer: ActivationWrapper, graphs: LayerGraphs):
+        super().__init__(layer)
+        self.graphs, self.calls = graphs, Counter[Hashable]()
+        self.has_dropout = has_dropout(layer)
+        self.kind = 0
+        self.parameters_now: LayerParameters | None = None
+        # Of each recording: whether a replay equals the layer; a bool tensor until it is read.
+        self.agrees: dict[Recording, bool | Tensor] = {}
+
+    def forward(self, *args, **kwargs):
+        """Return the layer's result."""
+        layer, graphs = self._checkpoint_wrapped_module, self.graphs
+        if not torch.is_grad_enabled():
+            return layer(*args, **kwargs)
+        tensors: list[Tensor] = []
+        recording = self._find_recording(tensors, args, kwargs)
+        if recording and self._replays_right(recording):
+            assert self.parameters_now is not None
+            trained = [p for p in self.parameters_now.current() if p.requires_grad]
+            return Replay.apply(recording, self.parameters_now, len(tensors), *tensors, *trained)
+        if graphs.waits:
+            graphs.waits.start_layer()
+        result = layer(*args, **kwargs)
+        if graphs.waits:
+            graphs.waits.end_layer()
+        if recording and recording not in self.agrees:
+            self._compare(recording, tensors, result)
+        return result
+
+    def _find_recording(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Recording | None:
+        """Return a recording for a call with these arguments, if there is one, or one is due.
+
+        tensors: filled with the tensors among the arguments.
+        """
+        layer = self._checkpoint_wrapped_module
+        try:
+            parts = take_apart([list(args), kwargs], tensors)
+            if not tensors or self.has_dropout:
+                raise NotRecordable("it has dropout" if tensors else "it is given no tensor")
+        except NotRecordable as e:
+            self.graphs.report(f"a layer runs without graphs: {e}")
+            return None
+        device = tensors[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = parts, layer.saved, layer.is_trained, autocast
+        self.calls[key] += 1 if key in self.calls or len(self.calls) < MAX_COUNTED else 0
+        if self.calls[key] <= CALLS_BEFORE:
+            if self.graphs.recordings:
+                self.graphs.report(
+                    f"the first {CALLS_BEFORE} micro-batches of other shapes run without graphs"
+                )
+            return None
+        if self.parameters_now is None:
+            self.kind, self.parameters_now = self.graphs.kind_of(layer), LayerParameters(layer)
+        parameters = self.parameters_now
+
+        def call(others: Sequence[Tensor]) -> Any:
+            args, kwargs = put_together(parts, iter(others))
+            return layer(*args, **kwargs)
+
+        def record() -> Recording:
+            return Recording(self.graphs.memory, self.graphs.slots, parameters, tensors, call)
+
+        return self.graphs.find(self.kind, key, record)
+
+    def _replays_right(self, recording: Recording) -> bool:
+        """Return whether a replay was compared with this layer, and equals it. Waits for the GPU once."""
+        agrees = self.agrees.get(recording, False)
+        if isinstance(agrees, Tensor):
+            agrees = self.agrees[recording] = bool(agrees)
+            if not agrees:
+                self.graphs.report("a layer differs from the one that is recorded: it runs without graphs")
+        return agrees
+
+    def _compare(self, recording: Recording, inputs: Sequence[Tensor], result: Tensor) -> None:
+        """Replay the layer's forward, and note whether that gives `result`."""
+        assert self.parameters_now is not None
+        with torch.no_grad():
+            replayed, _ = recording.run_forward(inputs, self.parameters_now.current())
+            self.agrees[recording] = (replayed == result).all()
+
+
+def make_layer_graphs(option: str, device: torch.device, verbose: bool) -> LayerGraphs | None:
+    """Return the graphs of a model's layers; None without a GPU, or if they are switched off.
+
+    Args:
+        option: --cuda_graphs.
+        device: the rank's.
+        verbose: print what is replayed, and why something is not.
+    """
+    if option == "false" or device.type != "cuda":
+        return None
+    report = partial(print, flush=True) if verbose else lambda line: None
+    return LayerGraphs(GraphMemory(device), GpuWaits() if option == "auto" else None, report)

@@ -1,0 +1,329 @@
+"""A layer's forward and its backward, recorded as two CUDA graphs and replayed.
+
+A compiled decoder layer launches about a hundred kernels in forward and backward. For small batches, and on
+several GPUs, their launches take the host longer than they take the GPU. A graph is a single launch.
+
+A graph reads and writes the addresses that it was recorded with. So a replay first copies into fixed tensors
+(`Slots`) all that differs between layers and steps: the layer's parameters, which FSDP gathers to new
+addresses each time, and its inputs; in backward also the gradient, and what forward saved. Then it copies the
+results out. Layers that are alike share their two graphs (parallel/layer_graphs.py says which ones are).
+
+All graphs share one pool of memory. They run one after the other, and no tensor in the pool is needed after
+the replay that wrote it, once its results are copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.memory import PEAK_MEMORY
+
+
+class NotRecordable(Exception):
+    """A call of a layer cannot be replayed from a recording; the message says why."""
+
+
+class GraphMemory:
+    """The memory pool of all graphs of this process, and the stream on which they are recorded."""
+
+    retains_graph = False  # whether a replay needs the autograd graph of the recording: CUDA graphs do not
+
+    def __init__(self, device: torch.device):
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Record the kernels that `function` launches; they do not run yet.
+
+        Returns:
+            (the function's result, whose tensors have no values yet; a replay, which computes them).
+        """
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream), _no_garbage_collection():
+            # thread_local: other threads, as NCCL's watchdog, may ask the driver for events meanwhile.
+            graph.capture_begin(self.pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
+            try:
+                result = function()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says only that the recording is invalid
+                    graph.capture_end()
+                with contextlib.suppress(RuntimeError):  # capture_end stopped before it did this
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool.id)
+                raise
+            graph.capture_end()
+        current.wait_stream(self.stream)
+        self._count_memory()
+        return result, graph.replay
+
+    @contextlib.contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Allocate the tensors of this context in the pool, while no graph is replayed.
+
+        They must be freed before the next replay, which overwrites them.
+        """
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with PEAK_MEMORY.paused():
+            with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+                yield
+            self._count_memory()
+        current.wait_stream(self.stream)
+
+    def _count_memory(self) -> None:
+        """Count the pool's memory as used, all of it: between replays torch's allocator counts it as free."""
+        segments = self.pool.snapshot()
+        free = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+        PEAK_MEMORY.uncounted = free
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from freeing GPU objects meanwhile, which would end a recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class Slots:
+    """Fixed tensors for copies. All recordings share them: only one graph runs at a time."""
+
+    def __init__(self):
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the fixed tensor `name` with the shape, strides and dtype of `tensor`; an autograd leaf.
+
+        Tensors of one name and dtype share their memory.
+        """
+        length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        length, key = length if tensor.numel() else 0, (name, tensor.dtype)
+        if key not in self.buffers or len(self.buffers[key]) < length:  # older recordings keep the old one
+            self.buffers[key] = torch.empty(length, dtype=tensor.dtype, device=tensor.device)
+        slot = self.buffers[key].as_strided(tensor.shape, tensor.stride())
+        return slot.detach().requires_grad_(tensor.requires_grad)
+
+
+class Copies:
+    """Copies tensors into fixed ones, or fixed ones out, with one launch per dtype."""
+
+    def __init__(self, fixed: Sequence[Tensor]):
+        self.shapes = [tensor.shape for tensor in fixed]
+        # The elements along an expanded dimension are the same memory, which is copied once.
+        self.expanded = [
+            [dim for dim in range(t.dim()) if t.stride(dim) == 0 and t.shape[dim] > 1] for t in fixed
+        ]
+        self.fixed = [self._cut(i, tensor) for i, tensor in enumerate(fixed)]
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, tensor in enumerate(self.fixed):
+            by_dtype.setdefault(tensor.dtype, []).append(i)
+        self.groups = [(indices, [self.fixed[i] for i in indices]) for indices in by_dtype.values()]
+
+    def _cut(self, i: int, tensor: Tensor) -> Tensor:
+        """Return the tensor with length 1 along the expanded dimensions of the fixed one of index i."""
+        tensor = tensor.detach()
+        for dim in self.expanded[i]:
+            tensor = tensor.narrow(dim, 0, 1)
+        return tensor
+
+    def copy_in(self, tensors: Sequence[Tensor]) -> None:
+        """Copy tensors, one for each fixed one, in the same order."""
+        for indices, fixed in self.groups:
+            torch._foreach_copy_(fixed, [self._cut(i, tensors[i]) for i in indices])
+
+    def copy_out(self) -> list[Tensor]:
+        """Return copies of the fixed tensors."""
+        results = [torch.empty_like(tensor) for tensor in self.fixed]
+        for indices, fixed in self.groups:
+            torch._foreach_copy_([results[i] for i in indices], fixed)
+        return [tensor.expand(shape) for tensor, shape in zip(results, self.shapes, strict=True)]
+
+
+class LayerParameters:
+    """The parameters of a layer, which FSDP replaces each time it gathers them.
+
+    Attributes:
+        names: their names within the layer, in the order of `current`.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.owners: list[tuple[dict[str, Any], str]] = []
+        self.names: list[str] = []
+        for prefix, module in layer.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.owners.append((module._parameters, name))
+                    self.names.append(f"{prefix}.{name}")
+
+    def current(self) -> list[nn.Parameter]:
+        """Return the parameters as they are now."""
+        return [parameters[name] for parameters, name in self.owners]
+
+    @contextlib.contextmanager
+    def replaced(self, others: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Let the layer compute with other parameters."""
+        own = self.current()
+        self._set(others)
+        try:
+            yield
+        finally:
+            self._set(own)
+
+    def _set(self, values: Sequence[nn.Parameter]) -> None:
+        for (parameters, name), value in zip(self.owners, values, strict=True):
+            parameters[name] = value
+
+
+class Recording:
+    """The two graphs of a layer for one kind of call; layers that are alike can be replayed from it.
+
+    Args:
+        memory: where it is recorded.
+        slots: the fixed tensors of all recordings.
+        parameters: of the layer, gathered.
+        inputs: the tensors among the layer's arguments.
+        call: calls the layer with other tensors in the place of `inputs`.
+
+    Raises RuntimeError if the layer does what cannot be recorded (it waits for the GPU, or there is no memory
+    for it), and NotRecordable if its result is not one tensor.
+    """
+
+    def __init__(
+        self,
+        memory: GraphMemory,
+        slots: Slots,
+        parameters: LayerParameters,
+        inputs: Sequence[Tensor],
+        call: Callable[[Sequence[Tensor]], Any],
+    ):
+        fixed_inputs = [slots.like(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
+        is_view = [tensor._is_view() for tensor in inputs]
+        fixed_parameters = [
+            nn.Parameter(slots.like(name, p.detach()), requires_grad=p.requires_grad)
+            for name, p in zip(parameters.names, parameters.current(), strict=True)
+        ]
+        arguments = [*fixed_inputs, *fixed_parameters]
+
+        def forward() -> tuple[Tensor, list[Tensor]]:
+            saved: list[Tensor] = []
+
+            def pack(tensor: Tensor) -> Tensor:
+                saved.append(tensor.detach())
+                return saved[-1]
+
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with parameters.replaced(fixed_parameters), hooks, _no_cached_casts(fixed_inputs[0].device.type):
+                # FSDP passes inputs on as views, and compiled code is for views, or for other tensors.
+                given = zip(fixed_inputs, is_view, strict=True)
+                result = call([tensor.view_as(tensor) if view else tensor for tensor, view in given])
+            if not isinstance(result, Tensor):
+                raise NotRecordable(f"its result is a {type(result).__name__}")
+            return result, saved
+
+        differentiable = [t for t in arguments if t.requires_grad]
+
+        def backward(result: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            no_autocast = torch.autocast(result.device.type, enabled=False)  # as in autograd's own threads
+            with parameters.replaced(fixed_parameters), no_autocast:
+                return torch.autograd.grad(
+                    result, differentiable, gradient, allow_unused=True, retain_graph=memory.retains_graph
+                )
+
+        self.arguments = Copies(arguments)
+        with memory.allocating():  # the first call may compile or load something, which cannot be recorded
+            self.arguments.copy_in([*inputs, *parameters.current()])
+            warm = forward()[0]
+            if differentiable:
+                backward(warm, torch.zeros_like(warm))
+            del warm
+        (result, saved), self.replay_forward = memory.record(forward)
+        # The result is copied out before there is its gradient, so the two can share memory.
+        gradient = result.detach()
+        if any(t.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr() for t in saved):
+            gradient = torch.empty_like(gradient)
+        gradients: tuple[Tensor | None, ...] = ()
+        if differentiable:  # else this layer and all below it are frozen, and backward ends above it
+            gradients, self.replay_backward = memory.record(lambda: backward(result, gradient))
+        self.has_gradient = [each is not None for each in gradients]
+        own = {tensor.untyped_storage().data_ptr() for tensor in arguments}
+        unique = {(t.data_ptr(), t.shape, t.stride(), t.dtype): t for t in saved}
+        self.gradient, self.result = Copies([gradient]), Copies([result])
+        self.saved = Copies([t for t in unique.values() if t.untyped_storage().data_ptr() not in own])
+        self.gradients = Copies([each for each in gradients if each is not None])
+
+    def run_forward(
+        self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return (the layer's result, what `run_backward` needs beside inputs and parameters)."""
+        self.arguments.copy_in([*inputs, *parameters])
+        self.replay_forward()
+        return self.result.copy_out()[0], self.saved.copy_out()
+
+    def load_backward(
+        self,
+        gradient: Tensor,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> None:
+        """Copy in what `run_backward` reads; the caller may free it then.
+
+        Args:
+            gradient: of the layer's result.
+            inputs, parameters: as in `run_forward`.
+            saved: what `run_forward` returned.
+        """
+        self.gradient.copy_in([gradient])
+        self.arguments.copy_in([*inputs, *parameters])
+        self.saved.copy_in(saved)
+
+    def run_backward(self) -> list[Tensor | None]:
+        """Return the gradients of the inputs and parameters that need one, in this order; or None."""
+        self.replay_backward()
+        found = iter(self.gradients.copy_out())
+        return [next(found) if has_gradient else None for has_gradient in self.has_gradient]
+
+
+def _no_cached_casts(device_type: str) -> torch.autocast:
+    """Return the current autocast, or none, without its cache: a cached cast would belong to one graph."""
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )
+
+
+class Replay(torch.autograd.Function):
+    """(recording, parameters of the layer, number of inputs, *inputs, *trained parameters) -> the result.
+
+    Differentiable with respect to inputs and trained parameters. Frozen parameters are read from the layer.
+    """
+
+    @staticmethod
+    def forward(ctx, recording: Recording, parameters: LayerParameters, n_inputs: int, *tensors: Tensor):
+        ctx.recording, ctx.parameters, ctx.n_inputs = recording, parameters, n_inputs
+        inputs = tensors[:n_inputs]
+        result, saved = recording.run_forward(inputs, parameters.current())
+        ctx.save_for_backward(*inputs, *saved)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        saved, n_inputs = ctx.saved_tensors, ctx.n_inputs
+        parameters = ctx.parameters.current()  # gathered again by now
+        ctx.recording.load_backward(gradient, saved[:n_inputs], parameters, saved[n_inputs:])
+        del saved
+        ctx.maybe_clear_saved_tensors()  # the layer's input, at the moment of the peak
+        gradients = iter(ctx.recording.run_backward())
+        needed = ctx.needs_input_grad[3:]
+        return (None, None, None, *(next(gradients) if is_needed else None for is_needed in needed))

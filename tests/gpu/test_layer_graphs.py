@@ -1,0 +1,105 @@
+"""Layers replayed from CUDA graphs give the results of the same layers without, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+
+import train
+from launch.precision import enable_determinism
+from parallel.layer_graphs import LayerGraphs, make_layer_graphs
+from tests.helpers.image_runs import image_arguments
+from tests.helpers.parity import arguments
+from tests.helpers.runs import train_run
+
+STEPS = ["--max_steps", "8", "--num_epochs", "8", "--precision", "auto"]
+
+
+def run_on_gpu(rank_info, args: list[str], sharded: bool) -> tuple:
+    """Return (`train_run`'s results, recordings, reported lines); layers are compiled."""
+    made: list[LayerGraphs | None] = []
+    lines: list[str] = []
+
+    def keep(option, device, verbose):
+        made.append(make_layer_graphs(option, device, verbose))
+        if made[0]:
+            made[0]._report = lines.append
+        return made[0]
+
+    torch.compiler.reset()
+    enable_determinism()
+    units = mock.patch("wrapping.needs_units", lambda *_: True) if sharded else contextlib.nullcontext()
+    with mock.patch.object(train, "make_layer_graphs", keep), units:
+        results = train_run(rank_info, [*args, "--compile", "true"])
+    torch.use_deterministic_algorithms(False)
+    recorded = len([r for r in made[0].recordings.values() if r]) if made[0] else 0
+    return results, recorded, lines
+
+
+def assert_equal_runs(plain: tuple, graphed: tuple) -> None:
+    (losses, tensors, norms), (others, other_tensors, other_norms) = plain[0], graphed[0]
+    assert losses == others and norms == other_norms
+    assert losses[0] > losses[-1]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[name]), name
+
+
+OPTIONS = {
+    "checkpointing": "--use_gradient_checkpointing true",
+    "all saved": "--use_gradient_checkpointing false",
+    "layer inputs on the host": "--use_gradient_checkpointing true --use_activation_cpu_offload",
+    "accumulation": "--batch_size 2 --gradient_accumulation_steps 2",
+    "some results saved": "--activation_budget 0.001",
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("train_type", "options", "sharded"),
+    [
+        ("qlora", "checkpointing", True),
+        ("qlora", "all saved", True),
+        ("qlora", "layer inputs on the host", True),
+        ("qlora", "accumulation", False),
+        ("qlora", "some results saved", False),
+        ("bnb_dora", "checkpointing", True),
+        ("bnb_dora", "all saved", False),
+        ("hqq_dora", "checkpointing", True),
+        ("full", "checkpointing", False),
+    ],
+)
+def test_replays_equal_the_layers(train_type, options, sharded, checkpoints, even_rows, one_rank):
+    args = [*arguments(checkpoints("llama"), even_rows, train_type), "--batch_size", "4", *STEPS]
+    args += OPTIONS[options].split()
+    plain = one_rank(run_on_gpu, [*args, "--cuda_graphs", "false"], sharded)[0]
+    graphed = one_rank(run_on_gpu, [*args, "--cuda_graphs", "true"], sharded)[0]
+    assert graphed[1], graphed[2]
+    assert not [line for line in graphed[2] if "without" in line], graphed[2]
+    assert_equal_runs(plain, graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [(), ("--packing", "--context_length", "300")], ids=["padded", "packed"])
+def test_replays_with_images_equal_the_layers(more, one_rank, tmp_path):
+    """Rows have 0 to 2 images: micro-batches differ in their shapes and masks."""
+    args = [*image_arguments(tmp_path, "gemma3", *more), "--chat_template", "chatml", *STEPS]
+    plain = one_rank(run_on_gpu, [*args, "--cuda_graphs", "false"], False)[0]
+    graphed = one_rank(run_on_gpu, [*args, "--cuda_graphs", "true"], False)[0]
+    assert_equal_runs(plain, graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("--lora_dropout 0.1", "dropout"), ("--batch_size 1 --max_steps 24", "other shapes")],
+    ids=["dropout", "many lengths"],
+)
+def test_other_calls_run_as_ever(options, reason, checkpoints, alpaca_file, one_rank):
+    args = [*arguments(checkpoints("llama"), alpaca_file, "qlora"), "--batch_size", "4", *STEPS]
+    plain = one_rank(run_on_gpu, [*args, *options.split(), "--cuda_graphs", "false"], True)[0]
+    graphed = one_rank(run_on_gpu, [*args, *options.split(), "--cuda_graphs", "true"], True)[0]
+    assert any(reason in line for line in graphed[2]), graphed[2]
+    assert_equal_runs(plain, graphed)

@@ -1,0 +1,239 @@
+"""Replayed layers compute what layers compute; which calls are replayed.
+
+Without a GPU a replay calls the recorded function again (tests/helpers/layer_graphs.py). So all but CUDA's
+own part is tested here; tests/gpu/test_layer_graphs.py has the rest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from parallel import layer_graphs
+from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
+from parallel.layer_graphs import (
+    CALLS_BEFORE,
+    LAYERS_WATCHED,
+    MAX_RECORDINGS,
+    GpuWaits,
+    GraphedLayer,
+    LayerGraphs,
+    put_together,
+    take_apart,
+)
+from parallel.recorded_layer import NotRecordable
+from tests.helpers.compiled import EXTRA_GRAPHS, LAYERS
+from tests.helpers.layer_graphs import RepeatedCalls, graphed_run
+from tests.helpers.parity import arguments, assert_same
+
+STEPS = ["--max_steps", "6", "--num_epochs", "4"]
+# A recording has a forward and a backward. The first layer, whose input has no gradient, has a recording of
+# its own, and the layer is compiled for it.
+GRAPHS, COMPILED = 4, 2
+# Of the layers' forwards and backwards: one each is compared, then two steps are replayed.
+REPLAYS = LAYERS + 2 * 2 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("train_type", "options"),
+    [
+        ("bnb_dora", "--use_gradient_checkpointing true"),
+        pytest.param("qlora", "--use_gradient_checkpointing false", marks=pytest.mark.slow),
+    ],
+)
+def test_replayed_layers_follow_plain_ones(train_type, options, checkpoints, even_rows, plain_run, one_rank):
+    args = [*arguments(checkpoints("llama_bias"), even_rows, train_type), "--batch_size", "4", *STEPS]
+    expected = plain_run([*args, "--use_gradient_checkpointing", "false"])
+    results, *counts, lines = one_rank(graphed_run, [*args, *options.split()])[0]
+    assert counts == [GRAPHS, COMPILED + EXTRA_GRAPHS, REPLAYS], lines
+    assert_same(expected, results)
+
+
+def test_units_are_replayed_without_another_compilation(checkpoints, even_rows, plain_run, two_ranks):
+    """FSDP gathers parameters to new addresses, and passes a layer's input on as a view."""
+    args = [*arguments(checkpoints("llama"), even_rows, "qlora"), *STEPS]
+    expected = plain_run([*args, "--batch_size", "4", "--use_gradient_checkpointing", "false"])
+    for results, *counts, lines in two_ranks(graphed_run, [*args, "--batch_size", "2"]):
+        assert counts == [GRAPHS, COMPILED + EXTRA_GRAPHS, REPLAYS], lines
+        assert_same(expected, results)
+
+
+@pytest.mark.slow
+def test_frozen_layers_are_replayed_in_forward_only(checkpoints, even_rows, plain_run, one_rank):
+    """Of five layers the second and the last are trained, and their inputs and the host have the rest."""
+    args = [
+        *arguments(checkpoints("llama_bias_pro"), even_rows, "hqq_llama_pro"),
+        "--batch_size",
+        "4",
+        *STEPS,
+    ]
+    expected = plain_run([*args, "--use_gradient_checkpointing", "false"])
+    results, *_, replays, lines = one_rank(graphed_run, [*args, "--use_activation_cpu_offload"])[0]
+    assert replays > 0 and lines == ["--cuda_graphs: layers are replayed as CUDA graphs"]
+    assert_same(expected, results)
+
+
+class Layer(nn.Module):
+    """A linear times a factor that is in a list, where `describe_kind` does not see it."""
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.linear, self.factor = nn.Linear(4, 4), [factor]
+
+    def forward(self, x, scale=1.0):
+        return torch.tanh(self.linear(x)) * self.factor[0] * scale
+
+
+class Graphed:
+    """Layers with graphs, and what was reported."""
+
+    def __init__(self, *layers: nn.Module):
+        self.lines: list[str] = []
+        self.graphs = LayerGraphs(RepeatedCalls(), None, self.lines.append)
+        self.layers = [GraphedLayer(CheckpointedModule(x, SavedActivations.ALL), self.graphs) for x in layers]
+
+    @property
+    def replays(self) -> int:
+        return self.graphs.memory.n_replays
+
+    def call(self, times: int = 1, rows: int = 2, **kwargs) -> None:
+        """Call each layer in forward and backward, and compare result and gradients with its own."""
+        for _ in range(times):
+            for layer in self.layers:
+                x = torch.randn(rows, 4, requires_grad=True)
+                given = [x, *layer.parameters()]
+                result = layer(x, **kwargs)
+                expected = layer._checkpoint_wrapped_module(x, **kwargs)
+                torch.testing.assert_close(result, expected, rtol=0, atol=0)
+                gradient = torch.randn_like(result)
+                got, wanted = (torch.autograd.grad(y, given, gradient) for y in (result, expected))
+                torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_layers_that_are_alike_share_a_recording():
+    graphed = Graphed(Layer(), Layer(), nn.Sequential(Layer()))
+    graphed.call(CALLS_BEFORE)
+    assert not graphed.graphs.recordings
+    graphed.call()  # recorded, and compared
+    assert len(graphed.graphs.recordings) == 2 and graphed.replays == 3
+    graphed.call(2)
+    assert graphed.replays == 3 + 2 * 2 * 3
+
+
+def test_a_layer_that_differs_runs_as_ever():
+    graphed = Graphed(Layer(), Layer(factor=2.0))
+    graphed.call(CALLS_BEFORE + 3)
+    assert graphed.replays == 2 + 2 * 2 * 1
+    assert (
+        "--cuda_graphs: a layer differs from the one that is recorded: it runs without graphs"
+        in graphed.lines
+    )
+
+
+def test_parameters_may_move_and_change():
+    """As FSDP moves them between forward and backward, and the optimizer changes them."""
+    graphed = Graphed(Layer())
+    graphed.call(CALLS_BEFORE + 2)
+    layer = graphed.layers[0].linear
+    for _ in range(3):
+        layer.weight = nn.Parameter(torch.randn(4, 4))
+        graphed.call()
+    assert graphed.replays == 1 + 2 * 4
+
+
+def test_a_few_shapes_are_recorded_and_others_run_as_ever():
+    graphed = Graphed(Layer())
+    for rows in range(1, MAX_RECORDINGS + 3):
+        graphed.call(CALLS_BEFORE + 2, rows)
+    assert len(graphed.graphs.recordings) == MAX_RECORDINGS
+    assert graphed.replays == MAX_RECORDINGS * 3
+    assert any("more than 4 kinds of micro-batches" in line for line in graphed.lines)
+    graphed.call(1, rows=99)
+    assert any("micro-batches of other shapes" in line for line in graphed.lines)
+    graphed.call(1, rows=1)
+    assert graphed.replays == MAX_RECORDINGS * 3 + 2
+
+
+def test_another_value_of_an_argument_is_another_kind_of_call():
+    graphed = Graphed(Layer())
+    for scale in (2.0, 3.0, torch.full((4,), 4.0)):
+        graphed.call(CALLS_BEFORE + 2, scale=scale)
+    assert len(graphed.graphs.recordings) == 3 and graphed.replays == 9
+
+
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "reason"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), {}, "it has dropout"),
+        (Layer(), {"scale": {1}}, "it is given a set"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_as_ever(layer, kwargs, reason):
+    graphed = Graphed(layer)
+    x = torch.randn(2, 4)
+    with mock.patch.object(Layer, "forward", lambda self, x, scale: self.linear(x)):
+        for _ in range(CALLS_BEFORE + 3):
+            graphed.layers[0](x, **kwargs)
+    assert graphed.lines == [f"--cuda_graphs: a layer runs without graphs: {reason}"]
+    assert graphed.replays == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "there is no memory for it"),
+        (
+            RuntimeError("operation not permitted when stream is capturing\nmore"),
+            "operation not permitted when",
+        ),
+        (NotRecordable("its result is a tuple"), "its result is a tuple"),
+    ],
+)
+def test_a_recording_that_fails_is_not_tried_again(error, reason):
+    graphed = Graphed(Layer(), Layer())
+    with mock.patch.object(RepeatedCalls, "record", side_effect=error) as record:
+        graphed.call(CALLS_BEFORE + 3)
+    assert record.call_count == 1 and graphed.replays == 0
+    assert len(graphed.lines) == 1 and f"a layer runs without graphs: {reason}" in graphed.lines[0]
+
+
+def test_arguments_are_put_together_again():
+    x, y = torch.ones(2), torch.zeros(3, dtype=torch.int64)
+    value = [(x, None, 2), {"a": y, "b": [True, "c", partial(torch.add, x, alpha=2)]}]
+    tensors: list[torch.Tensor] = []
+    parts = take_apart(value, tensors)
+    assert [t is each for t, each in zip(tensors, (x, y, x), strict=True)] == [True] * 3
+    others = [t + 1 for t in tensors]
+    again = put_together(parts, iter(others))
+    assert again[0] == (others[0], None, 2) and again[1]["a"] is others[1]
+    assert again[1]["b"][:2] == [True, "c"] and torch.equal(again[1]["b"][2](x), others[2] + 2 * x)
+    assert take_apart(value, []) == parts and hash(parts) == hash(take_apart(value, []))
+    for other in ([(x, None, 3), value[1]], [(x, None, 2.0), value[1]], [(y, None, 2), value[1]]):
+        assert take_apart(other, []) != parts
+    with pytest.raises(NotRecordable, match="it is given a set"):
+        take_apart([{1}], [])
+
+
+def test_auto_records_when_the_gpu_waits_and_has_room():
+    waits, event = GpuWaits(), mock.Mock()
+    with mock.patch.object(torch.cuda, "Event", return_value=event):
+        waits.end_layer()
+    for i in range(LAYERS_WATCHED):
+        event.query.return_value = i % 11 == 1  # 6 of 64
+        waits.start_layer()
+    assert not waits.are_frequent()
+    event.query.return_value = True
+    waits.start_layer()
+    assert waits.are_frequent()
+    graphed = Graphed(Layer())
+    graphed.graphs.waits = waits
+    with mock.patch.object(layer_graphs, "_has_room", return_value=False):
+        graphed.call(CALLS_BEFORE + 2)
+    assert not graphed.graphs.recordings and "memory is free" in graphed.lines[0]
+    with mock.patch.object(layer_graphs, "_has_room", return_value=True):
+        graphed.call(2)
+    assert graphed.replays == 1 + 2
