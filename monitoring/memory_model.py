@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from launch.gpus import Gpu
 from launch.memory import GIB, MIB
 from launch.precision import Precision
+from launch.ranks import resolve_workers
 from models.loss import HIDDEN_BYTES, LOGITS_BYTES, TILE
 from monitoring.host_memory import host_bytes
 from monitoring.layer_memory import LayerMemory, is_compiled, layer_memory, mask_bytes
@@ -27,8 +28,8 @@ from parallel.optimizers import UNPAGED
 # cuBLAS's workspaces of the two threads that call it: 32 MiB each from Hopper on, 8 MiB before
 # (https://docs.nvidia.com/cuda/cublas/#cublassetworkspace).
 WORKSPACE_BYTES = {True: 2 * 32 * MIB, False: 2 * 8 * MIB}
-# While loading: tensors of the loading workers on their way, and the one that is packed.
-LOAD_BYTES = 200 * MIB
+# While loading: a tensor that is packed, and those that the other loading workers have packed before.
+PACKING_BYTES = 200 * MIB
 # Code that is not compiled holds a chunk of logits in 16 bits twice, and four copies in fp32.
 EAGER_LOGITS = 10
 
@@ -133,7 +134,7 @@ def estimate_memory(
     )
     after_load, after_backward = shared.weights, shared.resident + shared.gradients
     step = after_backward + _update_ratio(config) * shared.gradients
-    peak = max(_load_peak(config, sizes, shared), forward, backward, step)
+    peak = max(_load_peak(config, sizes, shared, cpus), forward, backward, step)
     host = host_bytes(config, precision, sizes, gpu, layer_input=layer.input, peak=peak, cpus=cpus)
     return MemoryEstimate(after_load, after_forward, after_backward, step, peak, host)
 
@@ -255,13 +256,20 @@ def _vocabulary_backward_bytes(config: Config, precision: Precision, sizes: RunS
     return _VocabularyBackward(gradient, elements * (precision.frozen.itemsize + 4 + gathered))
 
 
-def _load_peak(config: Config, sizes: RunSizes, shared: _Shared) -> float:
-    """Return the most bytes on a GPU during the load.
+def _load_peak(config: Config, sizes: RunSizes, shared: _Shared, cpus: int) -> float:
+    """Return the most bytes on a GPU during the load (quantize_layers.py).
 
-    A large tensor is whole before it is cut: as it is in the file, cast, and this rank's shard of it.
+    The weights are allocated first, a tied embedding twice until the head's copy is dropped. Then tensors
+    arrive as they are in their files. Threads use the GPU one at a time, so none packs while the largest
+    arrives, but each other thread may have finished a tensor that waits for its turn. With several ranks, one
+    of them casts the whole tensor and sends the shards while its threads go on.
     """
-    arriving = float(sizes.largest_tensor)
+    packing = min(PACKING_BYTES, 4 * sizes.largest_tensor)
     if config.world_size > 1:
-        arriving += sizes.largest_tensor / config.world_size
+        arriving = sizes.largest_tensor * (1 + 1 / config.world_size) + packing
         arriving += sizes.largest_in_file if sizes.largest_in_file != sizes.largest_tensor else 0
-    return shared.weights + arriving + min(LOAD_BYTES, 4 * sizes.largest_tensor)
+    else:
+        finished = (resolve_workers(config.loading_workers, cpus) - 1) * sizes.largest_read
+        arriving = max(sizes.largest_in_file + finished, packing)
+    allocated_twice = 0 if config.use_cpu_offload else sizes.tied / shards_of(config)
+    return shared.weights + max(arriving, allocated_twice)

@@ -72,7 +72,6 @@ def run_sizes(
     on_host = host_parameters(planned, family, model.config.tie_word_embeddings)
     adapted = target_linears(model, family, config.lora_target_modules) if config.method.adapter else []
     per_layer = Counter(family.locate_layer(name)[0] for name in adapted)
-    is_tied = model.config.tie_word_embeddings
     whole = [p for p in planned if p.kind != "codes" and p.shape == tuple(files.tensors[p.name].shape)]
     largest = max(whole, key=PlannedParameter.nbytes)
     return RunSizes(
@@ -87,11 +86,12 @@ def run_sizes(
         trained_unit=max(trained_units.values()),
         trains_layers=not config.method.adapter,
         vocabulary_bytes=max(p.nbytes() * (p.kind == "trained") for p in vocabulary),
-        is_tied=is_tied,
+        tied=_tied_bytes(model, family, planned),
         on_host=sum(p.nbytes() for p in on_host),
         page_locked=_page_locked_bytes(planned if config.use_cpu_offload else on_host, config),
         largest_tensor=largest.nbytes(),
-        largest_in_file=math.prod(largest.shape) * _itemsize(files.tensors[largest.name]),
+        largest_in_file=_bytes_in_file(files.tensors[largest.name]),
+        largest_read=_largest_read(planned, family, files),
         vision=vision,
         pixels=pixels,
     )
@@ -162,9 +162,26 @@ def _sublayer(name: str, family: Family) -> str:
     return next((part for part in family.sublayers if name.startswith(f"{part}.")), "")
 
 
-def _itemsize(stored: StoredTensor) -> int:
-    """Return the bytes of an element in the file."""
-    return stored.torch_dtype.itemsize
+def _bytes_in_file(stored: StoredTensor) -> int:
+    """Return the bytes of a tensor in its file."""
+    return math.prod(stored.shape) * stored.torch_dtype.itemsize
+
+
+def _tied_bytes(model: PreTrainedModel, family: Family, planned: Iterable[PlannedParameter]) -> int:
+    """Return the bytes of the embedding if it is the head, too, else 0."""
+    if not model.config.tie_word_embeddings:
+        return 0
+    return next(p.nbytes() for p in planned if p.name == f"{family.embedding}.weight")
+
+
+def _largest_read(planned: Iterable[PlannedParameter], family: Family, files: WeightHeaders) -> int:
+    """Return the bytes of the largest weight that the load has read, embedding and head aside."""
+    packed = Counter[str]()
+    for parameter in planned:
+        if parameter.kind in ("codes", "scales"):
+            packed[parameter.name] += parameter.nbytes()
+    others = files.tensors.keys() - vocabulary_weights(family)
+    return max(packed[name] or _bytes_in_file(files.tensors[name]) for name in others)
 
 
 def _trains_embedding(vocabulary: list[PlannedParameter]) -> bool:

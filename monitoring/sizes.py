@@ -55,12 +55,14 @@ class RunSizes:
         trained_unit: trained bytes of the unit that has most of them.
         trains_layers: whether layers' own weights are trained, not only adapters.
         vocabulary_bytes: bytes of the embedding or the head if they are trained, else 0.
-        is_tied: whether embedding and head are one weight.
+        tied: bytes of the embedding if it is the head, too, else 0.
         on_host: bytes of the embedding if it is in host memory, else 0.
         page_locked: bytes of this rank's weights in page-locked host memory: the embedding or, with
             --use_cpu_offload, all. torch rounds each tensor up to a power of two.
         largest_tensor: bytes of the largest weight that is not packed, in the dtype of the run.
         largest_in_file: bytes of the same in its file.
+        largest_read: bytes of the largest other weight, embedding and head aside, once the load has read it:
+            packed if the run packs it, else as in its file.
         vision: of the vision tower; None if the model is built without.
         pixels: of the resized images of the sequence that has most of them.
     """
@@ -76,11 +78,12 @@ class RunSizes:
     trained_unit: int
     trains_layers: bool
     vocabulary_bytes: int
-    is_tied: bool
+    tied: int
     on_host: int
     page_locked: int
     largest_tensor: int
     largest_in_file: int
+    largest_read: int
     vision: VisionSizes | None = None
     pixels: int = 0
 

@@ -9,10 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from files.model_folder import CheckpointFiles
+from models.registry import build_on_meta, family_of
+from models.shapes import SHAPES
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
+from quantize_layers import allocate
 from tests.helpers.layers import quantized
 from tests.helpers.runs import dense_state, set_up, trained_tensors
+from tests.helpers.towers import LiveBytes
 
 
 @pytest.mark.parametrize(
@@ -81,3 +85,17 @@ def tensors_read(rank_info, args) -> list[str]:
     finally:
         CheckpointFiles.read = original
     return read
+
+
+def test_a_tied_embedding_is_allocated_twice():
+    """The model of memory counts this at the load's peak (monitoring/memory_model.py)."""
+    config = SHAPES["tiny-gemma3"].model_config()
+    family, cpu = family_of(config, images=True), torch.device("cpu")
+    model = build_on_meta(config, family)
+    weights, embedding = sum(p.nbytes for p in model.parameters()), model.get_input_embeddings().weight.nbytes
+    with LiveBytes([]) as live:
+        model.to_empty(device=cpu)
+    assert live.peak == weights + sum(b.nbytes for b in model.buffers()) + embedding
+    model = build_on_meta(config, family)
+    allocate(model, family, cpu, cpu)
+    assert sum(p.nbytes for p in model.parameters()) == weights

@@ -3,7 +3,8 @@
 measured_memory.jsonl has a line per run of three steps: options, ranks, and the most that torch allocated on
 the fullest rank. Lines with host_gib are those of docs/memory.md (benchmarks.memory). In those with
 subtracted_gib the loop still held the gradients of the step before, so many GiB; peak_gib is without them.
-"t4": as benchmarks.turing runs. reads_peers false: with NCCL_P2P_DISABLE=1.
+"t4": as benchmarks.turing runs. reads_peers false: with NCCL_P2P_DISABLE=1. images: of each row, 896 x 896
+pixels, in the rows that benchmarks.vision writes; tokens: of these rows, which --context_length does not cut.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from launch.gpus import GPUS
 from launch.memory import GIB
 from launch.precision import choose_precision
 from models.llama_pro import NEW_LAYERS
-from models.shapes import SHAPES
+from models.shapes import IMAGE_SHAPES, SHAPES
 from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
 from options.train import parse
+from training.image_plan import assume_images
 from training.planned_model import open_planned_model
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "measured_memory.jsonl").open()]
@@ -60,6 +62,9 @@ MORE = {
 
 def write_config(name: str, folder: Path) -> None:
     """Write the config.json of a measured model."""
+    if name in IMAGE_SHAPES:
+        SHAPES[name].model_config().save_pretrained(folder)
+        return
     if name in SIZES:
         kind, sizes, more = KINDS[name], SIZES[name], MORE[name]
     else:  # "8b", "1b", or with four new layers "8bpro"
@@ -84,7 +89,7 @@ def predict(tmp_path_factory):
         if name not in models:
             folder = tmp_path_factory.mktemp(name)
             write_config(name, folder)
-            models[name] = open_planned_model(str(folder))
+            models[name] = open_planned_model(str(folder), images=name in IMAGE_SHAPES)
         planned = models[name]
         fixed = ["--model_name", "any", "--world_size", str(row["ranks"]), *row["options"].split()]
         config, _ = parse(fixed)
@@ -94,8 +99,11 @@ def predict(tmp_path_factory):
             GPUS[row["gpu"]], **({"reads_peers": False} if "reads_peers" in row else {})
         )
         precision = choose_precision(config.precision, has_gpu=True, has_bf16_gpu=gpu.has_bf16)
+        tokens = row.get("tokens", config.context_length)
+        images = assume_images(planned, config, row.get("images"))
+        pixels = images.pixels(config, tokens) if images else 0
         sizes = run_sizes(
-            planned.model, planned.family, config, precision, planned.files, config.context_length
+            planned.model, planned.family, config, precision, planned.files, tokens, pixels=pixels
         )
         return estimate_memory(config, precision, sizes, gpu)
 
@@ -119,6 +127,10 @@ def test_the_measured_runs_cover_what_is_modelled():
     for word in ("full", "lora", "qlora", "dora", "bnb_dora", "hqq_lora", "hqq_dora", "bnb_llama_pro",
                  "--use_gradient_checkpointing false", "--use_activation_cpu_offload", "--use_cpu_offload",
                  "--packing", "--compile false", "--train_embeddings", "--no_sync", "sublayer", "ddp",
-                 "shard_grad_op", "adamw_8bit", "fp16_autocast", "--context_length 65536"):  # fmt: skip
+                 "shard_grad_op", "adamw_8bit", "fp16_autocast", "--context_length 65536",
+                 "--vision_targets all", "--vision_bits 4"):  # fmt: skip
         assert word in options, word
     assert {row["gpu"] for row in ROWS} == {"h200", "t4"} and {row["ranks"] for row in ROWS} == {1, 2}
+    of_images = [row for row in ROWS if "images" in row]
+    assert {row["gpu"] for row in of_images} == {"h200", "t4"}
+    assert any("--use_gradient_checkpointing false" in row["options"] for row in of_images)

@@ -186,6 +186,17 @@ def test_a_frozen_tower_adds_its_weights_and_no_activations():
     assert packed == pytest.approx(0.516 * linears + 2 * others, rel=0.01)
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_load_is_the_peak_of_a_small_batch(workers):
+    """The embedding arrives while each other thread holds a packed MLP weight. On a T4 a second embedding
+    in fp32, which is allocated before, takes more."""
+    embedding, packed = 262208 * 2560, 0.516 * 2560 * 10240
+    options = f"--train_type qlora --loading_workers {workers}"
+    bf16, fp16 = (estimate(options, gpu, tokens=520) for gpu in ("4090", "t4"))
+    assert bf16.peak - bf16.load == pytest.approx(2 * embedding + (workers - 1) * packed, rel=1e-4)
+    assert fp16.peak - fp16.load == 4 * embedding
+
+
 def test_many_images_make_the_tower_the_peak():
     """In a batch of short rows, the peak grows by a block's forward for each image: 0.1 GiB."""
     few, many = (estimate("", tokens=512, images=n).peak for n in (64, 128))
