@@ -181,7 +181,7 @@ def _check_folds(sweep: SweepOptions, given: dict) -> None:
 
 
 def _check_grid(sweep: SweepOptions, space: Space) -> None:
-    """Raise UserError if --sampler grid has a range of infinitely many numbers, or of a log scale."""
+    """Raise UserError if --sampler grid has a range without a step."""
     if sweep.sampler != "grid":
         return
     for each in space.dimensions:

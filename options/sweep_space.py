@@ -29,6 +29,7 @@ FIXED_GROUPS = ("Evaluation", "Launch", "Checkpoints", "Output", "Profiling", CO
 FIXED_OPTIONS = ("show_rows", "quantized_cache", "loading_workers")
 RANGE_KEYS = ("min", "max", "log", "step")
 
+MAX_VALUES = 10_000  # of a range with a step: they are listed for a grid and for wandb
 DIGITS = 4  # of a number that a sampler draws: more make no difference to a run, and nobody can type them
 Combination = dict[str, str]  # {option: its value, as on a command line}
 
@@ -77,20 +78,29 @@ class Range:
         """Number of values, which may be infinite."""
         if self.step is None and not self.is_whole:
             return math.inf
-        return int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step or 1))) + 1
+        return int((_decimal(self.high) - _decimal(self.low)) / _decimal(self.step or 1)) + 1
 
     @property
     def grid(self) -> tuple[str, ...]:
         """All values, of a range that has finitely many."""
-        return tuple(self.text(self.low + i * (self.step or 1)) for i in range(int(self.size)))
+        return tuple(self._at(i) for i in range(int(self.size)))
+
+    @property
+    def last(self) -> str:
+        """The largest value of a range that has finitely many; below `high` if the steps do not reach it."""
+        return self._at(int(self.size) - 1)
+
+    def _at(self, index: int) -> str:
+        """Return a value of `grid`. In decimals: 0.15, not 0.15000000000000002."""
+        value = _decimal(self.low) + index * _decimal(self.step or 1)
+        return str(int(value) if self.is_whole else float(value))
 
     def text(self, value: float) -> str:
         """Return a value as on a command line; where any number may be tried, with DIGITS digits."""
         if self.is_whole:
             return str(int(value))
-        if self.step is not None:  # in decimals: 0.15, not 0.15000000000000002
-            low, step = Decimal(str(self.low)), Decimal(str(self.step))
-            return str(float(low + round((value - self.low) / self.step) * step))
+        if self.step is not None:
+            return self._at(round((value - self.low) / self.step))
         return str(min(max(float(f"{value:.{DIGITS}g}"), float(self.low)), float(self.high)))
 
     def as_json(self) -> list | dict:
@@ -139,6 +149,11 @@ class Space:
     def as_json(self) -> dict[str, list | dict]:
         """Return the space as the file says it, to be recorded and compared."""
         return {dimension.name: dimension.as_json() for dimension in self.dimensions}
+
+
+def _decimal(number: float | str) -> Decimal:
+    """Return a number as it is written, without the rounding of binary floats."""
+    return Decimal(str(number))
 
 
 MAX_CORNERS = 256  # each is checked as a command line of its own
@@ -223,8 +238,10 @@ def _read_range(name: str, spec: dict[str, Tree], where: str) -> Range:
     origin = f"{where}: {name}"
     if unknown := [key for key in spec if key not in RANGE_KEYS]:
         raise UserError(f"{origin}: unknown key {unknown[0]}; a range has {', '.join(RANGE_KEYS)}")
-    if missing := [key for key in ("min", "max") if not isinstance(spec.get(key), str)]:
+    if missing := [key for key in ("min", "max") if key not in spec]:
         raise UserError(f"{origin}: {missing[0]} is missing; a range is {{min: x, max: y}}")
+    if wrong := [key for key in ("min", "max") if not isinstance(spec[key], str)]:
+        raise UserError(f"{origin}: {wrong[0]} is not a number")
     ends = [_read_end(name, spec[key], where) for key in ("min", "max")]
     low, high = ends
     is_whole = all(isinstance(end, int) for end in ends)
@@ -238,10 +255,11 @@ def _read_range(name: str, spec: dict[str, Tree], where: str) -> Range:
         reason = "step has no effect with log: true" if step is not None else "log: true needs min above 0"
         raise UserError(f"{origin}: {reason}")
     found = Range(name, low, high, is_log, step, is_whole)
-    if step is not None and found.grid[-1] != found.text(high):
-        raise UserError(
-            f"{origin}: max {spec['max']} is not a whole number of steps above min; {found.grid[-1]} is"
-        )
+    if step is not None and found.size > MAX_VALUES:
+        raise UserError(f"{origin}: step {spec['step']} makes more than {MAX_VALUES:,} values; leave it out")
+    if found.size < math.inf and _decimal(found.last) != _decimal(high):
+        reason = "is not a whole number of steps above min"
+        raise UserError(f"{origin}: max {spec['max']} {reason}; {found.last} is")
     return found
 
 
