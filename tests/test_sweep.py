@@ -171,6 +171,16 @@ def test_pruned_and_failed_trials(arguments, run, tmp_path):
     )
 
 
+def test_a_combination_that_train_py_refuses_fails_its_trial(arguments, run):
+    """A space of more corners than are checked beforehand; the other trials run."""
+    space = "activation_budget: [0, 1, 2, 3]\nuse_gradient_checkpointing: [true, false]\n"
+    space += f"lora_rank: [{', '.join(map(str, range(20, 60)))}]"
+    status, printed = run(arguments(space, "--sampler", "random", "--trials", "8"))
+    failed = printed.count(": failed: --activation_budget: has no effect without")
+    assert status == 0 and len(table(printed)) == 8 and 1 <= failed < 8, printed
+    assert printed.count(": evaluation loss ") == 8 - failed
+
+
 def test_folds(arguments, run, tmp_path):
     """A trial's loss is the mean of its folds', each a run of its own."""
     base = "--eval_every 2 --num_epochs 1 --save_model false --folds 3".split()

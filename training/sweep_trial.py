@@ -80,7 +80,10 @@ def run_trial(request: Request, study: Study, trial: Trial, gpus: dict[str, str]
 def _run(request: Request, study: Study, trial: Trial, fold: int, gpus: dict[str, str], stop: Stop) -> Ended:
     """Run train.py for one fold of a trial, from 0, and watch it. Return how it ended."""
     folder = request.run_folder(trial.number, fold)
-    arguments = run_arguments(request, trial, fold, study.day, folder)
+    try:
+        arguments = run_arguments(request, trial, fold, study.day, folder)
+    except UserError as e:  # a combination that the corners of a large space do not have
+        return Ended(reason=str(e))
     config = train.parse(arguments)[0]
     log = request.folder / LOGS / f"{folder.relative_to(request.folder)}.log".replace("/", "-")
     log.parent.mkdir(exist_ok=True)
