@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def parse(argv: list[str]) -> Request:
     request = Request(sweep, space, folder, base, _record(given, space), Config(), [])
     configs = [_check(request, corner) for corner in space.corners()]
     _check_measured(configs[0])
+    _check_cache(configs)
     remarks = _describe_measured(space, configs[0])
     return Request(sweep, space, folder, base, request.recorded, configs[0], remarks)
 
@@ -190,6 +192,29 @@ def _check_grid(sweep: SweepOptions, space: Space) -> None:
                 f"--sampler grid: {each.name} in --space {sweep.space} has no step; give it a step without"
                 " log, or list its values: [value, value]"
             )
+
+
+def cache_name(config: Config) -> str:
+    """Return a name for packed weights: the same for trials that pack the same ones in the same way.
+
+    Two models may have the same last part of their names, so the whole name's CRC-32 is in it.
+    """
+    model = Path(config.model_name).name.replace("@", "-")
+    parts = (config.method.quantizer, config.n_bits, config.group_size, model)
+    tower = "-tower" if config.vision_bits == 4 else ""
+    new = "-new_blocks" if config.method.expansion else ""
+    digest = zlib.crc32(config.model_name.encode())
+    return "-".join(str(part) for part in parts if part is not None) + f"{tower}{new}-{digest:08x}"
+
+
+def _check_cache(configs: list[Config]) -> None:
+    """Raise UserError for a --quantized_cache that trials would fill with different packed weights."""
+    names = {cache_name(config) for config in configs if config.method.quantizer}
+    if configs[0].quantized_cache and len(names) > 1:
+        raise UserError(
+            "--quantized_cache: holds one model, packed in one way, and the trials pack in"
+            f" {len(names)} ways; leave it out: each then gets a folder in the sweep's"
+        )
 
 
 def _check_measured(config: Config) -> None:

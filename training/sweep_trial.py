@@ -21,7 +21,7 @@ from checkpoints.storage import checkpoint_steps
 from options import train
 from options.config import CHECKPOINTS, Config
 from options.errors import UserError
-from options.sweep import Request
+from options.sweep import Request, cache_name
 from training.sweep_metrics import MetricsFile
 from training.sweep_pool import Stop
 from training.sweep_study import Study, Trial
@@ -181,19 +181,11 @@ def run_arguments(request: Request, trial: Trial, fold: int, day: str, folder: P
     if config.chat_date is None:
         arguments.append(f"--chat_date={day}")
     if config.method.quantizer and not config.quantized_cache:
-        arguments.append(f"--quantized_cache={request.folder / CACHE / _cache_name(config)}")
+        arguments.append(f"--quantized_cache={request.folder / CACHE / cache_name(config)}")
     if config.log_to == "wandb" and config.group is None:
         arguments += [f"--group={request.folder.name}", f"--name={folder.relative_to(request.folder)}"]
     again = "--resume=auto" if checkpoint_steps(folder) else "--overwrite=true"
     return [*arguments, f"--output_dir={folder}", again]
-
-
-def _cache_name(config: Config) -> str:
-    """Return a name for packed weights: the same for trials that pack the same ones in the same way."""
-    parts = (config.method.quantizer, config.n_bits, config.group_size, Path(config.model_name).name)
-    tower = "-tower" if config.vision_bits == 4 else ""
-    new = "-new_blocks" if config.method.expansion else ""
-    return "-".join(str(part) for part in parts if part is not None).replace("@", "-") + tower + new
 
 
 def check_first_run(request: Request) -> None:

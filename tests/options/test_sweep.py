@@ -9,7 +9,7 @@ import yaml
 
 from options import train
 from options.errors import UserError
-from options.sweep import parse
+from options.sweep import cache_name, parse
 from options.wandb_sweep import write_wandb_sweep
 
 BASE = ["--eval_share", "0.1", "--eval_every", "10"]
@@ -99,6 +99,21 @@ def test_more_refusals(request_of, tmp_path):
     assert "no trial is stopped early" in request_of("lr: [1, 2]", base=BASE[:-2]).remarks[0]
     (remark,) = request_of("context_length: [64, 128]").remarks
     assert "context_length may change the rows or tokens" in remark
+
+
+def test_trials_that_pack_differently_have_caches_of_their_own(request_of):
+    """Also two models whose folders have the same name."""
+    argvs = [["--model_name", "a/llama"], ["--model_name", "b/llama"], ["--model_name", "a/llama@v2"],
+             ["--train_type", "hqq_lora"], ["--train_type", "hqq_lora", "--n_bits", "2"],
+             ["--train_type", "bnb_llama_pro", "--llama_pro_path", "a/llama"]]  # fmt: skip
+    names = [cache_name(train.parse(argv)[0]) for argv in argvs]
+    assert len(set(names)) == len(names) and not any({"/", "@"} & set(name) for name in names)
+    same = ["--model_name", "a/llama", "--train_type", "qlora", "--lora_rank", "8"]
+    assert cache_name(train.parse(same)[0]) == names[0]
+    for space in ("model_name: [a/llama, b/llama]", "train_type: [qlora, bnb_dora, hqq_dora]"):
+        with pytest.raises(UserError, match=r"^--quantized_cache: holds one model, .* pack in 2 ways; leave"):
+            request_of(space, "--quantized_cache", "packed")
+    assert request_of("train_type: [qlora, bnb_dora]", "--quantized_cache", "packed").trials == 2
 
 
 def test_a_grid_of_wandb_runs_the_same_commands(request_of, tmp_path):
