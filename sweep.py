@@ -31,7 +31,7 @@ from options.wandb_sweep import write_wandb_sweep
 from training.sweep_pool import Stop, run_in_threads, stop_requests
 from training.sweep_results import collect_results, describe_next, format_results
 from training.sweep_study import JOURNAL, Study, check_folder
-from training.sweep_trial import WAIT_SECONDS, check_first_run, run_trial
+from training.sweep_trial import WAIT_SECONDS, check_run, run_trial
 from training.sweep_worker import Worker, share_gpus
 
 
@@ -81,12 +81,16 @@ def finish(request: Request, study: Study, is_stopped: bool) -> int:
 def sweep(request: Request) -> int:
     """Check the sweep, and run its trials, several at a time. Return the exit status. Raises UserError."""
     shares = share_gpus(request.sweep.workers)
-    if not check_folder(request.folder):
-        check_first_run(request)
-    with Worker(request.folder / "workers") as worker, stop_requests() as stop:
+    is_new = not check_folder(request.folder)
+    if is_new:
+        check_run(request, shares[0])  # before anything is written
+    with Worker(request.folder / "workers") as worker:
         study = Study(request, worker)
-        run_in_threads([partial(work, request, study, gpus, stop) for gpus in shares], stop)
-        return finish(request, study, is_stopped=bool(stop.count))
+        if not is_new and not study.has_ended():
+            check_run(request, shares[0])  # this machine may lack the model or the data: all its trials fail
+        with stop_requests() as stop:
+            run_in_threads([partial(work, request, study, gpus, stop) for gpus in shares], stop)
+            return finish(request, study, is_stopped=bool(stop.count))
 
 
 def run(request: Request) -> int:

@@ -215,6 +215,16 @@ def test_bad_input_writes_nothing(arguments, run, tmp_path):
     assert status == 2 and "out: holds a run of train.py; choose another folder" in printed
 
 
+def test_a_machine_without_the_data_runs_no_trial(arguments, run, tmp_path, monkeypatch):
+    """It would fail all trials that are left of a sweep that others have begun."""
+    grid = arguments(GRID, "--sampler", "random", "--trials", "2")
+    assert run(grid)[0] == 0
+    monkeypatch.setenv("FAKE_MISSING", "rows.jsonl")
+    assert run([*grid, "--trials", "4"]) == (2, "error: --dataset rows.jsonl: no such file\n")
+    assert len(starts(tmp_path / "out")) == 2
+    assert run(grid)[0] == 0, "nothing is left to run, so nothing is needed for it"
+
+
 def page_of(tmp_path, trials: int = 12, failed: str = "") -> Path:
     """Write the sweep.html of trials that never ran."""
     space = {"lr": {"min": 1e-5, "max": 0.1, "log": True}, "lora_rank": [8, 16]}

@@ -34,7 +34,7 @@ from options.sweep import Request
 from options.sweep_space import Combination
 from training.sweep_choice import choose, make_distributions, to_params
 from training.sweep_pruning import STEPS_PER_FOLD, is_worse_than_median
-from training.sweep_worker import Worker
+from training.sweep_worker import Worker, count_processes
 
 JOURNAL, LOCK, STUDY = "journal.log", "claims", "sweep"
 MAX_STARTS = 5  # of a trial; one whose workers always die may be what kills them
@@ -86,17 +86,24 @@ class Study:
     def _check_same(self) -> None:
         """Record what identifies the sweep. Raises UserError if the journal's sweep is another one."""
         request, day = self.request, datetime.date.today().isoformat()
+        processes = count_processes(request.config.world_size, request.sweep.workers)
         own = {
             "space": request.space.as_json(),
             "options": request.recorded,
             "folds": request.sweep.folds,
         }
         if not self.study.user_attrs:
-            self.study.set_user_attr("sweep", own | {"day": day})
+            self.study.set_user_attr("sweep", own | {"day": day, "processes": processes})
         recorded = self.study.user_attrs["sweep"]
         for name, value in own.items():
             if recorded[name] != value:
                 raise UserError(_describe_other(name, recorded[name], value, request))
+        if recorded["processes"] != processes and request.config.effective_batch_size is None:
+            raise UserError(
+                f"a trial has {processes} processes here, and {recorded['processes']} in the sweep in"
+                f" {request.folder}, so its steps would have other rows; give a trial as many GPUs, or begin"
+                " another sweep with --effective_batch_size"
+            )
 
     @property
     def day(self) -> str:

@@ -188,14 +188,25 @@ def run_arguments(request: Request, trial: Trial, fold: int, day: str, folder: P
     return [*arguments, f"--output_dir={folder}", again]
 
 
-def check_first_run(request: Request) -> None:
-    """Let train.py check the model, the data and the options of a trial, before anything is written.
+def check_run(request: Request, gpus: dict[str, str]) -> None:
+    """Let train.py check the model, the data and the options of a trial on this machine. It writes nothing.
 
-    Raises UserError with the line with which it refuses them.
+    Raises UserError with the line with which train.py refuses them.
+
+    Args:
+        request: what sweep.py was asked.
+        gpus: the environment variables that give a run its GPUs.
     """
     arguments = [*request.arguments(next(request.space.corners())), *request.fold_arguments(0)]
     command = [*PROGRAM, *arguments, f"--output_dir={request.folder}", "--show_rows=1"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | gpus,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"train.py ended with status {done.returncode}"]
         raise UserError(lines[-1].removeprefix("error: "))

@@ -20,6 +20,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from launch.ranks import resolve_world_size
 from options.errors import UserError
 
 RENEW_SECONDS = 10.0
@@ -127,8 +130,6 @@ def share_gpus(workers: int) -> list[dict[str, str]]:
     """
     if workers == 1:
         return [{}]
-    import torch  # takes seconds
-
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     names = (named or [str(i) for i in range(count)])[:count]
@@ -139,3 +140,14 @@ def share_gpus(workers: int) -> list[dict[str, str]]:
     share = count // workers
     shares = [names[i * share : (i + 1) * share] for i in range(workers)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(each)} if each else {} for each in shares]
+
+
+def count_processes(world_size: int, workers: int) -> int:
+    """Return the number of processes of a trial. Raises UserError if this machine cannot have so many.
+
+    Args:
+        world_size: --world_size.
+        workers: --workers: trials at a time, which share the GPUs.
+    """
+    gpus = torch.cuda.device_count() // workers
+    return gpus if gpus and world_size < 0 else resolve_world_size(world_size)

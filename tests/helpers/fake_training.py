@@ -2,6 +2,7 @@
 
 `python -m tests.helpers.fake_training sweep ARGUMENTS` runs sweep.py with it. Each run takes FAKE_STEPS steps
 of FAKE_SECONDS seconds, and evaluates after every second one. Its loss depends on --lr: 1e-3 is the best.
+With FAKE_MISSING the check before a sweep finds that this file is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def evaluation_loss(lr: float, step: int) -> float:
 def run(config: Config) -> int:
     folder, total = Path(config.output_dir), int(os.environ.get("FAKE_STEPS", "6"))
     if config.show_rows:
-        return 0
+        if missing := os.environ.get("FAKE_MISSING"):
+            print(f"error: --dataset {missing}: no such file", file=sys.stderr)
+        return 2 if missing else 0
     if config.lora_rank == 13:
         print("some line\nerror: --lora_rank 13: is unlucky", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from options.errors import UserError
 from options.sweep import parse
 from training.sweep_pruning import is_worse_than_median
 from training.sweep_study import MAX_STARTS, Study
-from training.sweep_worker import STALE_SECONDS, Worker, share_gpus
+from training.sweep_worker import STALE_SECONDS, Worker, count_processes, share_gpus
 
 BASE = "--eval_share 0.1 --eval_every 10".split()
 
@@ -188,8 +188,10 @@ def test_gpus_are_shared_evenly(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [share.get("CUDA_VISIBLE_DEVICES") for share in share_gpus(workers)] == shares
+        assert count_processes(-1, workers) == (count // workers or 2)
     with pytest.raises(UserError, match=r"^--workers 3: this machine's 2 GPUs cannot be shared evenly"):
         share_gpus(3)
+    assert count_processes(1, 1) == 1
 
 
 def test_pruning_is_the_median_rule_of_optuna():
@@ -228,6 +230,18 @@ def test_another_sweep_in_the_folder(study_of):
         with pytest.raises(UserError, match=words):
             study_of(space, *argv)
     study_of("lr: [0.1, 0.2]", "--sampler", "random", "--verbose")
+
+
+def test_all_trials_have_as_many_processes(study_of):
+    """More processes make more rows a step, and a trial that is taken over could not be resumed."""
+    study_of("lr: [0.1, 0.2]")
+    with pytest.raises(UserError, match=r"^a trial has 3 processes here, and 2 in the sweep in .*; give"):
+        study_of("lr: [0.1, 0.2]", "--world_size", "3")
+
+
+def test_a_fixed_number_of_rows_allows_other_processes(study_of):
+    study_of("lr: [0.1, 0.2]", "--effective_batch_size", "12")
+    study_of("lr: [0.1, 0.2]", "--effective_batch_size", "12", "--world_size", "3")
 
 
 def test_a_journal_with_half_a_line(study_of, tmp_path):
