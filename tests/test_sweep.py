@@ -194,7 +194,7 @@ def test_folds(arguments, run, tmp_path):
     ]  # fmt: skip
     command = shlex.split(printed.splitlines()[-1].partition("next, on all rows: ")[2])
     config, _ = train.parse(command[2:])
-    assert config.lr == 1e-3 and not config.evaluates
+    assert config.lr == 1e-3 and config.save_model and not config.evaluates
 
 
 def test_bad_input_writes_nothing(arguments, run, tmp_path):

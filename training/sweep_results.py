@@ -98,7 +98,8 @@ def describe_next(request: Request, page: SweepPage) -> list[str]:
     if request.sweep.folds > 1:  # no trial has been trained on all rows
         unset = [f"--{name}={FIELDS[name].default}" for name in EVALUATING
                  if getattr(request.config, name) != FIELDS[name].default]  # fmt: skip
-        again = [*shell_command("train.py"), *request.arguments(best.options), *unset]
+        save = ["--save_model=true"] * (not request.config.save_model)
+        again = [*shell_command("train.py"), *request.arguments(best.options), *unset, *save]
         return [f"next, on all rows: {shlex.join(again)}"]
     folder = request.run_folder(best.number)
     # With several evaluations the best weights are in best/; otherwise the result itself is the best.
