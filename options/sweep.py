@@ -133,10 +133,14 @@ def parse(argv: list[str]) -> Request:
             raise UserError(f"--{name}: has no effect in a sweep: {reason}")
     folder = typed_folder(own["space"], given if "output_dir" in typed else {})
     base = [word for name, each in words if name not in (*OWN, "output_dir") for word in each]
+    if "output_dir" in given and "output_dir" not in typed:  # the folder of the run that --config is from
+        base.append("--output_dir=")
     sweep = SweepOptions(**({"trials": 2**31 - 1} if own.get("sampler") == "grid" else {}) | own)
     _check_grid(sweep, space)
     if sweep.folds > 1:
         _check_folds(sweep, given)
+    if sweep.wandb_sweep and (unread := [name for name in ("workers", "output_dir") if name in typed]):
+        raise UserError(f"--{unread[0]}: has no effect with --wandb_sweep, which runs nothing; leave it out")
     request = Request(sweep, space, folder, base, _record(given, space), Config(), [])
     configs = [_check(request, corner) for corner in space.corners()]
     _check_measured(configs[0])

@@ -10,7 +10,7 @@ import yaml
 from options import train
 from options.errors import UserError
 from options.sweep import cache_name, parse
-from options.wandb_sweep import write_wandb_sweep
+from options.wandb_sweep import make_wandb_sweep, write_wandb_sweep
 
 BASE = ["--eval_share", "0.1", "--eval_every", "10"]
 
@@ -79,6 +79,8 @@ def test_the_grid_has_all_values_as_they_are_typed(request_of):
         ("lr: [1, 2]", "--trials 0", "--trials 0: must be positive"),
         ("lr: [1, 2]", "--resume auto", "--resume: has no effect in a sweep: the same command goes on"),
         ("lr: [1, 2]", "--max_minutes 5", "--max_minutes: has no effect in a sweep"),
+        ("lr: [1, 2]", "--workers 2 --wandb_sweep w.yaml", "--workers: has no effect with --wandb_sweep"),
+        ("lr: [1, 2]", "--output_dir o --wandb_sweep w.yaml", "--output_dir: has no effect with --wandb"),
         ("lr: [1, 2]", "--folds 3", "--eval_share: has no effect with --folds 3"),
         ("lr: [1, 2]", "--hybrid_shard_size 2", "--hybrid_shard_size: has no effect"),
     ],
@@ -138,6 +140,15 @@ def test_a_grid_of_wandb_runs_the_same_commands(request_of, tmp_path):
         for c in found.space.combinations()
     }
     assert commands == own and len(own) == 2 * 3 * 2 * 2 * 2 * 3
+
+
+def test_runs_of_wandb_do_not_share_the_folder_of_the_config(request_of, tmp_path):
+    """config.yaml of a run names its folder, which holds that run."""
+    (tmp_path / "config.yaml").write_text("eval_share: 0.1\noutput_dir: runs/one\n")
+    found = request_of("lr: [1, 2]", base=["--config", str(tmp_path / "config.yaml")])
+    command = make_wandb_sweep(found)["command"]
+    config, _ = train.parse([word for word in command[3:] if word != "${args}"])
+    assert config.output_dir.startswith("runs/2") and found.folder.name == "sweep-space"
 
 
 def test_ranges_for_wandb(request_of, tmp_path):
