@@ -252,18 +252,20 @@ def check_folder(folder: Path) -> bool:
 
 
 def _describe_other(name: str, before, value, request: Request) -> str:
-    """Return the error for a sweep that differs from the one in the folder. name: what differs."""
-    folder, option = request.folder, "--space " + request.sweep.space if name == "space" else "--config"
+    """Return the error for a sweep that differs from the one in the folder.
+
+    Args:
+        name: what differs: space, options or folds.
+        before, value: that of the sweep in the folder, and of this command.
+        request: what sweep.py was asked.
+    """
+    where = f"in the sweep in {request.folder}; choose another --output_dir for another sweep"
     if name == "folds":
-        what, was, here = "--folds", before, value
-        return f"{what} {here}: the sweep in {folder} has {was}; choose another --output_dir"
-    different = [key for key in {**before, **value} if before.get(key) != value.get(key)]
-    first = different[0] if different else next(iter(value))
-    was, here = (json.dumps(each[first]) if first in each else "nothing" for each in (before, value))
-    return (
-        f"{option}: {first} is {here}, and {was} in the sweep in {folder}; choose another --output_dir for"
-        " another sweep"
-    )
+        return f"--folds: is {value} here, and {before} {where}"
+    first = next(key for key in {**before, **value} if before.get(key) != value.get(key))
+    here, was = (json.dumps(each[first]) if first in each else "not given" for each in (value, before))
+    option = f"--space {request.sweep.space}: {first}" if name == "space" else f"--{first}:"
+    return f"{option} is {here} here, and {was} {where}"
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -291,5 +293,5 @@ def _journal_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, KeyError) as e:
+    except (ValueError, LookupError, TypeError, AssertionError) as e:  # what Optuna raises on other lines
         raise UserError(f"{path}: is damaged, or no journal of a sweep ({describe(e)})") from None

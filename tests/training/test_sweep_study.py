@@ -223,9 +223,9 @@ def test_pruning_compares_the_same_share_of_the_same_fold():
 def test_another_sweep_in_the_folder(study_of):
     study_of("lr: [0.1, 0.2]")
     for space, argv, words in (
-        ("lr: [0.1, 0.3]", (), r'space.yaml: lr is \["0.1", "0.3"\], and \["0.1", "0.2"\] in the sweep in'),
-        ("lora_rank: [8]", (), r"lr is nothing, and"),
-        ("lr: [0.1, 0.2]", ("--lora_rank", "8"), r'--config: lora_rank is "8", and nothing in the sweep in'),
+        ("lr: [0.1, 0.3]", (), r'space.yaml: lr is \["0.1", "0.3"\] here, and \["0.1", "0.2"\] in the sweep'),
+        ("lora_rank: [8]", (), r"lr is not given here, and"),
+        ("lr: [0.1, 0.2]", ("--lora_rank", "8"), r'^--lora_rank: is "8" here, and not given in the sweep in'),
     ):
         with pytest.raises(UserError, match=words):
             study_of(space, *argv)
@@ -253,6 +253,8 @@ def test_a_journal_with_half_a_line(study_of, tmp_path):
     journal.write_text(whole + whole.splitlines()[-1][:40])
     study = study_of(space)
     assert len(study.trials()) == 1 and study.claim().number == 1
-    journal.write_text(whole[:60] + whole)
-    with pytest.raises(UserError, match=r"journal.log: is damaged, or no journal of a sweep"):
-        study_of(space)
+    unknown = '{"op_code": 99, "worker_id": "a"}'
+    for damaged in (whole[:60] + whole, "[1]\n", "null\n", f"{unknown}\n", "{}\n"):
+        journal.write_text(damaged)
+        with pytest.raises(UserError, match=r"journal.log: is damaged, or no journal of a sweep"):
+            study_of(space)
