@@ -23,6 +23,7 @@ import yaml
 from monitoring.sweep_page import SweepPage, TrialRow, render_sweep
 from options import train
 from options.sweep import parse
+from tests.helpers.browser import open_browser
 from tests.helpers.fake_training import COMMAND, evaluation_loss, run_sweep
 from tests.helpers.programs import ROOT
 from tests.helpers.report_pages import CHROMIUM, HOSTILE, Page, screenshot
@@ -280,6 +281,25 @@ def test_a_browser_shows_the_page_light_and_dark(tmp_path):
         levels = (picture * 255).round().astype(int)
         places = (abs(levels - list(dot)).max(axis=-1) <= 3).nonzero()
         assert places[1].max() - places[1].min() > 700 and len(places[0]) > 500  # from side to side
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_narrow_page_breaks_no_word_of_the_table(tmp_path):
+    """The table is scrolled, and neither a header nor a number in it is broken. Long values may be."""
+    page = page_of(tmp_path, failed="a reason " * 20)
+    with open_browser(tmp_path / "profile") as browser:
+        browser.open(page, "light", width=400)
+        # The pixels between the first and the last line of each cell.
+        heights = browser.run(
+            "[...document.querySelectorAll('.trials th, .trials td:nth-child(-n + 4)')]"
+            ".filter(e => e.textContent).map(e => {"
+            " const text = document.createRange(); text.selectNodeContents(e);"
+            " const ends = [...text.getClientRects()].map(r => r.bottom);"
+            " return Math.max(...ends) - Math.min(...ends); })"
+        )
+        # 7 headers; trial, loss, state and lr of 12 trials. Two have a reason below the state, one no loss.
+        assert len(heights) == 7 + 4 * 12 - 1 and sum(height < 8 for height in heights) == len(heights) - 2
+        assert browser.run("document.documentElement.scrollWidth") <= 400, "only the card scrolls"
 
 
 def test_an_empty_page(tmp_path):
