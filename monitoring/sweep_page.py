@@ -23,11 +23,11 @@ class TrialRow:
 
     Attributes:
         number: from 0.
-        state: complete, pruned, failed or running.
+        state: complete, pruned, failed, running, or paused: a sweep that was stopped has let go of it.
         loss: evaluation loss; of a pruned trial its last one; None if it has none.
         options: its values, as on a command line.
         losses: the losses of its folds.
-        seconds: how long it took; None while it runs.
+        seconds: from its first start to its end, pauses included; None until it has ended.
         reason: why it was stopped, or failed; or "".
         report: its report.html, relative to the sweep's folder, or that of its first fold; "" = none yet.
     """
@@ -74,7 +74,7 @@ class SweepPage:
     @property
     def ended(self) -> int:
         """Number of trials that have ended."""
-        return len(self.rows) - self.count("running")
+        return len(self.rows) - self.count("running") - self.count("paused")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def _describe(dimension: Values | Range) -> str:
 def _headline(page: SweepPage) -> list[tuple[str, str, str]]:
     """Return (name, value, note) of each tile at the top of the page."""
     best = page.best
-    note = f"{page.count('pruned')} pruned, {page.count('failed')} failed, {page.count('running')} running"
+    states = ["pruned", "failed", "running", *(["paused"] if page.count("paused") else [])]
+    note = ", ".join(f"{page.count(state)} {state}" for state in states)
     tiles = [("Trials", f"{page.ended} of {page.trials}", note)]
     if best and best.loss is not None:
         tiles.insert(0, ("Best evaluation loss", f"{best.loss:.4f}", f"trial {best.number}"))

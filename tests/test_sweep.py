@@ -149,6 +149,19 @@ def test_two_workers_at_once_and_a_stop(arguments, start, run, tmp_path):
     assert len(starts(out)) == 8 + len(resumed) and 1 <= len(resumed) <= 2
 
 
+def test_a_stopped_trial_is_paused(arguments, start, tmp_path):
+    """It is not running, since no worker has it."""
+    out = tmp_path / "out"
+    process = start(arguments(GRID, "--sampler", "grid"), 0.3)
+    wait_for(lambda: len(starts(out)) >= 1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and [row[:2] for row in table(printed)] == [["0", "paused"]]
+    assert printed.count("stopping: each run finishes its step and writes a checkpoint; Ctrl-C again") == 1
+    assert "0 running, 1 paused" in Page((out / "sweep.html").read_text()).text
+    assert "stopped after 0 of 8 trials" in printed
+
+
 def test_pruned_and_failed_trials(arguments, run, tmp_path):
     """The first five end; worse ones are stopped while they run. A failed one tells why."""
     out, space = tmp_path / "out", "lr: [1e-3, 2e-3, 5e-4, 1e-2, 1e-4, 1, 10]"

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from launch.signals import SAME_REQUEST_SECONDS, STOPS
 
+STOPPING = "stopping: each run finishes its step and writes a checkpoint; Ctrl-C again ends the runs at once"
 WAKE_SECONDS = 0.5  # Python runs signal handlers only between waits of the main thread
 
 
@@ -51,12 +52,19 @@ def stop_requests() -> Iterator[Stop]:
 
 
 def run_in_threads(works: list[Callable[[], None]], stop: Stop) -> None:
-    """Call all `works`, each in a thread of its own. The first error stops the others, and is raised."""
+    """Call all `works`, each in a thread of its own. The first error stops the others, and is raised.
+
+    Prints a line at the first request to stop: until the runs have ended nothing else would show it.
+    """
+    is_announced = False
     with ThreadPoolExecutor(len(works)) as pool:
         futures = [pool.submit(work) for work in works]
         while True:
             done, running = wait(futures, timeout=WAKE_SECONDS, return_when=FIRST_EXCEPTION)
             failed = [future for future in done if future.exception()]
+            if stop.count and not is_announced:
+                print(STOPPING, flush=True)
+                is_announced = True
             if failed:
                 stop.request()
             if not running or failed:

@@ -33,7 +33,7 @@ def collect_results(request: Request, study: Study) -> SweepPage:
     """Return what sweep.html shows: the trials in the order of their losses, and the importances."""
     trials = study.trials()
     rows = [_make_row(request, trial) for trial in trials]
-    order = {"complete": 0, "pruned": 1, "running": 2, "failed": 3}
+    order = {"complete": 0, "pruned": 1, "running": 2, "paused": 3, "failed": 4}
     rows.sort(key=lambda row: (order[row.state], row.loss if row.loss is not None else 0.0, row.number))
     return SweepPage(
         request.folder, request.space, rows, request.trials, request.sweep, _measure_importances(study)
@@ -44,9 +44,10 @@ def _make_row(request: Request, trial: FrozenTrial) -> TrialRow:
     """Return a trial as a row of the table."""
     seconds = trial.duration.total_seconds() if trial.duration else None
     page = request.run_folder(trial.number) / REPORT
+    is_paused = trial.state == TrialState.RUNNING and trial.user_attrs["worker"] is None
     return TrialRow(
         trial.number,
-        STATES[trial.state],
+        "paused" if is_paused else STATES[trial.state],
         trial.value if trial.values else None,
         trial.user_attrs["options"],
         tuple(trial.user_attrs.get("losses", ())),
