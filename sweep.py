@@ -72,7 +72,7 @@ def finish(request: Request, study: Study, is_stopped: bool) -> int:
     print(format_results(results))
     print(f"in {request.folder}: {PAGE}, {JOURNAL}, and the runs of the trials")
     if is_stopped:
-        print(f"stopped after {results.ended} of {request.trials} trials; the same command goes on")
+        print(f"stopped after {results.ended} of {results.trials} trials; the same command goes on")
         return 0
     print(*describe_next(request, results), sep="\n")
     return 0 if results.best else 1

@@ -35,9 +35,8 @@ def collect_results(request: Request, study: Study) -> SweepPage:
     rows = [_make_row(request, trial) for trial in trials]
     order = {"complete": 0, "pruned": 1, "running": 2, "paused": 3, "failed": 4}
     rows.sort(key=lambda row: (order[row.state], row.loss if row.loss is not None else 0.0, row.number))
-    return SweepPage(
-        request.folder, request.space, rows, request.trials, request.sweep, _measure_importances(study)
-    )
+    count = max(request.trials, len(rows))  # an earlier command may have had more --trials
+    return SweepPage(request.folder, request.space, rows, count, request.sweep, _measure_importances(study))
 
 
 def _make_row(request: Request, trial: FrozenTrial) -> TrialRow:
@@ -60,16 +59,18 @@ def _make_row(request: Request, trial: FrozenTrial) -> TrialRow:
 def _measure_importances(study: Study) -> dict[str, float]:
     """Return {option: its share of what makes trials good}, the largest first; {} for too few trials.
 
-    PED-ANOVA compares the values of the best trials with those of all. It needs no scikit-learn.
+    PED-ANOVA compares the values of the best trials with those of all. It needs no scikit-learn. It
+    returns equal shares where nothing differs: with equal losses, and for an option with a single value.
     """
     complete = [t for t in study.trials() if t.state == TrialState.COMPLETE]
-    if len(complete) < MIN_COMPLETE:
+    names = [each.name for each in study.request.space.dimensions if each.size > 1]
+    if len(complete) < MIN_COMPLETE or len({t.value for t in complete}) == 1 or not names:
         return {}
     quantile = min(max(0.1, TOP_TRIALS / len(complete)), 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is experimental in Optuna 4
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
-        return optuna.importance.get_param_importances(study.study, evaluator=evaluator)
+        return optuna.importance.get_param_importances(study.study, evaluator=evaluator, params=names)
 
 
 def format_results(page: SweepPage) -> str:

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from options.errors import UserError
 from options.sweep import parse
 from training.sweep_pruning import is_worse_than_median
+from training.sweep_results import collect_results
 from training.sweep_study import MAX_STARTS, Study
 from training.sweep_worker import STALE_SECONDS, Worker, count_processes, share_gpus
 
@@ -258,3 +259,23 @@ def test_a_journal_with_half_a_line(study_of, tmp_path):
         journal.write_text(damaged)
         with pytest.raises(UserError, match=r"journal.log: is damaged, or no journal of a sweep"):
             study_of(space)
+
+
+def test_importances_need_a_difference(study_of):
+    """Equal losses say nothing, and an option with a single value has no share."""
+    study = study_of("lora_rank: [4, 8, 16, 32, 64]\nlora_alpha: [3]\nseed: [1, 2]", "--sampler", "grid")
+    for number in range(10):
+        assert study.claim().number == number and not collect_results(study.request, study).importances
+        study.complete(number, (1.0 if number < 9 else 2.0,))
+    shares = collect_results(study.request, study).importances
+    assert set(shares) == {"lora_rank", "seed"} and sum(shares.values()) == pytest.approx(1)
+
+
+def test_fewer_trials_than_there_are(study_of):
+    study = study_of("lr: [1, 2, 3]", "--sampler", "grid")
+    for number in range(3):
+        study.claim()
+        study.complete(number, (1.0,))
+    fewer = study_of("lr: [1, 2, 3]", "--sampler", "grid", "--trials", "1")
+    assert fewer.has_ended() and fewer.claim() is None
+    assert collect_results(fewer.request, fewer).trials == 3
