@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from monitoring.page import render
@@ -79,7 +79,7 @@ class SweepPage:
 
 @dataclass(frozen=True)
 class Dot:
-    """A trial in a chart: its place in percent and pixels, its style, and its text when pointed at."""
+    """A trial in a chart: its position in percent and pixels, its style, and its text when pointed at."""
 
     x: float
     y: float
@@ -159,20 +159,16 @@ def _charts(page: SweepPage) -> list[Scatter]:
     if min(losses) > 0 and max(losses) > 20 * min(losses):  # a few trials diverged
         y = log_axis(losses)
     axis = step_axis(0, max(page.trials - 1, 1))
-    places = [axis.share(row.number) for row in rows]
-    over_time = _scatter("Trials", "evaluation loss by trial", rows, places, axis.labelled_ticks, y)
-    charts = [
-        Scatter(
-            over_time.title, over_time.unit, over_time.x, y, over_time.dots, _lowest(over_time.dots, rows)
-        )
-    ]
+    positions = [axis.share(row.number) for row in rows]
+    over_time = _scatter("Trials", "evaluation loss by trial", rows, positions, axis.labelled_ticks, y)
+    charts = [replace(over_time, steps=_lowest(over_time.dots, rows))]
     for dimension in page.space.dimensions:
-        labels, places = _place(dimension, [row.options[dimension.name] for row in rows])
-        charts.append(_scatter(dimension.name, "evaluation loss by value", rows, places, labels, y))
+        labels, positions = _x_axis(dimension, [row.options[dimension.name] for row in rows])
+        charts.append(_scatter(dimension.name, "evaluation loss by value", rows, positions, labels, y))
     return charts
 
 
-def _place(dimension: Values | Range, texts: list[str]) -> tuple[list[tuple[float, str]], list[float]]:
+def _x_axis(dimension: Values | Range, texts: list[str]) -> tuple[list[tuple[float, str]], list[float]]:
     """Return (labels of an option's axis at shares of it, the share of each of the values `texts`)."""
     if isinstance(dimension, Values):
         known = list(dimension.texts)
@@ -189,7 +185,7 @@ def _scatter(
     title: str,
     unit: str,
     rows: list[TrialRow],
-    places: list[float],
+    positions: list[float],
     labels: list[tuple[float, str]],
     y: Axis,
 ) -> Scatter:
@@ -198,16 +194,18 @@ def _scatter(
     Args:
         title, unit: its heading.
         rows: the trials.
-        places: the share of the x axis of each of them.
+        positions: the share of the x axis of each of them.
         labels: (share, label) of the x axis.
         y: the axis of the losses.
     """
     dots = []
-    for row, place in zip(rows, places, strict=True):
+    for row, position in zip(rows, positions, strict=True):
         assert row.loss is not None
         values = ", ".join(f"{name} {value}" for name, value in row.options.items())
         note = f"trial {row.number}, {row.state}: loss {number(row.loss)}; {values}"
-        dots.append(Dot(round(100 * place, 2), round((1 - y.share(row.loss)) * HEIGHT, 1), row.state, note))
+        dots.append(
+            Dot(round(100 * position, 2), round((1 - y.share(row.loss)) * HEIGHT, 1), row.state, note)
+        )
     return Scatter(title, unit, labels, y, dots, [])
 
 

@@ -103,7 +103,7 @@ REFUSED = {
     "max_minutes": "a run that it stops has no result; `timeout -s INT` stops a sweep, and the same command"
     " goes on with it",
 }
-# They change the rows that an evaluation is measured on, or how they are cut into tokens.
+# Options that change the rows that an evaluation is measured on, or how rows are cut into tokens.
 MEASURING = ("model_name", "llama_pro_path", "adapter", "dataset", "dataset_format", "columns", "text_column",
              "dataset_samples", "image_folder", "image_size", "images", "chat_template", "empty_thinking",
              "context_length")  # fmt: skip
@@ -131,7 +131,7 @@ def parse(argv: list[str]) -> Request:
     for name, reason in REFUSED.items():
         if given.get(name):
             raise UserError(f"--{name}: has no effect in a sweep: {reason}")
-    folder = typed_folder(own["space"], given if "output_dir" in typed else {})
+    folder = _sweep_folder(own["space"], given if "output_dir" in typed else {})
     base = [word for name, each in words if name not in (*OWN, "output_dir") for word in each]
     if "output_dir" in given and "output_dir" not in typed:  # the folder of the run that --config is from
         base.append("--output_dir=")
@@ -149,7 +149,7 @@ def parse(argv: list[str]) -> Request:
     return Request(sweep, space, folder, base, request.recorded, configs[0], remarks)
 
 
-def typed_folder(space: str, given: dict) -> Path:
+def _sweep_folder(space: str, given: dict) -> Path:
     """Return --output_dir, or runs/sweep-<name of the space's file>: the same command finds it again."""
     return Path(os.path.expanduser(given.get("output_dir") or f"runs/sweep-{Path(space).stem}"))
 

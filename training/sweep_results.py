@@ -24,7 +24,7 @@ STATES = {
 }
 MIN_COMPLETE = 4  # trials without which importances are noise
 TOP_TRIALS = 5  # the best trials, of which PED-ANOVA asks what they have in common
-# They have no effect if no row is held back.
+# Options that have no effect if no row is held back.
 EVALUATING = ("eval_every", "eval_samples", "early_stopping_patience")
 MAX_TEXT = 28  # characters of a value in the table
 
