@@ -44,10 +44,11 @@ def work(request: Request, study: Study, gpus: dict[str, str], stop: Stop) -> No
         gpus: the environment variables that give a run its GPUs.
         stop: the request to stop.
     """
+    awaited: list[int] = []
     while not stop.count and not study.has_ended():
         trial = study.claim()
         if trial is None:  # others run the last ones, and may die
-            stop.wait(WAIT_SECONDS)
+            awaited = wait_for_others(study, stop, awaited)
             continue
         values = " ".join(f"{name}={text}" for name, text in trial.combination.items())
         print(f"trial {trial.number}{' again' * (trial.starts > 1)}: {values}", flush=True)
@@ -57,6 +58,18 @@ def work(request: Request, study: Study, gpus: dict[str, str], stop: Stop) -> No
             print(f"trial {trial.number}: {end} ({time.monotonic() - began:.0f} s)", flush=True)
             write_page(request, study)
             study.check_promising()
+
+
+def wait_for_others(study: Study, stop: Stop, known: list[int]) -> list[int]:
+    """Wait some seconds for the trials that other workers run; print their numbers if they are not `known`.
+
+    Return the numbers. If one of these workers is dead, its trial can be claimed after that was noticed.
+    """
+    numbers = study.trials_of_others()
+    if set(numbers) - set(known):
+        print(f"waiting for other workers, which have trial {', '.join(map(str, numbers))}", flush=True)
+    stop.wait(WAIT_SECONDS)
+    return numbers
 
 
 def write_page(request: Request, study: Study) -> None:

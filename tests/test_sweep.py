@@ -162,6 +162,21 @@ def test_a_stopped_trial_is_paused(arguments, start, tmp_path):
     assert "stopped after 0 of 8 trials" in printed
 
 
+def test_a_worker_that_waits_says_for_what(arguments, start, tmp_path):
+    """One on another machine that was killed is known to be dead after two minutes only."""
+    argv = arguments("lr: [1e-3, 1e-4]", "--sampler", "grid")
+    request = parse(argv)
+    with Worker(request.folder / "workers") as other:
+        study = Study(request, other)
+        trial = study.claim()
+        process = start(argv, 0.0)
+        lines = iter(process.stdout.readline, "")
+        assert "waiting for other workers, which have trial 0\n" in lines
+        study.complete(trial.number, (0.5,))
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "waiting" not in printed and table(printed)[0][:2] == ["0", "0.5000"]
+
+
 def test_pruned_and_failed_trials(arguments, run, tmp_path):
     """The first five end; worse ones are stopped while they run. A failed one tells why."""
     out, space = tmp_path / "out", "lr: [1e-3, 2e-3, 5e-4, 1e-2, 1e-4, 1, 10]"

@@ -145,6 +145,12 @@ class Study:
         trials = self.trials()
         return len(trials) >= self.request.trials and all(t.state.is_finished() for t in trials)
 
+    def trials_of_others(self) -> list[int]:
+        """Return the numbers of the trials that other workers run, or have left when they were killed."""
+        own = self.worker.identity
+        running = [t for t in self.trials() if t.state == TrialState.RUNNING]
+        return [t.number for t in running if t.user_attrs["worker"] not in (own, None)]
+
     def check_promising(self) -> None:
         """Raise UserError if FIRST_FAILURES trials have failed and none has ended otherwise."""
         ended = [t for t in self.trials() if t.state.is_finished()]
