@@ -101,6 +101,8 @@ class Options:
         convert=partial(_parse_names, "precision", PRECISIONS))
     batch_size: int = option(4, "Runs", "rows per GPU and step", ge=1)
     context_length: int = option(2048, "Runs", "tokens of a row", ge=1)
+    host_context: int = option(256, "Runs", "tokens of a row in a second run of each system: with so few, a"
+        " step of a large model takes about as long as the host; 0 = no such run", ge=1, sentinel=0)
     lora_rank: int = option(64, "Runs", "rank of the adapters, on all seven linears", ge=1)
     steps: int = option(12, "Runs", f"optimizer steps of a run; the first {WARMUP_STEPS} do not count",
         ge=1)

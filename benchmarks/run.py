@@ -123,7 +123,26 @@ def measure_system(options: Options, name: str, setting: Setting, model: Path, p
     problem = find_missing(options, name) or SYSTEMS[name].find_obstacle(setting, torch.cuda.is_available())
     if problem:
         return Row(setting, name, label, problem=problem)
-    slug = "-".join(filter(None, (name, *map(str, dataclasses.astuple(setting)), precision)))
+    row = run_system(options, Row(setting, name, label), model, precision)
+    if row.problem or not options.host_context:
+        return row
+    short = dataclasses.replace(options, context_length=options.host_context)
+    host = run_system(short, Row(setting, name, label), model, precision, "host")
+    return dataclasses.replace(row, host_seconds=host.step_seconds)
+
+
+def run_system(options: Options, row: Row, model: Path, precision: str, suffix: str = "") -> Row:
+    """Run a system; return `row` with its figures, or with its problem.
+
+    Args:
+        options: options of the benchmark.
+        row: the setting and the system.
+        model: folder of the checkpoint.
+        precision: --precision of ours.
+        suffix: of the names of the run's log and folder.
+    """
+    setting, name = row.setting, row.system
+    slug = "-".join(filter(None, (name, *map(str, dataclasses.astuple(setting)), precision, suffix)))
     log = options.out / f"{slug}.log"
     work = dataclasses.asdict(setting) | {
         "model_name": model,
@@ -144,12 +163,12 @@ def measure_system(options: Options, name: str, setting: Setting, model: Path, p
     if not problem and not printed:
         problem = "printed no result"
     if problem:
-        return Row(setting, name, label, problem=problem)
+        return dataclasses.replace(row, problem=problem)
     tokens = options.batch_size * setting.gpus * options.context_length
     try:
-        return make_row(setting, name, label, json.loads(printed[-1]), tokens, options.steps)
+        return make_row(setting, name, row.label, json.loads(printed[-1]), tokens, options.steps)
     except ValueError as e:
-        return Row(setting, name, label, problem=str(e))
+        return dataclasses.replace(row, problem=str(e))
 
 
 def find_missing(options: Options, name: str) -> str:
@@ -198,7 +217,8 @@ def describe_setup(options: Options) -> list[str]:
         f"{options.shape} shape with random weights, {options.batch_size} rows of {options.context_length}"
         f" tokens per GPU and step, rank {options.lora_rank} on all seven linears, {options.steps} steps; the"
         f" step is the median of the later ones. Memory: {memory}, loading included. `x ours`: relative to"
-        " the first row of ours.",
+        f" the first row of ours. Host: the step of a run on rows of {options.host_context} tokens,"
+        " with which the GPU has little to do.",
         "",
         "    " + shlex.join(["python", "-m", "benchmarks.run", *options.argv]),
         "",

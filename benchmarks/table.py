@@ -23,6 +23,7 @@ class Row:
         tokens_per_second_per_gpu: speed.
         peak_gib: memory of the rank with the most.
         adapters: dtype of the trained weights.
+        host_seconds: the step on rows so short that it takes about as long as the host.
         problem: why there is no result, or "".
     """
 
@@ -33,6 +34,7 @@ class Row:
     tokens_per_second_per_gpu: float | None = None
     peak_gib: float | None = None
     adapters: str | None = None
+    host_seconds: float | None = None
     problem: str = ""
 
 
@@ -70,19 +72,20 @@ def ratio_to_ours(row: Row, rows: list[Row], figure: str) -> float | None:
 def format_markdown(rows: list[Row]) -> str:
     """Format the rows as a Markdown table."""
     lines = [
-        "| setting | system | tokens/s per GPU | x ours | step | peak allocated | x ours | adapters |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | system | tokens/s per GPU | x ours | step | host | peak allocated | x ours | adapters |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     previous = None
     for row in rows:
         cells = [str(row.setting) if row.setting != previous else "", row.label]
         if row.problem:
-            cells += [row.problem.replace("|", "\\|"), "", "", "", "", ""]
+            cells += [row.problem.replace("|", "\\|"), "", "", "", "", "", ""]
         else:
             cells += [
                 f"{row.tokens_per_second_per_gpu:,.0f}",
                 _format_ratio(ratio_to_ours(row, rows, "tokens_per_second_per_gpu")),
                 f"{row.step_seconds:.3f} s",
+                "" if row.host_seconds is None else f"{row.host_seconds:.3f} s",
                 f"{row.peak_gib:.2f} GiB",
                 _format_ratio(ratio_to_ours(row, rows, "peak_gib")),
                 row.adapters,

@@ -62,7 +62,8 @@ def make_here(command: list, cwd) -> subprocess.CompletedProcess:
 def outcome(models, tmp_path_factory):
     """The folder with the results of ours and all peers on the tiny shape."""
     folder = tmp_path_factory.mktemp("benchmark") / "out"
-    argv = ["--shape", "tiny", *WORK, "--out", str(folder), "--checkpoints", str(models)]
+    argv = ["--shape", "tiny", *WORK, "--host_context", "0", "--out", str(folder)]
+    argv += ["--checkpoints", str(models)]
     assert run.main(argv) == 0
     return folder
 
@@ -128,7 +129,20 @@ def script_that_prints(result: dict) -> str:
 def test_a_peer_that_works(row_of):
     """The result follows a progress bar that leaves no end of line."""
     row = row_of("print('50%|##', end='\\r'); print('75%|###', end='');" + script_that_prints(RESULT))
-    assert row == Row(QLORA, "peft", "peft", 0.5, 1024.0, 3.0, "float32")
+    assert row == Row(QLORA, "peft", "peft", 0.5, 1024.0, 3.0, "float32", host_seconds=0.5)
+
+
+def test_short_rows_show_the_hosts_part(row_of):
+    """A second run. Its rows have --host_context tokens, and only its time counts."""
+    text = """
+import json, sys
+n = next(int(word.split("=")[1]) for word in sys.argv if word.startswith("--context_length="))
+result = {"step_seconds": [9, 9, 9, n / 256], "tokens": 2 * n, "peak_gib": n, "adapters": "float32"}
+print("RESULT", json.dumps(result))
+"""
+    row = row_of(text, "--host_context", "64")
+    assert (row.step_seconds, row.host_seconds, row.peak_gib) == (1.0, 0.25, 256)
+    assert row_of(text, "--host_context", "0").host_seconds is None
 
 
 @pytest.mark.parametrize(
@@ -245,7 +259,7 @@ def test_ratios_are_to_the_first_row_of_ours_with_the_same_setting():
     dora = dataclasses.replace(QLORA, train_type="bnb_dora")
     rows = [
         Row(QLORA, "ours", "ours --precision auto", 1.0, 8000.0, 10.0, "float32"),
-        Row(QLORA, "ours", "ours --precision bf16", 0.8, 10000.0, 9.0, "bfloat16"),
+        Row(QLORA, "ours", "ours --precision bf16", 0.8, 10000.0, 9.0, "bfloat16", 0.25),
         Row(QLORA, "trl", "trl", 2.0, 4000.0, 12.0, "bfloat16"),
         Row(dora, "ours", "ours --precision auto", problem="failed: a | b"),
         Row(dora, "trl", "trl", 4.0, 2000.0, 15.0, "bfloat16"),
@@ -259,12 +273,13 @@ def test_ratios_are_to_the_first_row_of_ours_with_the_same_setting():
     ]
     assert [ratio_to_ours(row, rows, "peak_gib") for row in rows] == [1, 0.9, 1.2, None, None]
     lines = format_markdown(rows).splitlines()
-    assert lines[4] == "|  | trl | 4,000 | 0.50 | 2.000 s | 12.00 GiB | 1.20 | bfloat16 |"
+    assert "| 0.800 s | 0.250 s | 9.00 GiB |" in lines[3]
+    assert lines[4] == "|  | trl | 4,000 | 0.50 | 2.000 s |  | 12.00 GiB | 1.20 | bfloat16 |"
     assert lines[5].startswith(
         "| bnb_dora, 1 GPU, full checkpointing | ours --precision auto | failed: a \\| b |"
     )
-    assert lines[6] == "|  | trl | 2,000 |  | 4.000 s | 15.00 GiB |  | bfloat16 |"
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert lines[6] == "|  | trl | 2,000 |  | 4.000 s |  | 15.00 GiB |  | bfloat16 |"
+    assert {line.replace("\\|", "").count("|") for line in lines} == {10}
 
 
 # Bad input
@@ -273,7 +288,7 @@ def test_ratios_are_to_the_first_row_of_ours_with_the_same_setting():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--shape 9b", "--shape: '9b': must be one of tiny, 1b, 3b, 7b, 8b"),
+        ("--shape 9b", "--shape: '9b': must be one of tiny, thin, 1b, 3b, 7b, 8b"),
         ("--shpae 8b", "unknown option --shpae; did you mean --shape?"),
         ("--gpus 0", "--gpus 0: one or more"),
         ("--gpus 1,1", "--gpus 1,1: one or more different"),
