@@ -7,7 +7,7 @@ import argparse
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -16,17 +16,27 @@ from fastapi import FastAPI, HTTPException
 from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from peft.helpers import DoraCaching
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    StoppingCriteriaList,
+)
 
 DEFAULT_TOKENS = 256  # of an answer, at most
 FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "chat_template_kwargs", "user"}
 # Values of other fields that ask for nothing.
 NEUTRAL = {"stream": (False,), "temperature": (0,), "n": (1,), "top_p": (1,), "logprobs": (False,)}
 TEMPLATE_OPTIONS = {"enable_thinking", "thinking", "reasoning_effort"}
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError, AttributeError)
+PROBE = "\uf8ffanswer\uf8ff"  # no template writes this private character
+OPENINGS = ([], [{"role": "system", "content": "Be kind."}])  # some templates need a system message
 
 
 def load(base: str, runs: dict[str, str], load_in_4bit: bool) -> tuple[PeftModel, dict[str, tuple]]:
-    """Return (the base with all adapters, {name: (PEFT's name, tokenizer, stop tokens)})."""
+    """Return (the base with all adapters, {name: (PEFT's name, tokenizer, stop tokens, stop string)})."""
     dtype = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype or torch.bfloat16
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     model = AutoModelForCausalLM.from_pretrained(
@@ -38,7 +48,7 @@ def load(base: str, runs: dict[str, str], load_in_4bit: bool) -> tuple[PeftModel
         trust_remote_code=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    served = {base: ("", tokenizer, model.generation_config.eos_token_id)}
+    served = {base: ("", tokenizer, model.generation_config.eos_token_id, find_stop_string(tokenizer))}
     model.generation_config = GenerationConfig()  # the base's may sample, or penalize repetitions
     for name, run in runs.items():
         adapter = f"adapter{len(served)}"  # PEFT allows no dot in a name
@@ -54,8 +64,23 @@ def load(base: str, runs: dict[str, str], load_in_4bit: bool) -> tuple[PeftModel
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         has_stops = Path(run, "generation_config.json").exists()
         stops = GenerationConfig.from_pretrained(run).eos_token_id if has_stops else served[base][2]
-        served[name] = (adapter, tokenizer, stops)
+        served[name] = (adapter, tokenizer, stops, find_stop_string(tokenizer))
     return model.eval(), served
+
+
+def find_stop_string(tokenizer) -> str:
+    """Return the text with which the chat template ends an answer; "" if a token ends it, or nothing does.
+
+    Training teaches this text where the tokenizer has no token for the template's end of a turn.
+    """
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}]
+    for opening in OPENINGS:
+        with suppress(*TEMPLATE_ERRORS):
+            text = tokenizer.apply_chat_template([*opening, *turns], tokenize=False)
+            ending = text.partition(PROBE)[2].strip()
+            is_token = ending.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values())))
+            return "" if is_token else ending
+    return ""
 
 
 def read_request(body: dict, served: dict[str, tuple]) -> tuple[str, list[dict], int, dict]:
@@ -90,17 +115,22 @@ def make_app(model: PeftModel, served: dict[str, tuple]) -> FastAPI:
     @app.post("/v1/chat/completions")
     def complete(body: dict) -> dict:
         name, messages, longest, template = read_request(body, served)
-        adapter, tokenizer, stops = served[name]
+        adapter, tokenizer, stops, stop_string = served[name]
         try:
             asked = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template
             )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as e:
+        except TEMPLATE_ERRORS as e:
             raise HTTPException(400, f"the chat template refuses the messages: {e}") from e
         length = asked["input_ids"].shape[1]
         room = model.config.get_text_config().max_position_embeddings - length
         if room < 1:
             raise HTTPException(400, f"messages: {length} tokens leave no room for an answer")
+
+        def has_stop_string(ids, _scores, **_) -> torch.Tensor:
+            last = ids[0, max(length, ids.shape[1] - 2 * len(stop_string)) :]
+            return torch.tensor([stop_string in tokenizer.decode(last)], device=ids.device)
+
         with turn, torch.inference_mode():
             if adapter:
                 model.set_adapter(adapter)
@@ -110,9 +140,13 @@ def make_app(model: PeftModel, served: dict[str, tuple]) -> FastAPI:
                     max_new_tokens=min(longest, room),
                     eos_token_id=stops,
                     pad_token_id=0,
+                    stopping_criteria=StoppingCriteriaList([has_stop_string] if stop_string else []),
                 )[0, length:].tolist()
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
         ended = tokens[-1] in (stops if isinstance(stops, list) else [stops])
-        message = {"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)}
+        if stop_string and stop_string in text:
+            text, ended = text.partition(stop_string)[0], True
+        message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": length, "completion_tokens": len(tokens)}
         return {
             "object": "chat.completion",
