@@ -22,7 +22,7 @@
   const pixel = (share) => TOP + (1 - share) * (HEIGHT - TOP);
   const isShown = (index) => tableRows[index].querySelector(".shown").checked;
 
-  // Return [row, mean of the last `size` steps] of each row; of fewer steps at the beginning.
+  // Return [row, mean of the last steps, their number] of each row: at least `size` steps, fewer at the beginning.
   const runningMean = (rows, size) => {
     let first = 0, count = 0, sum = 0;
     return rows.map((row) => {
@@ -32,8 +32,20 @@
         count -= rows[first][COUNT];
         sum -= rows[first][COUNT] * rows[first][MEAN];
       }
-      return [row, sum / count];
+      return [row, sum / count, count];
     });
+  };
+
+  // Return how many steps a point of the smoothed charts sums up. In long runs each row has several steps.
+  const describeWindow = (size) => {
+    const noisy = plots.filter((plot) => plot.is_noisy);
+    const shown = runs.filter((_, index) => isShown(index)).flatMap((run) => noisy.map((plot) => run.curves[plot.column] || []));
+    const counts = shown.flatMap((rows) => runningMean(rows, size).map(([, , count]) => count)).filter((count) => count >= size);
+    const [fewest, most] = [Math.min, Math.max].map((choose) => counts.reduce((a, b) => choose(a, b), counts[0]));
+    const text = (count) => count.toLocaleString("en");
+    if (size > 1 && !counts.length) return "mean of all steps so far"; // the runs are shorter
+    if (size === 1) return most === 1 || !counts.length ? "off" : `off; a point is the mean of up to ${text(most)} steps`;
+    return fewest === most ? `mean of ${text(most)} steps` : `mean of ${text(fewest)} to ${text(most)} steps`;
   };
 
   // Return the curves that a chart shows now: {index, points: [[x, y]], spans: [[x, lowest, highest]], raw: [[x, y]]}.
@@ -102,8 +114,7 @@
   };
 
   const drawAll = () => {
-    const size = windows[smoothing.value];
-    windowText.textContent = size > 1 ? `mean of ${size.toLocaleString("en")} steps` : "off";
+    windowText.textContent = describeWindow(windows[smoothing.value]);
     figures.forEach(draw);
   };
 

@@ -15,7 +15,7 @@ import torch
 import report
 from monitoring.comparison import short_names
 from monitoring.report_charts import running_mean
-from monitoring.run_curves import MAX_ROWS, PLOTS, make_curves
+from monitoring.run_curves import MAX_ROWS, PLOTS, WINDOWS, make_curves
 from tests.helpers.browser import open_browser
 from tests.helpers.pictures import draw
 from tests.helpers.report_pages import CHROMIUM, HOSTILE, Page, make_run, metrics, small_rows
@@ -286,6 +286,28 @@ def test_a_browser_draws_the_curves(runs, tmp_path):
         assert browser.run("document.getElementById('window').textContent") == "mean of 5 steps"
         browser.run("document.querySelector('.shown').click()")
         assert browser.run(counts) == [1] * 6 and drawn_values(browser, 0, 1, False)
+        assert browser.problems == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_label_of_the_smoothing_is_true(runs, tmp_path):
+    """A point of 1,000 steps sums up 3: a window of 5 steps has 6 of them."""
+    steps = make_steps(1000, 2.0)
+    steps[-6]["loss"] = 50.0  # is in the last mean of 6 steps, but not of 5
+    compare(tmp_path, runs[0], make_run(tmp_path / "long", steps, *EVALUATED, evaluation=small_rows()))
+    label = "document.getElementById('window').textContent"
+    with open_browser(tmp_path) as browser:
+        browser.open(tmp_path / "page.html", "light")
+        for window, shown in ((0, "off; a point is the mean of up to 3 steps"), (2, "mean of 5 to 6 steps")):
+            browser.run(SET.format("smoothing", f"value = {window}"))
+            assert browser.run(label) == shown
+        last_mean = sum(step["loss"] for step in steps[-6:]) / 6
+        assert drawn_values(browser, 0, 1, False)[-1][1] == pytest.approx(last_mean, rel=0.02)
+        browser.run("document.querySelectorAll('.shown')[0].click()")
+        assert browser.run(label) == "mean of 6 steps"
+        browser.run("document.querySelectorAll('.shown').forEach((box) => box.click())")
+        browser.run(SET.format("smoothing", f"value = {WINDOWS.index(50)}"))
+        assert browser.run(label) == "mean of all steps so far"
         assert browser.problems == []
 
 
