@@ -75,6 +75,20 @@ def test_a_run_that_was_continued_and_stopped_holds_an_earlier_step(
     assert f"inal loss: {final}" in card
 
 
+def test_the_card_of_weights_whose_losses_are_not_finite(tmp_path):
+    """The last evaluation and the last training loss, with best/ and without."""
+    lines = [{"step": i, "loss": 2.0, "epoch": i / 4, "eval_loss": 1.5} for i in (1, 2)]
+    lines[1] |= {"loss": None, "eval_loss": None}  # as metrics.jsonl has NaN
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    final = "Final loss: not finite after 2 steps (0.50 epochs)"
+    assert _describe_losses(tmp_path) == ["Evaluation loss: not finite after 2 steps", final]
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "evaluation.json").write_text('{"step": 1, "eval_loss": 1.5}')
+    best, *others = _describe_losses(tmp_path)
+    assert best.startswith("Best evaluation loss of the run: 1.5000 after 1 steps; ")
+    assert others == ["Evaluation loss: not finite after 2 steps", final]
+
+
 def test_control_characters_of_a_folder_are_not_printed(tmp_path):
     assert "\x1b" not in BestStep(tmp_path / "h\x1b[31m" / "best", 6, 1.0, 8, 1.5).describe()
 
