@@ -15,6 +15,7 @@ from monitoring.comparison import (
     differing_machines,
     differing_options,
     find_best,
+    has_different_data,
     shared_prompts,
 )
 from monitoring.next_commands import next_commands
@@ -34,6 +35,7 @@ def render_comparison(runs: Sequence[Compared], page: Path) -> str:
     prompts, single = shared_prompts(runs)
     embedder, best = ImageEmbedder(), find_best(runs)
     again = [*shell_command("report.py"), *(str(run.files.folder) for run in runs), "--out", str(page)]
+    again += ["--different_data", "true"] if has_different_data(runs) else []
     commands = next_commands(best.files)[:-1] if best else []  # without the one for its own page
     commands.append(("Make this page again", again))
     return render(

@@ -13,7 +13,7 @@ from monitoring.run_files import RunFiles
 from monitoring.run_summary import RunSummary, summarize
 from options.config import FIELDS
 from options.declaration import format_value
-from options.errors import join_names
+from options.errors import UserError, join_names
 
 # Each run has its own, and dump_yaml resets the last two.
 NOT_COMPARED = {"output_dir", "resume", "overwrite"}
@@ -60,41 +60,72 @@ def describe_data_differences(runs: Sequence[Compared]) -> list[str]:
 
     The digests are those of tokens. So the same text in the tokens of another model differs.
     """
-    evaluated = [run for run in runs if run.summary.best]
-    effect = "; their evaluation losses cannot be compared"
-    return [
-        *_describe_digests(_group_by_digest(runs, TRAINING), "trained", ""),
-        *_describe_digests(_group_by_digest(evaluated, EVALUATION), "evaluated", effect),
+    losses = {"trained": "training", "evaluated": "evaluation"}
+    lines = [
+        f"data: runs were {verb} on different tokens ({WHY_DIFFERENT}): {names}; their {losses[verb]} losses"
+        " cannot be compared"
+        for verb, names in _find_different_data(runs).items()
     ]
-
-
-def _group_by_digest(runs: Sequence[Compared], key: str) -> dict[str | None, list[str]]:
-    """Return {digest in run.json: names of the runs that have it}; None stands for runs without one."""
-    groups: dict[str | None, list[str]] = {}
-    for run in runs:
-        groups.setdefault((run.files.facts.get("data") or {}).get(key), []).append(run.name)
-    return groups
-
-
-def _describe_digests(groups: dict[str | None, list[str]], verb: str, effect: str) -> list[str]:
-    """Return a line about runs with different digests, and one about runs without a digest, if there are any.
-
-    Args:
-        groups: as `_group_by_digest` returns them.
-        verb: what was done with the rows.
-        effect: end of the first line.
-    """
-    unknown, known = groups.get(None, []), [names for digest, names in groups.items() if digest]
-    lines = []
-    if len(known) > 1:
-        shown = " | ".join(map(join_names, known))
-        lines.append(f"data: runs were {verb} on different tokens ({WHY_DIFFERENT}): {shown}{effect}")
-    if unknown and len(unknown) + sum(map(len, known)) > 1:
-        lines.append(
-            f"data: the rows that these runs of an earlier version were {verb} on are not recorded, and may"
-            f" differ: {join_names(unknown)}"
-        )
+    for verb, (known, unknown) in _group_by_data(runs).items():
+        if unknown and len(unknown) + sum(map(len, known)) > 1:
+            names = join_names([run.name for run in unknown])
+            lines.append(
+                f"data: the rows that these runs of an earlier version were {verb} on are not recorded, and"
+                f" may differ: {names}"
+            )
     return lines
+
+
+def check_same_data(runs: Sequence[Compared]) -> None:
+    """Raise UserError if the rows of the runs are known to differ. Those that are not recorded may."""
+    verbs: dict[str, list[str]] = {}
+    for verb, names in _find_different_data(runs).items():
+        verbs.setdefault(names, []).append(verb)
+    found = [f"{' and '.join(each)} on different tokens: {names}" for names, each in verbs.items()]
+    if found:
+        raise UserError(
+            f"runs were {'; '.join(found)} ({WHY_DIFFERENT}), so their losses cannot be compared;"
+            " --different_data true makes the page all the same"
+        )
+
+
+def has_different_data(runs: Sequence[Compared]) -> bool:
+    """Return whether `check_same_data` refuses the runs."""
+    return bool(_find_different_data(runs))
+
+
+def _find_different_data(runs: Sequence[Compared]) -> dict[str, str]:
+    """Return {what was done with rows that differ: names of the runs, grouped by these rows}."""
+    shows_dataset = len({run.files.config.dataset for run in runs}) > 1
+
+    def name(group: list[Compared]) -> str:
+        names = join_names([run.name for run in group])
+        datasets = join_names([*dict.fromkeys(run.files.config.dataset for run in group)])
+        return f"{names} (--dataset {datasets})" if shows_dataset else names
+
+    groups = {verb: known for verb, (known, _) in _group_by_data(runs).items()}
+    return {verb: " | ".join(map(name, known)) for verb, known in groups.items() if len(known) > 1}
+
+
+def _group_by_data(runs: Sequence[Compared]) -> dict[str, tuple[list[list[Compared]], list[Compared]]]:
+    """Return {"trained", "evaluated": (groups of runs with the same rows, runs whose rows are not known)}."""
+    evaluated = [run for run in runs if run.summary.best]
+    groups = {
+        "trained": _group_by_digest(runs, TRAINING),
+        "evaluated": _group_by_digest(evaluated, EVALUATION),
+    }
+    return {
+        verb: ([group for digest, group in found.items() if digest], found.get(None, []))
+        for verb, found in groups.items()
+    }
+
+
+def _group_by_digest(runs: Sequence[Compared], key: str) -> dict[str | None, list[Compared]]:
+    """Return {digest in run.json: the runs that have it}; None stands for runs without one."""
+    groups: dict[str | None, list[Compared]] = {}
+    for run in runs:
+        groups.setdefault((run.files.facts.get("data") or {}).get(key), []).append(run)
+    return groups
 
 
 def find_best(runs: Sequence[Compared]) -> Compared | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from files.atomic_writes import write_text
 from launch.program import print_error
 from monitoring.compare_page import render_comparison
-from monitoring.comparison import compare, describe_data_differences
+from monitoring.comparison import check_same_data, compare, describe_data_differences
 from monitoring.report_page import render_report
 from monitoring.run_files import read_run
 from options.errors import UserError
@@ -29,12 +29,14 @@ def write_report(folder: Path, page: Path | None = None) -> Path:
     return _write(page or folder / PAGE, render_report(read_run(folder)))
 
 
-def write_comparison(folders: Sequence[Path], page: Path) -> list[str]:
+def write_comparison(folders: Sequence[Path], page: Path, allow_different_data: bool = False) -> list[str]:
     """Write a page that compares RUNs. Return lines about data that are not the same in all of them.
 
-    Raises OSError, and UserError as `read_run`.
+    Raises OSError, and UserError as `read_run`, and for runs of different data unless these are allowed.
     """
     runs = compare([read_run(folder) for folder in folders])
+    if not allow_different_data:
+        check_same_data(runs)
     _write(page, render_comparison(runs, page))
     return describe_data_differences(runs)
 
@@ -52,7 +54,7 @@ def run(options: Options) -> int:
         if len(options.runs) == 1:
             write_report(options.runs[0], options.page)
         else:
-            for line in write_comparison(options.runs, options.page):
+            for line in write_comparison(options.runs, options.page, options.different_data):
                 print(line, file=sys.stderr)  # stdout has the page's path alone
         print(options.page)
     except UserError as e:

@@ -22,6 +22,8 @@ class Options:
         " page", several=True)
     out: Path | None = option(None, "Result", f"page to write; unset = {PAGE} in the RUN, or, of several"
         f" RUNs, {COMPARISON} in the current folder")
+    different_data: bool = option(False, "Result", "also compare runs that were trained or evaluated on"
+        " different data, which are refused otherwise: their losses mean different things")
     # fmt: on
 
     @property
@@ -32,7 +34,7 @@ class Options:
 
 COMMAND = Command(
     "report.py",
-    "RUN [RUN ...] [--out PAGE.html]",
+    "RUN [RUN ...] [--out PAGE.html] [--different_data BOOL]",
     f"Make RUN/{PAGE} from the files of a RUN, or a page that compares several RUNs.",
     Options,
 )
@@ -43,6 +45,8 @@ def parse(argv: list[str]) -> Options:
     given = COMMAND.read(argv)
     folders = check_runs([str(run) for run in given["runs"]])
     options = Options(**given | {"runs": [Path(folder) for folder in folders]})
+    if options.different_data and len(folders) == 1:
+        raise UserError("--different_data has no effect on a single RUN")
     page = options.page
     if page.suffix != ".html":
         raise UserError(f"--out {page}: is no name of a page; it ends with .html")

@@ -122,28 +122,70 @@ def test_a_long_run_keeps_its_outliers_and_its_mean():
     assert [row[6] for row in rows[1:] if row[6] > 6] == [90.0] and rows[5][5] == 0.0
 
 
-def test_runs_on_other_data_are_told(runs, tmp_path, capsys):
-    """They are compared all the same, but none is called the best if their evaluations differ."""
+def test_runs_on_other_data_are_refused(runs, tmp_path, capsys):
+    """One line names the runs of each data, and the option that compares them."""
+    why = "(other rows, split, tokenizer, template or context length), so their losses cannot be compared"
+    option = "--different_data true makes the page all the same"
     third = make_run(tmp_path / "three", make_steps(10, 1.0), *EVALUATED, evaluation=other_rows())
+    argv = [*map(str, (*runs, third)), "--out", str(tmp_path / "page.html")]
+
+    def refuse(words: str) -> None:
+        assert report.main(argv) == 2 and not (tmp_path / "page.html").exists()
+        assert capsys.readouterr() == ("", f"error: runs were {words} {why}; {option}\n")
+
+    refuse("evaluated on different tokens: one, two | three")
+    facts = json.loads((third / "run.json").read_text())
+    facts["data"]["training_digest"] = "another"
+    (third / "run.json").write_text(json.dumps(facts))
+    config = (third / "config.yaml").read_text()
+    (third / "config.yaml").write_text(config.replace("dataset: rows.jsonl", "dataset: more.jsonl"))
+    named = "one, two (--dataset rows.jsonl) | three (--dataset more.jsonl)"
+    refuse(f"trained and evaluated on different tokens: {named}")
+    facts["data"]["evaluation_digest"] = json.loads((runs[0] / "run.json").read_text())["data"][
+        "evaluation_digest"
+    ]
+    (third / "run.json").write_text(json.dumps(facts))
+    refuse(f"trained on different tokens: {named}")
+    del facts["data"]["training_digest"]
+    (third / "run.json").write_text(json.dumps(facts))
+    assert report.main(argv) == 0, "what an earlier version did not record is told"
+
+
+def test_runs_whose_rows_are_the_same_are_compared(runs, tmp_path):
+    """Options that change no row, and the name of the dataset, do not count."""
+    more = ("--lr", "1e-3", "--batch_size", "4", "--seed", "7", "--dataset", "copy.jsonl")
+    third = make_run(tmp_path / "three", make_steps(10, 1.0), *EVALUATED, *more, evaluation=small_rows())
     page = compare(tmp_path, *runs, third)
+    assert "three" in page.text and "--different_data" not in page.text
+
+
+def test_different_data_of_one_run(runs, capsys):
+    assert report.main([str(runs[0]), "--different_data", "true"]) == 2
+    assert capsys.readouterr() == ("", "error: --different_data has no effect on a single RUN\n")
+
+
+def test_runs_on_other_data_are_told(runs, tmp_path, capsys):
+    """They are compared if asked for, but none is called the best if their evaluations differ."""
+    different = ("--different_data", "true")
+    third = make_run(tmp_path / "three", make_steps(10, 1.0), *EVALUATED, evaluation=other_rows())
+    page = compare(tmp_path, *runs, third, more=different)
     line = (
         "data: runs were evaluated on different tokens (other rows, split, tokenizer, template or context"
         " length): one, two | three; their evaluation losses cannot be compared"
     )
     assert capsys.readouterr().err == f"{line}\n" and line in page.text
     assert "the lowest" not in page.text and "generate.py" not in page.text
+    assert f"--out {tmp_path}/page.html --different_data true" in page.text
     facts = [json.loads((run / "run.json").read_text()) for run in (*runs, third)]
     facts[1]["data"]["training_digest"] = "another"
     del facts[0]["data"]["training_digest"], facts[2]["data"]["evaluation_digest"]
     for run, changed in zip((*runs, third), facts, strict=True):
         (run / "run.json").write_text(json.dumps(changed))
-    compare(tmp_path, *runs, third)
+    compare(tmp_path, *runs, third, more=different)
     differing, *unknown = capsys.readouterr().err.splitlines()
     assert differing.startswith("data: runs were trained on different tokens")
-    assert differing.endswith("two | three") and [line.rpartition(": ")[2] for line in unknown] == [
-        "one",
-        "three",
-    ]
+    assert differing.endswith(": two | three; their training losses cannot be compared")
+    assert [line.rpartition(": ")[2] for line in unknown] == ["one", "three"]
     facts[0]["data"]["evaluation_digest"] = 7
     (runs[0] / "run.json").write_text(json.dumps(facts[0]))
     assert report.main(list(map(str, runs))) == 2
