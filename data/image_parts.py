@@ -51,6 +51,8 @@ def _read_source(value: Any, error_prefix: str) -> ImageSource:
 
 def has_image_parts(messages: Any) -> bool:
     """Return whether any content of a value that may be a list of messages has a part of an image."""
+    if not isinstance(messages, list):  # the quick answer: data may have millions of rows of texts
+        return False
     contents = (m.get("content") for m in _mappings(messages))
     return any(_is_image(part) for content in contents for part in _mappings(content))
 

@@ -56,7 +56,8 @@ def explode_questions(data: Rows) -> Rows:
 def _is_grouped(row: Mapping) -> bool:
     """Return whether a row has a column of images, and lists of questions and answers but no single one."""
     return (
-        all(isinstance(row.get(name), list) for name in ("questions", "answers"))
+        isinstance(row.get("questions"), list)
+        and isinstance(row.get("answers"), list)
         and any(name in row for name in IMAGE_COLUMNS)
         and not any(row.get(name) is not None for name in ("question", "answer", "messages"))
     )
@@ -91,8 +92,12 @@ def take_image_columns(
     names = [name for name in IMAGE_COLUMNS if takes_images or name in named]
     if not takes_images:
         names += [
-            name for name in IMAGE_COLUMNS if any(_looks_like_image(row.get(name)) for row in data.rows)
+            name
+            for name in IMAGE_COLUMNS
+            if any(name in row and _looks_like_image(row[name]) for row in data.rows)
         ]
+    if not names:
+        return data, []
     given = []
     for row, origin in zip(data.rows, data.origins, strict=True):
         found = [list_sources(row.get(name), f"--dataset {origin}") for name in dict.fromkeys(names)]
@@ -141,7 +146,7 @@ def describe_text_marks(rows: Sequence[Mapping]) -> list[str]:
 def check_takes_images(data: Rows, given: Sequence[list[ImageSource]]) -> None:
     """Raise UserError if a row has an image, for a model that takes none. given: images of the columns."""
     for i, (row, origin) in enumerate(zip(data.rows, data.origins, strict=True)):
-        if (given and given[i]) or any(has_image_parts(row.get(name)) for name in MESSAGE_COLUMNS):
+        if (given and given[i]) or _has_parts(row):
             raise UserError(
                 f"--dataset {origin}: {NO_VISION}; leave the column or part out, or name a model with images"
                 " by --model_name"
@@ -173,7 +178,12 @@ def check_unread_columns(
 
 def has_parts(rows: Sequence[Mapping]) -> bool:
     """Return whether a message of any row has a part of an image."""
-    return any(has_image_parts(row.get(name)) for row in rows for name in MESSAGE_COLUMNS)
+    return any(map(_has_parts, rows))
+
+
+def _has_parts(row: Mapping) -> bool:
+    """Return whether a message of a row has a part of an image."""
+    return any(name in row and has_image_parts(row[name]) for name in MESSAGE_COLUMNS)
 
 
 def check_reserved(values: Any, reserved: Sequence[str], error_prefix: str) -> None:

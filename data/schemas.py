@@ -68,9 +68,10 @@ class Schema:
         """
         for column in self.required:
             is_answer = column == self.answer_column
-            if not is_answer and not has_content(row.get(column)):
-                return False
-            if is_answer and needs_answer and column not in row:
+            if column not in row:
+                if needs_answer or not is_answer:
+                    return False
+            elif not is_answer and not has_content(row[column]):
                 return False
         if any(row.get(column) is not None for column in self.excluded):
             return False
