@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import sweep
 from monitoring.sweep_page import SweepPage, TrialRow, render_sweep
 from options import train
 from options.sweep import parse
@@ -226,7 +227,7 @@ def test_folds(arguments, run, tmp_path):
     assert config.lr == 1e-3 and config.save_model and not config.evaluates
 
 
-def test_bad_input_writes_nothing(arguments, run, tmp_path):
+def test_bad_input_writes_nothing(arguments, run, tmp_path, capsys):
     """Also what only train.py's own checks find, by running it once without output."""
     out, none = tmp_path / "out", tmp_path / "none.jsonl"
     status, printed = run(arguments("nope: [1]"))
@@ -234,9 +235,8 @@ def test_bad_input_writes_nothing(arguments, run, tmp_path):
         2,
         f"error: --space {tmp_path}/space.yaml: unknown option --nope; see --help\n",
     )
-    argv = arguments(GRID, "--dataset", str(none))
-    done = subprocess.run([sys.executable, "sweep.py", *argv], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, f"error: --dataset {none}: no such file\n")
+    assert sweep.main(arguments(GRID, "--dataset", str(none))) == 2
+    assert capsys.readouterr().err == f"error: --dataset {none}: no such file\n"
     assert not out.exists()
     out.mkdir()
     (out / "metrics.jsonl").write_text("")
@@ -296,6 +296,7 @@ def test_the_page_shows_the_trials_the_best_first(tmp_path):
     assert not [a for _, a in page.tags for name in a if name.startswith("on") or name in ("style", "src")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_shows_the_page_light_and_dark(tmp_path):
     from matplotlib.image import imread

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from options.limits import MAX_TOKENIZER_BYTES
 from tests.helpers.hostile import BOMB, DEEP, GIB, Case, write_file
 
 SHARD = "model-00002-of-00004.safetensors"
@@ -171,7 +172,8 @@ MODELS = {
     "tokenizer without its unknown": text("tokenizer_config.json", '{"backend": 1, "bos_token": "<s>"}'),
     "tokenizer of huge ids": model(lambda folder: edit_vocabulary(folder, 2**31)),
     "tokenizer nested": text("tokenizer.json", DEEP),
-    "tokenizer too large": model(lambda folder: os.truncate(folder / "tokenizer.json", GIB)),
+    "tokenizer too large": model(
+        lambda folder: os.truncate(folder / "tokenizer.json", MAX_TOKENIZER_BYTES + 1)),
     "tokenizer is a device": model(
         lambda folder: (folder / "tokenizer.json").unlink()
         or (folder / "tokenizer.json").symlink_to("/dev/zero")),

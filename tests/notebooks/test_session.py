@@ -326,7 +326,7 @@ def hub(monkeypatch):
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds to notice the end
         thread.start()
         ask_at(monkeypatch, server.server_port)
         yield lambda status, **headers: answer.append((status, headers))
