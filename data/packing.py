@@ -72,19 +72,19 @@ def pack_best_fit(
         max_images: most images of a pack.
     """
     packs: list[list[int]] = []
-    open_packs = [_OpenPacks() for _ in range(max_images + 1)]  # by their number of images
+    open_packs: dict[int, _OpenPacks] = {}  # by their number of images
     for i, (length, count) in enumerate(zip(lengths, images or [0] * len(lengths), strict=True)):
-        allowed = open_packs[: max_images - count + 1] if count <= max_images else []
-        room, n_images = min(
-            ((each.least_room(length), n) for n, each in enumerate(allowed)), default=(math.inf, 0)
-        )
+        most = max_images - count
+        allowed = ((each.least_room(length), n) for n, each in open_packs.items() if n <= most)
+        room, n_images = min(allowed, default=(math.inf, 0))
         if room < math.inf:
             pack = open_packs[n_images].pop(int(room))
         else:
             room, n_images, pack = capacity, 0, len(packs)
             packs.append([])
         packs[pack].append(i)
-        open_packs[min(n_images + count, max_images)].push(pack, int(room) - length)
+        total = min(n_images + count, max_images)
+        open_packs.setdefault(total, _OpenPacks()).push(pack, int(room) - length)
     return packs
 
 
