@@ -8,6 +8,7 @@ It needs no GPU and no weights. docs/plan.md explains what it prints.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from launch.program import print_error, quiet_libraries, run_command
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     # transformers imports these where they are installed, for parts that a plan does not run. With hqq come
-    # torch's compiler and a second more. scikit-learn needs scipy, so neither is left out alone.
+    # torch's compiler and a second more. scikit-learn needs scipy, and PEFT accelerate: both or none.
     sys.modules.update({"hqq": None, "scipy": None, "sklearn": None})  # type: ignore[dict-item]
+    sys.modules.update({"peft": None, "accelerate": None})  # type: ignore[dict-item]
+    gc.disable()  # it would look through all that is imported, again and again, and find nothing to free
     sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear, LowRankModule
-from models.moe import is_any_in_experts
+from models.moe import expert_prefixes
 from models.peft_names import peft_targets
 from models.vision_parts import (
     check_vision_options,
@@ -49,12 +49,12 @@ def target_linears(model: nn.Module, family: Family, target_modules: str) -> lis
     A pattern matches whole dotted segments at the end of a name: q_proj, self_attn.q_proj. Raises UserError
     if a pattern matches nothing, or a linear of a routed expert. target_modules: the option's value.
     """
-    names = list(family.layer_linear_names(model))
+    names, in_experts = list(family.layer_linear_names(model)), expert_prefixes(model)
     matched = set()
     for pattern in peft_targets(family, target_modules):
         matches = [n for n in names if pattern and f".{n}".endswith(f".{pattern}")]
         known = ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in family.linears))
-        if is_any_in_experts(model, matches):
+        if any(name.startswith(in_experts) for name in matches):
             raise UserError(
                 f"--lora_target_modules: {pattern!r} names linears of experts, which get no adapter:"
                 f" PEFT has no module for a single expert; known: {known}"

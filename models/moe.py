@@ -9,7 +9,7 @@ Shapes: T tokens, K experts per token, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -75,8 +75,6 @@ def select_linears(layer: nn.Module) -> tuple[str, ...]:
     return ATTENTION + tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
 
 
-def is_any_in_experts(model: nn.Module, names: Iterable[str]) -> bool:
-    """Return whether one of the modules of these dotted names is a routed expert or inside one."""
-    paths = (name.split(".") for name in names)
-    above = {".".join(path[:i]) for path in paths for i in range(1, len(path))}
-    return any(isinstance(model.get_submodule(path), Experts) for path in above)
+def expert_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of the modules within routed experts begin with, for each layer that has some."""
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Experts))
