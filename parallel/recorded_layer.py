@@ -113,8 +113,29 @@ class Slots:
         return slot.detach().requires_grad_(tensor.requires_grad)
 
 
+# Dtypes that `_foreach_copy_` has on GPUs (torch 2.11 and 2.13). It raises an error for others, as uint64,
+# which flash attention has for its state of the random numbers.
+COPIED_DTYPES = {
+    torch.complex128,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
 class Copies:
-    """Copies tensors into fixed ones, or fixed ones out, with one launch per dtype."""
+    """Copies tensors into fixed ones, or fixed ones out, with one launch per dtype.
+
+    Tensors of a dtype that is not in COPIED_DTYPES are copied as integers of the same size.
+    """
 
     def __init__(self, fixed: Sequence[Tensor]):
         self.shapes = [tensor.shape for tensor in fixed]
@@ -122,18 +143,25 @@ class Copies:
         self.expanded = [
             [dim for dim in range(t.dim()) if t.stride(dim) == 0 and t.shape[dim] > 1] for t in fixed
         ]
+        self.dtypes = [tensor.dtype for tensor in fixed]
         self.fixed = [self._cut(i, tensor) for i, tensor in enumerate(fixed)]
-        by_dtype: dict[torch.dtype, list[int]] = {}
+        by_kind: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, tensor in enumerate(self.fixed):
-            by_dtype.setdefault(tensor.dtype, []).append(i)
-        self.groups = [(indices, [self.fixed[i] for i in indices]) for indices in by_dtype.values()]
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append(i)
+        self.groups = [(indices, [self.fixed[i] for i in indices]) for indices in by_kind.values()]
 
     def _cut(self, i: int, tensor: Tensor) -> Tensor:
-        """Return the tensor with length 1 along the expanded dimensions of the fixed one of index i."""
+        """Return the memory to copy: length 1 along the expanded dimensions of fixed tensor i."""
         tensor = tensor.detach()
         for dim in self.expanded[i]:
             tensor = tensor.narrow(dim, 0, 1)
-        return tensor
+        return tensor if tensor.dtype in COPIED_DTYPES else tensor.view(INTEGERS[tensor.itemsize])
+
+    def _restore(self, i: int, copy: Tensor) -> Tensor:
+        """Return a copy in the shape and dtype of fixed tensor i."""
+        copy = copy if copy.dtype == self.dtypes[i] else copy.view(self.dtypes[i])
+        # Other results must not be views, which the next layer's code may be compiled anew for.
+        return copy.expand(self.shapes[i]) if self.expanded[i] else copy
 
     def copy_in(self, tensors: Sequence[Tensor]) -> None:
         """Copy tensors, one for each fixed one, in the same order."""
@@ -145,7 +173,7 @@ class Copies:
         results = [torch.empty_like(tensor) for tensor in self.fixed]
         for indices, fixed in self.groups:
             torch._foreach_copy_([results[i] for i in indices], fixed)
-        return [tensor.expand(shape) for tensor, shape in zip(results, self.shapes, strict=True)]
+        return [self._restore(i, result) for i, result in enumerate(results)]
 
 
 class LayerParameters:

@@ -11,6 +11,7 @@ import torch
 import train
 from launch.precision import enable_determinism
 from parallel.layer_graphs import LayerGraphs, make_layer_graphs
+from parallel.recorded_layer import Copies
 from tests.helpers.image_runs import image_arguments
 from tests.helpers.parity import arguments
 from tests.helpers.runs import train_run
@@ -103,3 +104,13 @@ def test_other_calls_run_as_ever(options, reason, checkpoints, alpaca_file, one_
     graphed = one_rank(run_on_gpu, [*args, *options.split(), "--cuda_graphs", "true"], True)[0]
     assert any(reason in line for line in graphed[2]), graphed[2]
     assert_equal_runs(plain, graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.uint32, torch.uint16, torch.bfloat16, torch.bool])
+def test_copies_of_any_dtype(dtype):
+    """Flash attention saves its state of the random numbers as uint64."""
+    tensors = [torch.tensor([1, 0, 1]).to("cuda", dtype), torch.tensor(1).to("cuda", dtype)]
+    copies = Copies([torch.empty_like(tensor) for tensor in tensors])
+    copies.copy_in(tensors)
+    assert [copy.tolist() for copy in copies.copy_out()] == [tensor.tolist() for tensor in tensors]
