@@ -211,6 +211,61 @@ class LayerParameters:
             parameters[name] = value
 
 
+class LayerCall:
+    """A call of a layer with given tensors: its forward, and its backward.
+
+    Args:
+        parameters: of the layer.
+        values: what the layer computes with in their place.
+        inputs: the tensors among the layer's arguments; autograd leaves.
+        are_views: whether each input is passed on as a view, as FSDP does. Compiled code is for views, or for
+            other tensors.
+        call: calls the layer with other tensors in the place of `inputs`.
+    """
+
+    def __init__(
+        self,
+        parameters: LayerParameters,
+        values: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        are_views: Sequence[bool],
+        call: Callable[[Sequence[Tensor]], Any],
+    ):
+        self.parameters, self.values, self.inputs = parameters, values, inputs
+        self.are_views, self.call = are_views, call
+        self.differentiable = [t for t in (*inputs, *values) if t.requires_grad]
+
+    def forward(self) -> tuple[Tensor, list[Tensor]]:
+        """Return (the result, the tensors that are saved for backward).
+
+        Raises NotRecordable if the result is not one tensor.
+        """
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor.detach())
+            return saved[-1]
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        device = self.inputs[0].device.type
+        with self.parameters.replaced(self.values), hooks, _no_cached_casts(device), torch.enable_grad():
+            inputs = zip(self.inputs, self.are_views, strict=True)
+            result = self.call([tensor.view_as(tensor) if view else tensor for tensor, view in inputs])
+        if not isinstance(result, Tensor):
+            raise NotRecordable(f"its result is a {type(result).__name__}")
+        return result, saved
+
+    def backward(
+        self, result: Tensor, gradient: Tensor, retain_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `differentiable`, None for an unused one, from that of forward's result."""
+        no_autocast = torch.autocast(result.device.type, enabled=False)  # as in autograd's own threads
+        with self.parameters.replaced(self.values), no_autocast:
+            return torch.autograd.grad(
+                result, self.differentiable, gradient, allow_unused=True, retain_graph=retain_graph
+            )
+
+
 class Recording:
     """The two graphs of a layer for one kind of call; layers that are alike can be replayed from it.
 
@@ -234,58 +289,40 @@ class Recording:
         call: Callable[[Sequence[Tensor]], Any],
     ):
         fixed_inputs = [slots.like(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
-        is_view = [tensor._is_view() for tensor in inputs]
         fixed_parameters = [
             nn.Parameter(slots.like(name, p.detach()), requires_grad=p.requires_grad)
             for name, p in zip(parameters.names, parameters.current(), strict=True)
         ]
-        arguments = [*fixed_inputs, *fixed_parameters]
-
-        def forward() -> tuple[Tensor, list[Tensor]]:
-            saved: list[Tensor] = []
-
-            def pack(tensor: Tensor) -> Tensor:
-                saved.append(tensor.detach())
-                return saved[-1]
-
-            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-            with parameters.replaced(fixed_parameters), hooks, _no_cached_casts(fixed_inputs[0].device.type):
-                # FSDP passes inputs on as views, and compiled code is for views, or for other tensors.
-                given = zip(fixed_inputs, is_view, strict=True)
-                result = call([tensor.view_as(tensor) if view else tensor for tensor, view in given])
-            if not isinstance(result, Tensor):
-                raise NotRecordable(f"its result is a {type(result).__name__}")
-            return result, saved
-
-        differentiable = [t for t in arguments if t.requires_grad]
-
-        def backward(result: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
-            no_autocast = torch.autocast(result.device.type, enabled=False)  # as in autograd's own threads
-            with parameters.replaced(fixed_parameters), no_autocast:
-                return torch.autograd.grad(
-                    result, differentiable, gradient, allow_unused=True, retain_graph=memory.retains_graph
-                )
-
-        self.arguments = Copies(arguments)
+        are_views = [tensor._is_view() for tensor in inputs]
+        fixed = LayerCall(parameters, fixed_parameters, fixed_inputs, are_views, call)
+        self.arguments = Copies([*fixed_inputs, *fixed_parameters])
         with memory.allocating():  # the first call may compile or load something, which cannot be recorded
             self.arguments.copy_in([*inputs, *parameters.current()])
-            warm = forward()[0]
-            if differentiable:
-                backward(warm, torch.zeros_like(warm))
+            warm = fixed.forward()[0]
+            if fixed.differentiable:
+                fixed.backward(warm, torch.zeros_like(warm))
             del warm
-        (result, saved), self.replay_forward = memory.record(forward)
-        # The result is copied out before there is its gradient, so the two can share memory.
+        self._record(memory, fixed)
+
+    def _record(self, memory: GraphMemory, fixed: LayerCall) -> None:
+        """Record forward and backward; keep the tensors that they read and write."""
+        (result, saved), self.replay_forward = memory.record(fixed.forward)
+        own = _storages([*fixed.inputs, *fixed.values])
+        # The result is copied out before there is its gradient, so the two can share memory, if nothing else
+        # is in it. An expanded tensor has one element for several gradients.
         gradient = result.detach()
-        if any(t.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr() for t in saved):
+        is_dense = gradient.is_contiguous() and gradient.numel() > 0
+        if not is_dense or _storages([result]) & (own | _storages(saved)):
             gradient = torch.empty_like(gradient)
         gradients: tuple[Tensor | None, ...] = ()
-        if differentiable:  # else this layer and all below it are frozen, and backward ends above it
-            gradients, self.replay_backward = memory.record(lambda: backward(result, gradient))
+        if fixed.differentiable:  # else this layer and all below it are frozen, and backward ends above it
+            gradients, self.replay_backward = memory.record(
+                lambda: fixed.backward(result, gradient, memory.retains_graph)
+            )
         self.has_gradient = [each is not None for each in gradients]
-        own = {tensor.untyped_storage().data_ptr() for tensor in arguments}
         unique = {(t.data_ptr(), t.shape, t.stride(), t.dtype): t for t in saved}
         self.gradient, self.result = Copies([gradient]), Copies([result])
-        self.saved = Copies([t for t in unique.values() if t.untyped_storage().data_ptr() not in own])
+        self.saved = Copies([t for t in unique.values() if not _storages([t]) & own])
         self.gradients = Copies([each for each in gradients if each is not None])
 
     def run_forward(
@@ -319,6 +356,11 @@ class Recording:
         self.replay_backward()
         found = iter(self.gradients.copy_out())
         return [next(found) if has_gradient else None for has_gradient in self.has_gradient]
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    """Return the addresses of the memory that tensors are in."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _no_cached_casts(device_type: str) -> torch.autocast:

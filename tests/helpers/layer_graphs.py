@@ -8,12 +8,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import train
-from parallel.activation_checkpointing import compile_run_layer
-from parallel.layer_graphs import LayerGraphs
+from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, compile_run_layer
+from parallel.layer_graphs import GraphedLayer, LayerGraphs
+from parallel.recorded_layer import Copies
 from tests.helpers.compiled import loss_compiled_with
 from tests.helpers.runs import train_run
 
@@ -36,13 +38,53 @@ class RepeatedCalls:
                 computed = function()
             for fixed, new in zip(tree_leaves(result), tree_leaves(computed), strict=True):
                 if isinstance(fixed, torch.Tensor):
-                    fixed.data.copy_(new.detach())
+                    Copies([fixed]).copy_in([new])
 
         tree_leaves(result)[0].detach().fill_(torch.nan)  # a recorded kernel has not run yet
         return result, replay
 
     def allocating(self) -> contextlib.nullcontext:
         return contextlib.nullcontext()
+
+
+class Layer(nn.Module):
+    """A linear times a factor that is in a list, where `describe_kind` does not see it."""
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.linear, self.factor = nn.Linear(4, 4), [factor]
+
+    def forward(self, x, scale=1.0):
+        return torch.tanh(self.linear(x)) * self.factor[0] * scale
+
+
+class Graphed:
+    """Layers with graphs, and what was reported."""
+
+    def __init__(self, *layers: nn.Module):
+        self.lines: list[str] = []
+        self.graphs = LayerGraphs(RepeatedCalls(), None, self.lines.append)
+        self.layers = [GraphedLayer(CheckpointedModule(x, SavedActivations.ALL), self.graphs) for x in layers]
+
+    @property
+    def replays(self) -> int:
+        return self.graphs.memory.n_replays
+
+    def call(self, times: int = 1, rows: int = 2, **kwargs) -> None:
+        """Call all layers in forward, then in backward, and compare results and gradients with their own."""
+        for _ in range(times):
+            calls = []
+            for layer in self.layers:
+                x = torch.randn(rows, 4, requires_grad=True)
+                result, expected = layer(x, **kwargs), layer._checkpoint_wrapped_module(x, **kwargs)
+                torch.testing.assert_close(result, expected, rtol=0, atol=0)
+                calls.append(([x, *layer.parameters()], result, expected))
+            for given, result, expected in reversed(calls):
+                gradient = torch.randn_like(result)
+                got, wanted = (
+                    torch.autograd.grad(y, given, gradient, allow_unused=True) for y in (result, expected)
+                )
+                torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def graphed_run(rank_info, argv: list[str]):

@@ -14,20 +14,17 @@ import torch
 from torch import nn
 
 from parallel import layer_graphs
-from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
 from parallel.layer_graphs import (
     CALLS_BEFORE,
     LAYERS_WATCHED,
     MAX_RECORDINGS,
     GpuWaits,
-    GraphedLayer,
-    LayerGraphs,
     put_together,
     take_apart,
 )
 from parallel.recorded_layer import NotRecordable
 from tests.helpers.compiled import EXTRA_GRAPHS, LAYERS
-from tests.helpers.layer_graphs import RepeatedCalls, graphed_run
+from tests.helpers.layer_graphs import Graphed, Layer, RepeatedCalls, graphed_run
 from tests.helpers.parity import arguments, assert_same
 
 STEPS = ["--max_steps", "6", "--num_epochs", "4"]
@@ -75,43 +72,6 @@ def test_frozen_layers_are_replayed_in_forward_only(checkpoints, even_rows, plai
     results, *_, replays, lines = one_rank(graphed_run, [*args, "--use_activation_cpu_offload"])[0]
     assert replays > 0 and lines == ["--cuda_graphs: layers are replayed as CUDA graphs"]
     assert_same(expected, results)
-
-
-class Layer(nn.Module):
-    """A linear times a factor that is in a list, where `describe_kind` does not see it."""
-
-    def __init__(self, factor: float = 1.0):
-        super().__init__()
-        self.linear, self.factor = nn.Linear(4, 4), [factor]
-
-    def forward(self, x, scale=1.0):
-        return torch.tanh(self.linear(x)) * self.factor[0] * scale
-
-
-class Graphed:
-    """Layers with graphs, and what was reported."""
-
-    def __init__(self, *layers: nn.Module):
-        self.lines: list[str] = []
-        self.graphs = LayerGraphs(RepeatedCalls(), None, self.lines.append)
-        self.layers = [GraphedLayer(CheckpointedModule(x, SavedActivations.ALL), self.graphs) for x in layers]
-
-    @property
-    def replays(self) -> int:
-        return self.graphs.memory.n_replays
-
-    def call(self, times: int = 1, rows: int = 2, **kwargs) -> None:
-        """Call each layer in forward and backward, and compare result and gradients with its own."""
-        for _ in range(times):
-            for layer in self.layers:
-                x = torch.randn(rows, 4, requires_grad=True)
-                given = [x, *layer.parameters()]
-                result = layer(x, **kwargs)
-                expected = layer._checkpoint_wrapped_module(x, **kwargs)
-                torch.testing.assert_close(result, expected, rtol=0, atol=0)
-                gradient = torch.randn_like(result)
-                got, wanted = (torch.autograd.grad(y, given, gradient) for y in (result, expected))
-                torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_layers_that_are_alike_share_a_recording():

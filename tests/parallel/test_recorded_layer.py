@@ -7,9 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from parallel.layer_graphs import CALLS_BEFORE
 from parallel.recorded_layer import Copies
+from tests.helpers.layer_graphs import Graphed, Layer
 
 foreach_copy = torch._foreach_copy_
 
@@ -61,3 +63,70 @@ def test_copies_are_no_views():
     """Dynamo compiles the next layer anew for an input that is one."""
     (copy,) = Copies([torch.ones(2, 3)]).copy_out()
     assert not copy._is_view()
+
+
+class SavesOddTensors(torch.autograd.Function):
+    """y -> 3 y. Saves y in many forms, which backward checks and overwrites, as it may with donated buffers."""
+
+    @staticmethod
+    def forward(ctx, y):
+        bits = y.detach().clone().view(torch.int32).view(torch.uint32)
+        buffer = torch.cat([y, y], 1)
+        result = 3 * y
+        ctx.save_for_backward(
+            y[0, 0].clone(),
+            bits,
+            buffer[:, 1:5],
+            buffer,
+            y.sum(0, keepdim=True).expand_as(y),
+            y.t().clone(),
+            y.new_empty(0, 4),
+            result,
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        first, bits, part, buffer, total, flipped, empty, result = ctx.saved_tensors
+        y = bits.view(torch.float32)
+        parts = (3 * y == result, y == flipped.t(), y == buffer[:, :4], first == y[0, 0], total == y.sum(0))
+        right = torch.stack([part.all() for part in parts]).all()
+        weight = torch.where(right, 3 * y + part + total, torch.nan)
+        buffer.zero_()
+        flipped.fill_(torch.inf)
+        return gradient * weight
+
+
+class Saving(Layer):
+    def forward(self, x):
+        return SavesOddTensors.apply(super().forward(x))
+
+
+class Passing(Layer):
+    """Its result is a view of its input."""
+
+    def forward(self, x):
+        return x.view_as(x)
+
+
+class Expanding(Layer):
+    """Elements of its result share memory."""
+
+    def forward(self, x):
+        return super().forward(x).sum(1, keepdim=True).expand_as(x)
+
+
+class Slicing(Layer):
+    """Its result shares memory with a tensor that it saves."""
+
+    def forward(self, x):
+        y = torch.cat([x, super().forward(x)], 1).exp()
+        return y[:, 4:]
+
+
+@pytest.mark.parametrize("kind", [Saving, Passing, Expanding, Slicing])
+def test_unusual_layers_are_replayed(kind: type[nn.Module]):
+    graphed = Graphed(kind(), kind())
+    with mock.patch.object(torch, "_foreach_copy_", foreach_copy_of_gpus):
+        graphed.call(CALLS_BEFORE + 3)
+    assert graphed.lines == ["--cuda_graphs: layers are replayed as CUDA graphs"]
