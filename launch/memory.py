@@ -143,11 +143,11 @@ class PeakMemory:
     """
 
     def __init__(self):
-        self.uncounted = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forget the recorded peaks, and count from here on for the phase "start"."""
+        """Forget the recorded peaks and graphs, and count from here on for the phase "start"."""
+        self.uncounted = 0
         self.phase, self.step = "start", (0, 0)
         self.by_phase: dict[str, int] = {}  # most bytes allocated in each phase
 
@@ -166,9 +166,11 @@ class PeakMemory:
     def paused(self) -> Iterator[None]:
         """Count nothing meanwhile: what is allocated here is in memory that is counted already."""
         self._read_counters()
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.reset_peak_memory_stats()
 
     def _read_counters(self) -> None:
         """Raise the peaks of the phase and of the step to the allocator's, and reset the allocator's."""

@@ -45,21 +45,28 @@ class GraphMemory:
         """
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream), _no_garbage_collection():
-            # thread_local: other threads, as NCCL's watchdog, may ask the driver for events meanwhile.
-            graph.capture_begin(self.pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
-            try:
-                result = function()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # says only that the recording is invalid
-                    graph.capture_end()
-                with contextlib.suppress(RuntimeError):  # capture_end stopped before it did this
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool.id)
-                raise
-            graph.capture_end()
-        current.wait_stream(self.stream)
-        self._count_memory()
+        try:
+            with torch.cuda.stream(self.stream), _no_garbage_collection():
+                result = self._capture(graph, function)
+        finally:
+            current.wait_stream(self.stream)
+            self._count_memory()
         return result, graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Any]) -> Any:
+        """Return the function's result, recorded into `graph` on the current stream."""
+        # thread_local: other threads, as NCCL's watchdog, may ask the driver for events meanwhile.
+        graph.capture_begin(self.pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
+        try:
+            result = function()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # says only that the recording is invalid
+                graph.capture_end()
+            with contextlib.suppress(RuntimeError):  # capture_end stopped before it did this
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool.id)
+            raise
+        graph.capture_end()
+        return result
 
     @contextlib.contextmanager
     def allocating(self) -> Iterator[None]:
@@ -70,10 +77,12 @@ class GraphMemory:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with PEAK_MEMORY.paused():
-            with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
-                yield
-            self._count_memory()
-        current.wait_stream(self.stream)
+            try:
+                with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+                    yield
+            finally:  # after an error, too: kernels may still be running, and the pool may have grown
+                current.wait_stream(self.stream)
+                self._count_memory()
 
     def _count_memory(self) -> None:
         """Count the pool's memory as used, all of it: between replays torch's allocator counts it as free."""
@@ -197,7 +206,7 @@ class LayerParameters:
         return [parameters[name] for parameters, name in self.owners]
 
     @contextlib.contextmanager
-    def replaced(self, others: Sequence[nn.Parameter]) -> Iterator[None]:
+    def replaced(self, others: Sequence[Tensor]) -> Iterator[None]:
         """Let the layer compute with other parameters."""
         own = self.current()
         self._set(others)
@@ -206,7 +215,7 @@ class LayerParameters:
         finally:
             self._set(own)
 
-    def _set(self, values: Sequence[nn.Parameter]) -> None:
+    def _set(self, values: Sequence[Tensor]) -> None:
         for (parameters, name), value in zip(self.owners, values, strict=True):
             parameters[name] = value
 

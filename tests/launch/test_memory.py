@@ -1,4 +1,4 @@
-"""Page-locked host memory that is refused, at once or beyond a limit."""
+"""Page-locked host memory that is refused, at once or beyond a limit; peaks of GPU memory."""
 
 from __future__ import annotations
 
@@ -79,3 +79,21 @@ def test_shards_and_gradients_are_tried_before_fsdp_pins_them(shape, ranks, limi
         assert not make_offload_policy(True, model, mesh, other_bytes=1).pin_memory
     mesh.device_type = "cpu"
     assert make_offload_policy(True, model, mesh).pin_memory is False
+
+
+def test_memory_of_graphs_is_counted_and_a_pause_is_not(monkeypatch):
+    """An error ends a pause, too. A new run starts without the graphs of the one before."""
+    allocator = SimpleNamespace(peak=100)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocator.peak)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: vars(allocator).update(peak=50))
+    peaks = memory.PeakMemory()
+    peaks.uncounted = 7
+    with pytest.raises(KeyError), peaks.paused():
+        allocator.peak = 1000
+        raise KeyError
+    assert peaks.pop_step_peak() == (107, 0)
+    assert peaks.pop_step_peak() == (57, 0)
+    peaks.reset()
+    assert peaks.pop_step_peak() == (50, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from unittest import mock
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from launch.memory import PEAK_MEMORY
 from parallel.layer_graphs import CALLS_BEFORE
-from parallel.recorded_layer import Copies
+from parallel.recorded_layer import Copies, GraphMemory
 from tests.helpers.layer_graphs import Graphed, Layer
 
 foreach_copy = torch._foreach_copy_
@@ -66,7 +68,7 @@ def test_copies_are_no_views():
 
 
 class SavesOddTensors(torch.autograd.Function):
-    """y -> 3 y. Saves y in many forms, which backward checks and overwrites, as it may with donated buffers."""
+    """y -> 3 y. Saves y in many forms. Backward checks them, and overwrites some, as donated buffers are."""
 
     @staticmethod
     def forward(ctx, y):
@@ -87,7 +89,7 @@ class SavesOddTensors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        first, bits, part, buffer, total, flipped, empty, result = ctx.saved_tensors
+        first, bits, part, buffer, total, flipped, _empty, result = ctx.saved_tensors
         y = bits.view(torch.float32)
         parts = (3 * y == result, y == flipped.t(), y == buffer[:, :4], first == y[0, 0], total == y.sum(0))
         right = torch.stack([part.all() for part in parts]).all()
@@ -130,3 +132,29 @@ def test_unusual_layers_are_replayed(kind: type[nn.Module]):
     with mock.patch.object(torch, "_foreach_copy_", foreach_copy_of_gpus):
         graphed.call(CALLS_BEFORE + 3)
     assert graphed.lines == ["--cuda_graphs: layers are replayed as CUDA graphs"]
+
+
+@pytest.mark.parametrize("fails", ["allocating", "record"])
+def test_after_an_error_the_gpu_waits_and_memory_is_counted(fails):
+    """Other recordings write the same fixed tensors, and the pool keeps what it has grown to."""
+    pool, stream, current = mock.Mock(), mock.Mock(), mock.Mock()
+    pool.snapshot.return_value = [{"total_size": 10, "allocated_size": 3}]
+    fakes = {
+        "MemPool": lambda: pool,
+        "Stream": lambda device: stream,
+        "current_stream": lambda: current,
+        "CUDAGraph": mock.Mock(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "use_mem_pool": lambda pool: contextlib.nullcontext(),
+        "current_device": lambda: 0,
+    }
+    with mock.patch.multiple(torch.cuda, **fakes), mock.patch.object(PEAK_MEMORY, "uncounted", 0):
+        memory = GraphMemory(torch.device("cuda"))
+        with pytest.raises(KeyError):
+            if fails == "record":
+                memory.record(mock.Mock(side_effect=KeyError))
+            else:
+                with memory.allocating():
+                    raise KeyError
+        current.wait_stream.assert_called_once_with(stream)
+        assert PEAK_MEMORY.uncounted == 7
