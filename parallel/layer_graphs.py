@@ -101,16 +101,20 @@ def put_together(parts: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def describe_kind(layer: nn.Module) -> Hashable:
-    """Return what layers that are alike have in common: modules, parameters' shapes, plain attributes.
+    """Return what layers that are alike have in common: modules, shapes of their tensors, plain attributes.
 
-    The index of a layer is none of them: transformers uses it for caches only.
+    The index of a layer is none of them: transformers uses it for caches only. Tensors are numbered, because
+    modules may share them.
     """
+    numbers: dict[Tensor, int] = {}
     return tuple(
         (
             name,
             type(module),
             tuple(
-                (n, p.shape, p.dtype, p.requires_grad) for n, p in module._parameters.items() if p is not None
+                (n, numbers.setdefault(t, len(numbers)), t.shape, t.dtype, t.device.type, t.requires_grad)
+                for n, t in (*module._parameters.items(), *module._buffers.items())
+                if t is not None
             ),
             tuple(
                 (n, value)

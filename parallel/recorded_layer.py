@@ -4,9 +4,9 @@ A compiled decoder layer launches about a hundred kernels in forward and backwar
 several GPUs, their launches take the host longer than they take the GPU. A graph is a single launch.
 
 A graph reads and writes the addresses that it was recorded with. So a replay first copies into fixed tensors
-(`Slots`) all that differs between layers and steps: the layer's parameters, which FSDP gathers to new
-addresses each time, and its inputs; in backward also the gradient, and what forward saved. Then it copies the
-results out. Layers that are alike share their two graphs (parallel/layer_graphs.py says which ones are).
+(`Slots`) all that differs between layers and steps: the layer's inputs and buffers, and its parameters, which
+FSDP gathers to new addresses each time; in backward also the gradient, and what forward saved. Then it copies
+the results out. Layers that are alike share their two graphs (parallel/layer_graphs.py says which ones are).
 
 All graphs share one pool of memory. They run one after the other, and no tensor in the pool is needed after
 the replay that wrote it, once its results are copied.
@@ -186,28 +186,34 @@ class Copies:
 
 
 class LayerParameters:
-    """The parameters of a layer, which FSDP replaces each time it gathers them.
+    """The parameters and buffers of a layer. FSDP replaces parameters each time it gathers them.
 
     Attributes:
         names: their names within the layer, in the order of `current`.
     """
 
     def __init__(self, layer: nn.Module):
-        self.owners: list[tuple[dict[str, Any], str]] = []
+        # A tensor that several modules share, as a table of 4-bit values, has several owners, and compiled
+        # code is for one tensor, or for several.
+        owners: dict[Tensor, list[tuple[dict[str, Any], str]]] = {}
         self.names: list[str] = []
         for prefix, module in layer.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.owners.append((module._parameters, name))
-                    self.names.append(f"{prefix}.{name}")
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if tensor not in owners:
+                        self.names.append(f"{prefix}.{name}")
+                    owners.setdefault(tensor, []).append((tensors, name))
+        self.owners = list(owners.values())
 
-    def current(self) -> list[nn.Parameter]:
-        """Return the parameters as they are now."""
-        return [parameters[name] for parameters, name in self.owners]
+    def current(self) -> list[Tensor]:
+        """Return the parameters and buffers as they are now."""
+        return [tensors[name] for (tensors, name), *_ in self.owners]
 
     @contextlib.contextmanager
     def replaced(self, others: Sequence[Tensor]) -> Iterator[None]:
-        """Let the layer compute with other parameters."""
+        """Let the layer compute with other parameters and buffers."""
         own = self.current()
         self._set(others)
         try:
@@ -216,8 +222,9 @@ class LayerParameters:
             self._set(own)
 
     def _set(self, values: Sequence[Tensor]) -> None:
-        for (parameters, name), value in zip(self.owners, values, strict=True):
-            parameters[name] = value
+        for owners, value in zip(self.owners, values, strict=True):
+            for tensors, name in owners:
+                tensors[name] = value
 
 
 class LayerCall:
@@ -299,8 +306,10 @@ class Recording:
     ):
         fixed_inputs = [slots.like(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
         fixed_parameters = [
-            nn.Parameter(slots.like(name, p.detach()), requires_grad=p.requires_grad)
-            for name, p in zip(parameters.names, parameters.current(), strict=True)
+            nn.Parameter(slots.like(name, t.detach()), t.requires_grad)
+            if isinstance(t, nn.Parameter)
+            else slots.like(name, t)
+            for name, t in zip(parameters.names, parameters.current(), strict=True)
         ]
         are_views = [tensor._is_view() for tensor in inputs]
         fixed = LayerCall(parameters, fixed_parameters, fixed_inputs, are_views, call)

@@ -158,3 +158,35 @@ def test_after_an_error_the_gpu_waits_and_memory_is_counted(fails):
                     raise KeyError
         current.wait_stream.assert_called_once_with(stream)
         assert PEAK_MEMORY.uncounted == 7
+
+
+class Scaling(Layer):
+    """As Gemma 4's layers, each with a scale of its own."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def test_buffers_may_differ_and_change():
+    graphed = Graphed(Scaling(1.0), Scaling(2.0))
+    graphed.call(CALLS_BEFORE + 2)
+    graphed.layers[0].scale.fill_(3.0)
+    graphed.call()
+    assert graphed.lines == ["--cuda_graphs: layers are replayed as CUDA graphs"]
+    assert len(graphed.graphs.recordings) == 1
+
+
+def test_layers_that_share_other_tensors_have_recordings_of_their_own():
+    layers = [nn.Sequential(Scaling(1.0), Scaling(2.0)) for _ in range(2)]
+    layers[0][1].scale = layers[0][0].scale
+    layers[1][1].linear.weight = layers[1][0].linear.weight
+    graphed = Graphed(*layers)
+    graphed.call(CALLS_BEFORE + 2)
+    layers[0][0].scale.fill_(3.0)
+    graphed.call()
+    assert len(graphed.graphs.recordings) == 2
+    assert graphed.lines == ["--cuda_graphs: layers are replayed as CUDA graphs"]
