@@ -135,6 +135,7 @@ def has_dropout(layer: nn.Module) -> bool:
 def _has_room() -> bool:
     """Return whether FREE_SHARE of the GPU's memory was never in use."""
     room = gpu_room(torch.device("cuda", torch.cuda.current_device()))
+    PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)  # the peak of the current phase so far counts, too
     return max(PEAK_MEMORY.by_phase.values(), default=0) < (1 - FREE_SHARE) * room
 
 
@@ -245,13 +246,16 @@ class GraphedLayer(ActivationWrapper):
             parts = take_apart([list(args), kwargs], tensors)
             if not tensors or self.has_dropout:
                 raise NotRecordable("it has dropout" if tensors else "it is given no tensor")
+            if len({tensor.device for tensor in tensors}) > 1:  # a kernel may be given the value itself
+                raise NotRecordable("it is given tensors of several devices")
         except NotRecordable as e:
             self.graphs.report(f"a layer runs without graphs: {e}")
             return None
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = parts, layer.saved, layer.is_trained, autocast
-        self.calls[key] += 1 if key in self.calls or len(self.calls) < MAX_COUNTED else 0
+        key = parts, layer.saved, layer.is_trained, layer.training, autocast
+        if key in self.calls or len(self.calls) < MAX_COUNTED:
+            self.calls[key] += 1
         if self.calls[key] <= CALLS_BEFORE:
             if self.graphs.recordings:
                 self.graphs.report(

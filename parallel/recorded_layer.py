@@ -174,6 +174,7 @@ class Copies:
 
     def copy_in(self, tensors: Sequence[Tensor]) -> None:
         """Copy tensors, one for each fixed one, in the same order."""
+        assert len(tensors) == len(self.fixed)
         for indices, fixed in self.groups:
             torch._foreach_copy_(fixed, [self._cut(i, tensors[i]) for i in indices])
 
@@ -412,6 +413,8 @@ class Replay(torch.autograd.Function):
         ctx.recording.load_backward(gradient, saved[:n_inputs], parameters, saved[n_inputs:])
         del saved
         ctx.maybe_clear_saved_tensors()  # the layer's input, at the moment of the peak
-        gradients = iter(ctx.recording.run_backward())
+        gradients = ctx.recording.run_backward()
         needed = ctx.needs_input_grad[3:]
-        return (None, None, None, *(next(gradients) if is_needed else None for is_needed in needed))
+        assert len(gradients) == sum(needed), "parameters were frozen or thawed after the recording"
+        found = iter(gradients)
+        return (None, None, None, *(next(found) if is_needed else None for is_needed in needed))

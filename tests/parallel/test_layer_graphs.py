@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from launch.memory import PeakMemory
 from parallel import layer_graphs
 from parallel.layer_graphs import (
     CALLS_BEFORE,
     LAYERS_WATCHED,
+    MAX_COUNTED,
     MAX_RECORDINGS,
     GpuWaits,
     put_together,
@@ -118,6 +120,13 @@ def test_a_few_shapes_are_recorded_and_others_run_as_ever():
     assert graphed.replays == MAX_RECORDINGS * 3 + 2
 
 
+def test_so_many_kinds_of_calls_are_counted():
+    graphed = Graphed(Layer())
+    for rows in range(1, MAX_COUNTED + 5):
+        graphed.call(2, rows)
+    assert len(graphed.layers[0].calls) == MAX_COUNTED
+
+
 def test_another_value_of_an_argument_is_another_kind_of_call():
     graphed = Graphed(Layer())
     for scale in (2.0, 3.0, torch.full((4,), 4.0)):
@@ -125,11 +134,43 @@ def test_another_value_of_an_argument_is_another_kind_of_call():
     assert len(graphed.graphs.recordings) == 3 and graphed.replays == 9
 
 
+def test_a_layer_in_another_mode_is_another_kind_of_call():
+    graphed = Graphed(Layer())
+    graphed.call(CALLS_BEFORE + 1)
+    before = graphed.replays
+    graphed.layers[0].eval()
+    graphed.call(CALLS_BEFORE)
+    assert graphed.replays == before
+
+
+def test_a_parameter_that_is_frozen_after_the_recording_is_an_error():
+    graphed = Graphed(Layer())
+    graphed.call(CALLS_BEFORE + 1)
+    graphed.layers[0].linear.bias.requires_grad_(False)
+    result = graphed.layers[0](torch.randn(2, 4, requires_grad=True))
+    with pytest.raises(AssertionError, match="frozen"):
+        result.sum().backward()
+
+
+def test_the_peak_of_the_phase_so_far_leaves_no_room(monkeypatch):
+    monkeypatch.setattr(layer_graphs, "PEAK_MEMORY", peaks := PeakMemory())
+    monkeypatch.setattr(layer_graphs, "gpu_room", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    for peak, has_room in ((80, True), (95, False), (80, False)):
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda peak=peak: peak)
+        assert layer_graphs._has_room() == has_room
+    assert peaks.by_phase == {"start": 95}
+
+
 @pytest.mark.parametrize(
     ("layer", "kwargs", "reason"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), {}, "it has dropout"),
         (Layer(), {"scale": {1}}, "it is given a set"),
+        (Layer(), {"scale": torch.ones(1, device="meta")}, "it is given tensors of several devices"),
     ],
 )
 def test_what_cannot_be_recorded_runs_as_ever(layer, kwargs, reason):
