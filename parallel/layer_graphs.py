@@ -6,8 +6,8 @@ those with other shapes (an odd last batch, packs of varying rows), with dropout
 no tensor and no plain value. `--verbose` says why.
 
 Layers are alike if their modules, the shapes of their parameters and their attributes are equal. As a
-safeguard, the first replay of each layer is compared with the layer itself, bit for bit. A layer that differs
-is not replayed.
+safeguard, the first replay of each layer is compared with the layer itself (parallel/replay_check.py). A
+layer that differs is not replayed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory
 from parallel.recorded_layer import (
     GraphMemory,
+    LayerCall,
     LayerParameters,
     NotRecordable,
     Recording,
     Replay,
     Slots,
 )
+from parallel.replay_check import replay_agrees
 
 # Calls of a layer with the same shapes before it is recorded. The first compiles it, forward and backward.
 CALLS_BEFORE = 3
@@ -199,6 +201,14 @@ class LayerGraphs:
         return made
 
 
+class RecordedCall(NamedTuple):
+    """A call of a layer for which there is a recording."""
+
+    recording: Recording
+    inputs: list[Tensor]  # the tensors among the arguments
+    call: Callable[[Sequence[Tensor]], Any]  # calls the layer with other tensors in their place
+
+
 class GraphedLayer(ActivationWrapper):
     """A checkpointed decoder layer, replayed from CUDA graphs where that can be done and is worth it.
 
@@ -221,33 +231,45 @@ class GraphedLayer(ActivationWrapper):
         layer, graphs = self._checkpoint_wrapped_module, self.graphs
         if not torch.is_grad_enabled():
             return layer(*args, **kwargs)
-        tensors: list[Tensor] = []
-        recording = self._find_recording(tensors, args, kwargs)
-        if recording and self._replays_right(recording):
-            assert self.parameters_now is not None
-            trained = [p for p in self.parameters_now.current() if p.requires_grad]
-            return Replay.apply(recording, self.parameters_now, len(tensors), *tensors, *trained)
+        found = self._find_recording(args, kwargs)
+        if found and self._replays_right(found.recording):
+            parameters, inputs = self.find_parameters(), found.inputs
+            trained = [p for p in parameters.current() if p.requires_grad]
+            return Replay.apply(found.recording, parameters, len(inputs), *inputs, *trained)
+        if found and found.recording not in self.agrees:
+            self._compare(found)  # now, and not while the layer's saved tensors are in memory, too
         if graphs.waits:
             graphs.waits.start_layer()
         result = layer(*args, **kwargs)
         if graphs.waits:
             graphs.waits.end_layer()
-        if recording and recording not in self.agrees:
-            self._compare(recording, tensors, result)
         return result
 
-    def _find_recording(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Recording | None:
-        """Return a recording for a call with these arguments, if there is one, or one is due.
+    def find_parameters(self) -> LayerParameters:
+        """Return the layer's parameters; the first call must be while they are gathered."""
+        if self.parameters_now is None:
+            self.parameters_now = LayerParameters(self._checkpoint_wrapped_module)
+            self.kind = self.graphs.kind_of(self._checkpoint_wrapped_module)
+        return self.parameters_now
 
-        tensors: filled with the tensors among the arguments.
+    def _take_apart(self, args: tuple, kwargs: dict) -> tuple[Hashable, list[Tensor]]:
+        """Return (the arguments without their tensors, the tensors).
+
+        Raises NotRecordable if such a call cannot be recorded.
         """
+        tensors: list[Tensor] = []
+        parts = take_apart([list(args), kwargs], tensors)
+        if not tensors or self.has_dropout:
+            raise NotRecordable("it has dropout" if tensors else "it is given no tensor")
+        if len({tensor.device for tensor in tensors}) > 1:  # a kernel may be given the value itself
+            raise NotRecordable("it is given tensors of several devices")
+        return parts, tensors
+
+    def _find_recording(self, args: tuple, kwargs: dict) -> RecordedCall | None:
+        """Return a call with these arguments and its recording, if there is one, or one is due."""
         layer = self._checkpoint_wrapped_module
         try:
-            parts = take_apart([list(args), kwargs], tensors)
-            if not tensors or self.has_dropout:
-                raise NotRecordable("it has dropout" if tensors else "it is given no tensor")
-            if len({tensor.device for tensor in tensors}) > 1:  # a kernel may be given the value itself
-                raise NotRecordable("it is given tensors of several devices")
+            parts, tensors = self._take_apart(args, kwargs)
         except NotRecordable as e:
             self.graphs.report(f"a layer runs without graphs: {e}")
             return None
@@ -262,9 +284,7 @@ class GraphedLayer(ActivationWrapper):
                     f"the first {CALLS_BEFORE} micro-batches of other shapes run without graphs"
                 )
             return None
-        if self.parameters_now is None:
-            self.kind, self.parameters_now = self.graphs.kind_of(layer), LayerParameters(layer)
-        parameters = self.parameters_now
+        parameters = self.find_parameters()
 
         def call(others: Sequence[Tensor]) -> Any:
             args, kwargs = put_together(parts, iter(others))
@@ -273,7 +293,8 @@ class GraphedLayer(ActivationWrapper):
         def record() -> Recording:
             return Recording(self.graphs.memory, self.graphs.slots, parameters, tensors, call)
 
-        return self.graphs.find(self.kind, key, record)
+        recording = self.graphs.find(self.kind, key, record)
+        return RecordedCall(recording, tensors, call) if recording else None
 
     def _replays_right(self, recording: Recording) -> bool:
         """Return whether a replay was compared with this layer, and equals it. Waits for the GPU once."""
@@ -284,12 +305,19 @@ class GraphedLayer(ActivationWrapper):
                 self.graphs.report("a layer differs from the one that is recorded: it runs without graphs")
         return agrees
 
-    def _compare(self, recording: Recording, inputs: Sequence[Tensor], result: Tensor) -> None:
-        """Replay the layer's forward, and note whether that gives `result`."""
-        assert self.parameters_now is not None
-        with torch.no_grad():
-            replayed, _ = recording.run_forward(inputs, self.parameters_now.current())
-            self.agrees[recording] = (replayed == result).all()
+    def _compare(self, found: RecordedCall) -> None:
+        """Note whether a replay agrees with the layer."""
+        parameters = self.find_parameters()
+        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found.inputs]
+        are_views = [tensor._is_view() for tensor in found.inputs]
+        own = LayerCall(parameters, parameters.current(), inputs, are_views, found.call)
+        try:
+            self.agrees[found.recording] = replay_agrees(found.recording, own)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            self.graphs.report("a layer runs without graphs: there is no memory to compare it with a replay")
+            self.agrees[found.recording] = False
 
 
 def make_layer_graphs(option: str, device: torch.device, verbose: bool) -> LayerGraphs | None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, compile_run_layer
 from parallel.layer_graphs import GraphedLayer, LayerGraphs
-from parallel.recorded_layer import Copies
+from parallel.recorded_layer import Copies, Slots
 from tests.helpers.compiled import loss_compiled_with
 from tests.helpers.runs import train_run
 
@@ -27,8 +27,12 @@ class RepeatedCalls:
 
     def __init__(self):
         self.n_recorded = self.n_replays = 0
+        self.slots = Slots()
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        for buffer in self.slots.buffers.values():  # what a recording computes are no values yet
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)
         result = function()
         self.n_recorded += 1
 
@@ -40,7 +44,6 @@ class RepeatedCalls:
                 if isinstance(fixed, torch.Tensor):
                     Copies([fixed]).copy_in([new])
 
-        tree_leaves(result)[0].detach().fill_(torch.nan)  # a recorded kernel has not run yet
         return result, replay
 
     def allocating(self) -> contextlib.nullcontext:
@@ -63,7 +66,9 @@ class Graphed:
 
     def __init__(self, *layers: nn.Module):
         self.lines: list[str] = []
-        self.graphs = LayerGraphs(RepeatedCalls(), None, self.lines.append)
+        memory = RepeatedCalls()
+        self.graphs = LayerGraphs(memory, None, self.lines.append)
+        memory.slots = self.graphs.slots
         self.layers = [GraphedLayer(CheckpointedModule(x, SavedActivations.ALL), self.graphs) for x in layers]
 
     @property
@@ -94,6 +99,7 @@ def graphed_run(rank_info, argv: list[str]):
     lines: list[str] = []
     memory = RepeatedCalls()
     graphs = LayerGraphs(memory, None, lines.append)
+    memory.slots = graphs.slots
     with (
         mock.patch.object(train, "compile_run_layer", lambda cpus: compile_run_layer("aot_eager")),
         mock.patch.object(train, "make_layer_graphs", lambda *_: graphs),

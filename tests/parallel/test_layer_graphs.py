@@ -33,8 +33,9 @@ STEPS = ["--max_steps", "6", "--num_epochs", "4"]
 # A recording has a forward and a backward. The first layer, whose input has no gradient, has a recording of
 # its own, and the layer is compiled for it.
 GRAPHS, COMPILED = 4, 2
-# Of the layers' forwards and backwards: one each is compared, then two steps are replayed.
-REPLAYS = LAYERS + 2 * 2 * LAYERS
+COMPARED = 3  # replays to compare a layer: forward, another forward, and backward
+# Each layer is compared, and then two steps are replayed, in forward and backward.
+REPLAYS = COMPARED * LAYERS + 2 * 2 * LAYERS
 
 
 @pytest.mark.parametrize(
@@ -81,15 +82,15 @@ def test_layers_that_are_alike_share_a_recording():
     graphed.call(CALLS_BEFORE)
     assert not graphed.graphs.recordings
     graphed.call()  # recorded, and compared
-    assert len(graphed.graphs.recordings) == 2 and graphed.replays == 3
+    assert len(graphed.graphs.recordings) == 2 and graphed.replays == COMPARED * 3
     graphed.call(2)
-    assert graphed.replays == 3 + 2 * 2 * 3
+    assert graphed.replays == COMPARED * 3 + 2 * 2 * 3
 
 
 def test_a_layer_that_differs_runs_as_ever():
     graphed = Graphed(Layer(), Layer(factor=2.0))
     graphed.call(CALLS_BEFORE + 3)
-    assert graphed.replays == 2 + 2 * 2 * 1
+    assert graphed.replays == COMPARED * 2 + 2 * 2 * 1
     assert (
         "--cuda_graphs: a layer differs from the one that is recorded: it runs without graphs"
         in graphed.lines
@@ -104,7 +105,7 @@ def test_parameters_may_move_and_change():
     for _ in range(3):
         layer.weight = nn.Parameter(torch.randn(4, 4))
         graphed.call()
-    assert graphed.replays == 1 + 2 * 4
+    assert graphed.replays == COMPARED + 2 * 4
 
 
 def test_a_few_shapes_are_recorded_and_others_run_as_ever():
@@ -112,12 +113,12 @@ def test_a_few_shapes_are_recorded_and_others_run_as_ever():
     for rows in range(1, MAX_RECORDINGS + 3):
         graphed.call(CALLS_BEFORE + 2, rows)
     assert len(graphed.graphs.recordings) == MAX_RECORDINGS
-    assert graphed.replays == MAX_RECORDINGS * 3
+    assert graphed.replays == MAX_RECORDINGS * (COMPARED + 2)
     assert any("more than 4 kinds of micro-batches" in line for line in graphed.lines)
     graphed.call(1, rows=99)
     assert any("micro-batches of other shapes" in line for line in graphed.lines)
     graphed.call(1, rows=1)
-    assert graphed.replays == MAX_RECORDINGS * 3 + 2
+    assert graphed.replays == MAX_RECORDINGS * (COMPARED + 2) + 2
 
 
 def test_so_many_kinds_of_calls_are_counted():
@@ -131,7 +132,7 @@ def test_another_value_of_an_argument_is_another_kind_of_call():
     graphed = Graphed(Layer())
     for scale in (2.0, 3.0, torch.full((4,), 4.0)):
         graphed.call(CALLS_BEFORE + 2, scale=scale)
-    assert len(graphed.graphs.recordings) == 3 and graphed.replays == 9
+    assert len(graphed.graphs.recordings) == 3 and graphed.replays == 3 * (COMPARED + 2)
 
 
 def test_a_layer_in_another_mode_is_another_kind_of_call():
@@ -237,4 +238,4 @@ def test_auto_records_when_the_gpu_waits_and_has_room():
     assert not graphed.graphs.recordings and "memory is free" in graphed.lines[0]
     with mock.patch.object(layer_graphs, "_has_room", return_value=True):
         graphed.call(2)
-    assert graphed.replays == 1 + 2
+    assert graphed.replays == COMPARED + 2

@@ -1,0 +1,66 @@
+"""Compares a replay with the layer itself, in forward and backward, before the layer is replayed.
+
+Layers that seem to be alike may differ in an attribute that is no plain value, and a layer may keep a tensor
+for backward where a recording does not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.recorded_layer import LayerCall, Recording
+
+# Gradients may differ by this share of their own size, and by this share of the largest one's: attention's
+# backward adds in an order that varies. Some gradients, as that of a key's bias, consist of such rounding
+# only. A wrong tensor makes a far larger difference.
+OWN_SHARE, LARGEST_SHARE = 0.05, 0.005
+
+
+@torch.no_grad()
+def replay_agrees(recording: Recording, own: LayerCall) -> Tensor:
+    """Call the layer and the recording, forward and backward; return whether they agree, as a bool tensor.
+
+    Results must be equal bit for bit, gradients nearly (`are_close`). The layer is called first, so that its
+    saved tensors are freed before those of the replay are allocated.
+
+    Args:
+        recording: for this kind of layer and call.
+        own: the call with the layer's own parameters.
+    """
+    inputs, values = own.inputs, own.values
+    own_result = own.forward()[0]
+    gradient = own_result.cos()  # of any sign, and never so large that fp16 overflows
+    gradients = own.backward(own_result, gradient) if own.differentiable else ()
+    own_result = own_result.detach()
+    result, saved = recording.run_forward(inputs, values)
+    agrees = torch.isclose(result, own_result, rtol=0, atol=0, equal_nan=True).all()
+    if not own.differentiable:
+        return agrees
+    # As the next layer would, so that whatever backward needs and has not got in `saved` is lost.
+    others = [torch.zeros_like(t) if t.is_floating_point() else t for t in inputs]
+    recording.run_forward(others, values)
+    recording.load_backward(gradient, inputs, values, saved)
+    del saved
+    return agrees & are_close(recording.run_backward(), gradients)
+
+
+def are_close(replayed: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> bool | Tensor:
+    """Return whether gradients of a replay are those of the layer, but for rounding."""
+    if [each is None for each in replayed] != [each is None for each in gradients]:
+        return False
+    own = [each.float() for each in gradients if each is not None]
+    if not own:
+        return True
+    others = [each for each in replayed if each is not None]
+    sizes = torch.stack([_size(each) for each in own])
+    differences = torch.stack([_size(a - b) for a, b in zip(own, others, strict=True)])
+    allowed = OWN_SHARE * sizes + LARGEST_SHARE * sizes.max()
+    return ((differences <= allowed) | ~allowed.isfinite()).all()  # an overflow says nothing
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Return the root mean square of a tensor; 0 for one without elements."""
+    return tensor.norm() / max(tensor.numel(), 1) ** 0.5
