@@ -107,15 +107,15 @@ class Slots:
     """Fixed tensors for copies. All recordings share them: only one graph runs at a time."""
 
     def __init__(self):
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
         """Return the fixed tensor `name` with the shape, strides and dtype of `tensor`; an autograd leaf.
 
-        Tensors of one name and dtype share their memory.
+        Tensors of one name, dtype and device share their memory.
         """
         length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        length, key = length if tensor.numel() else 0, (name, tensor.dtype)
+        length, key = length if tensor.numel() else 0, (name, tensor.dtype, tensor.device)
         if key not in self.buffers or len(self.buffers[key]) < length:  # older recordings keep the old one
             self.buffers[key] = torch.empty(length, dtype=tensor.dtype, device=tensor.device)
         slot = self.buffers[key].as_strided(tensor.shape, tensor.stride())

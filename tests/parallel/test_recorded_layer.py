@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from launch.memory import PEAK_MEMORY
 from parallel.layer_graphs import CALLS_BEFORE
-from parallel.recorded_layer import Copies, GraphMemory
+from parallel.recorded_layer import Copies, GraphMemory, Slots
 from tests.helpers.layer_graphs import Graphed, Layer
 
 foreach_copy = torch._foreach_copy_
@@ -65,6 +65,14 @@ def test_copies_are_no_views():
     """Dynamo compiles the next layer anew for an input that is one."""
     (copy,) = Copies([torch.ones(2, 3)]).copy_out()
     assert not copy._is_view()
+
+
+def test_slots_are_on_the_device_of_their_tensor():
+    slots, tensor = Slots(), torch.ones(3, 2).t()
+    first, second = slots.like("x", tensor), slots.like("x", torch.ones(2))
+    assert first.stride() == tensor.stride() and first.data_ptr() == second.data_ptr()
+    assert slots.like("x", torch.ones(2, device="meta")).device.type == "meta"
+    assert slots.like("x", tensor).data_ptr() == first.data_ptr()
 
 
 class SavesOddTensors(torch.autograd.Function):
