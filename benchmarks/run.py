@@ -64,14 +64,17 @@ def ensure_checkpoint(shape: str, root: Path) -> Path:
     return folder
 
 
-def run_process(command: list[str], log: Path, limit_seconds: float, gpus: int) -> str:
-    """Run a command in a scratch folder, then kill what it left running. Return an error text, or "".
+def run_process(
+    command: list[str], log: Path, limit_seconds: float, gpus: int, folder: Path | None = None
+) -> str:
+    """Run a command, then kill what it left running. Return an error text, or "".
 
     Args:
         command: the command line.
         log: file for its output.
         limit_seconds: seconds that it may take.
         gpus: number of GPUs that it may see.
+        folder: where it runs; None = in a scratch folder.
     """
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     # A process that sees several GPUs would use them all.
@@ -79,7 +82,7 @@ def run_process(command: list[str], log: Path, limit_seconds: float, gpus: int) 
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as output:
         process = subprocess.Popen(
             command,
-            cwd=scratch,
+            cwd=folder or scratch,
             env=os.environ | visible,
             stdout=output,
             stderr=subprocess.STDOUT,

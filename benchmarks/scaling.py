@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.run import find_error_line
+from benchmarks.run import ROOT, run_process
 from benchmarks.traces import exposed_seconds
 from files.atomic_writes import write_text
 from files.names import METRICS
 
-ROOT = Path(__file__).parents[1]
 WARMUP_STEPS = 5  # first steps that do not count
 PROFILED = {"wait": 0, "warmup": 1, "active": 2}  # last steps, which do not count either
 BUSY = "busy, in all"  # line of rank<N>_host_time.txt
@@ -130,20 +128,9 @@ def run(options: argparse.Namespace, work: Work) -> Row:
         *work.options.split(),
     ]
     log = Path(f"{folder}.log")
-    with log.open("w") as output:
-        try:
-            status = subprocess.run(
-                [sys.executable, *words],
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=options.time_limit,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return Row(work, problem=f"took longer than {options.time_limit} s")
-    if status:
-        return Row(work, problem=find_error_line(log.read_text(errors="replace"), status))
+    problem = run_process([sys.executable, *words], log, options.time_limit, work.gpus, ROOT)
+    if problem:
+        return Row(work, problem=problem)
     metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     counted = metrics[WARMUP_STEPS : len(metrics) - last]
     seconds = [step["step_seconds"] for step in counted]
