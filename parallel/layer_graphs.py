@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory
+from parallel.fixed_tensors import Slots
 from parallel.recorded_layer import (
     GraphMemory,
     LayerCall,
@@ -30,7 +31,6 @@ from parallel.recorded_layer import (
     NotRecordable,
     Recording,
     Replay,
-    Slots,
 )
 from parallel.replay_check import replay_agrees
 

@@ -10,8 +10,8 @@ import torch
 
 import train
 from launch.precision import enable_determinism
+from parallel.fixed_tensors import Copies
 from parallel.layer_graphs import LayerGraphs, make_layer_graphs
-from parallel.recorded_layer import Copies
 from tests.helpers.image_runs import image_arguments
 from tests.helpers.parity import arguments
 from tests.helpers.runs import train_run

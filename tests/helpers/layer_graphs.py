@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, compile_run_layer
+from parallel.fixed_tensors import Copies, Slots
 from parallel.layer_graphs import GraphedLayer, LayerGraphs
-from parallel.recorded_layer import Copies, Slots
 from tests.helpers.compiled import loss_compiled_with
 from tests.helpers.runs import train_run
 

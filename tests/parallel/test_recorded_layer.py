@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from launch.memory import PEAK_MEMORY
+from parallel.fixed_tensors import Copies, Slots
 from parallel.layer_graphs import CALLS_BEFORE
-from parallel.recorded_layer import Copies, GraphMemory, Slots
+from parallel.recorded_layer import GraphMemory
 from tests.helpers.layer_graphs import Graphed, Layer
 
 foreach_copy = torch._foreach_copy_
@@ -155,6 +156,7 @@ def test_after_an_error_the_gpu_waits_and_memory_is_counted(fails):
         "stream": lambda stream: contextlib.nullcontext(),
         "use_mem_pool": lambda pool: contextlib.nullcontext(),
         "current_device": lambda: 0,
+        "memory_reserved": mock.Mock(side_effect=[10, 20]),
     }
     with mock.patch.multiple(torch.cuda, **fakes), mock.patch.object(PEAK_MEMORY, "uncounted", 0):
         memory = GraphMemory(torch.device("cuda"))

@@ -119,7 +119,7 @@ def test_shapes_have_the_public_sizes():
 
 def test_an_unknown_name_lists_the_shapes():
     with pytest.raises(
-        UserError, match=r"^--model_name 9b: no such folder, .*these are tiny, 1b, .*, gemma3-4b$"
+        UserError, match=r"^--model_name 9b: no such folder, .*these are tiny, thin, 1b, .*, gemma3-4b$"
     ):
         open_planned_model("9b")
     with pytest.raises(UserError, match=r"the hub cannot be reached$"):
