@@ -59,20 +59,31 @@ def replace_experts(text_model: PreTrainedModel, make_expert: Callable[[], nn.Mo
 
     A layer has experts if its `mlp` has them. make_expert: see `Experts`; its linears are those of GATED_MLP.
     """
-    config = text_model.config
+    top_k = text_model.config.num_experts_per_tok
     for layer in text_model.get_submodule("layers").children():
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = Experts(make_expert, config.num_experts, config.num_experts_per_tok)
+            count = layer.get_submodule("mlp.experts").num_experts
+            assert isinstance(count, int)
+            layer.mlp.experts = Experts(make_expert, count, top_k)
 
 
 def select_linears(layer: nn.Module) -> tuple[str, ...]:
     """Return the linears of attention and of all experts, or of the plain MLP in a layer without experts."""
+    return ATTENTION + mlp_linears(layer)
+
+
+def mlp_linears(layer: nn.Module, shared: str = "") -> tuple[str, ...]:
+    """Return the linears of all experts, or of the plain MLP in a layer without experts.
+
+    shared: name of the expert in `mlp` that all tokens share, whose linears come last; empty without one.
+    """
     experts = getattr(layer.mlp, "experts", None)
     if experts is None:
-        return ATTENTION + GATED_MLP
+        return GATED_MLP
     assert isinstance(experts, Experts)
     projections = [linear.removeprefix("mlp.") for linear in GATED_MLP]
-    return ATTENTION + tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
+    routed = tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
+    return routed + tuple(f"mlp.{shared}.{p}" for p in projections if shared)
 
 
 def expert_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 
 from models import moe, qwen3_moe
-from models.family import ATTENTION, GATED_MLP, Family
+from models.family import ATTENTION, Family
 
 
 def match_checkpoint(text_model: PreTrainedModel) -> None:
@@ -28,10 +28,7 @@ def match_checkpoint(text_model: PreTrainedModel) -> None:
 
 def select_linears(layer: nn.Module) -> tuple[str, ...]:
     """Return the linears of attention, of all experts and of the shared one, or those of a plain MLP."""
-    linears = moe.select_linears(layer)
-    if hasattr(layer.mlp, "shared_expert"):
-        linears += tuple(linear.replace("mlp.", "mlp.shared_expert.") for linear in GATED_MLP)
-    return linears
+    return ATTENTION + moe.mlp_linears(layer, shared="shared_expert")
 
 
 FAMILY = Family(
