@@ -16,7 +16,8 @@ kind, before the first layer. transformers skips this for an implementation that
 the last three here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
-head, N rows.
+head, N rows. In GLM-4.7-Flash's family a head's value may have another number of features, V; elsewhere V is
+D.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention.varlen import varlen_attn
@@ -65,7 +67,7 @@ def choose_attention(
     is_causal = not packing and (window is None or max_sequence_length <= window)
     if is_causal and not takes_images:
         return CAUSAL
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = max(family.head_sizes(config))  # the kernel's: `attend_within_rows` pads the smaller one
     suits = (
         (family.passes_row_bounds or not (packing or takes_images))
         and not getattr(config, "attention_dropout", 0)  # ERNIE 4.5 has none
@@ -142,12 +144,13 @@ def attend_fused(
     Args:
         module: the attention module, for its number of query heads per key head.
         query: [B, H, T, D].
-        key, value: [B, K, S, D], of S tokens.
+        key: [B, K, S, D], of S tokens.
+        value: [B, K, S, V].
         attention_mask: of transformers; None = causal, and T = S or T = 1.
         others: further arguments of transformers' implementation.
 
     Returns:
-        (result [B, T, H, D], None).
+        (result [B, T, H, V], None).
     """
     batch, heads, length, features = query.shape
     groups = heads // key.shape[1]
@@ -165,7 +168,7 @@ def attend_fused(
     result, _ = sdpa_attention_forward(
         _UNGROUPED, queries, key, value, None, **{**others, "is_causal": False}
     )
-    return result.transpose(1, 2).reshape(batch, 1, heads, features), None
+    return result.transpose(1, 2).reshape(batch, 1, heads, value.shape[-1]), None
 
 
 def attend_causally(
@@ -183,13 +186,14 @@ def attend_causally(
 
     Args:
         query: [B, H, T, D].
-        key, value: [B, K, T, D].
+        key: [B, K, T, D].
+        value: [B, K, T, V].
         attention_mask: None, or in micro-batches with images one of `attention_masks`.
         sliding_window: number of last tokens that a token sees, itself included.
         others: arguments of `attend_within_rows` in micro-batches with images, or for other implementations.
 
     Returns:
-        (result [B, T, H, D], None).
+        (result [B, T, H, V], None).
     """
     if others.get("image_queries") is not None:
         options = {"sliding_window": sliding_window, **others}
@@ -225,11 +229,15 @@ def attend_within_rows(
 
     With `image_queries` it also sees the later tokens of its image.
 
+    The kernel takes heads of one size. Zeros fill those of the smaller one: as features of queries and keys
+    they leave the scores as they are, and as features of values they give results that are cut off.
+
     The arguments are transformers' (AttentionInterface).
 
     Args:
         query: [B, H, T, D].
-        key, value: [B, K, T, D].
+        key: [B, K, T, D].
+        value: [B, K, T, V].
         attention_mask, softcap: must be None.
         dropout: must be 0.
         sliding_window: number of last tokens that a token sees, itself included.
@@ -240,11 +248,13 @@ def attend_within_rows(
         others: arguments for other implementations; not used.
 
     Returns:
-        (result [B, T, H, D], None).
+        (result [B, T, H, V], None).
     """
     # transformers makes no masks for an implementation that has no mask function.
     assert attention_mask is None and not dropout and softcap is None
-    batch, heads, length, features = query.shape
+    batch, heads, length, _ = query.shape
+    features = value.shape[-1]
+    query, key, value = _with_heads_of_one_size(query, key, value)
     if cu_seq_lens_q is None:
         end = (batch + 1) * length
         cu_seq_lens_q = torch.arange(0, end, length, dtype=torch.int32, device=query.device)
@@ -259,7 +269,13 @@ def attend_within_rows(
         assert max_length_q is not None
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         result = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(before, 0), **VARLEN_OPTIONS)
-    return result.view(batch, length, heads, features), None
+    return result.view(batch, length, heads, -1)[..., :features], None
+
+
+def _with_heads_of_one_size(*states: torch.Tensor) -> list[torch.Tensor]:
+    """Return queries, keys and values with zeros appended to the heads of those that are not the widest."""
+    widest = max(x.shape[-1] for x in states)
+    return [F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in states]
 
 
 AttentionInterface.register(FUSED, attend_fused)

@@ -26,6 +26,12 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
+def equal_head_sizes(config: Any) -> tuple[int, int]:
+    """Return the features of a head, of queries and keys and of values: the same number twice."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size, size
+
+
 @dataclass(frozen=True)
 class Family:
     """The dotted names of a family's modules, and its settings.
@@ -60,6 +66,7 @@ class Family:
             that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
+        head_sizes: returns (features of a head of queries and of keys, of values).
         wide_linears: linears of a layer whose results, or products of them, may be beyond fp16's 65,504
             (models/wide_linears.py).
         compiles: whether a layer compiles to one graph, without a break.
@@ -90,6 +97,7 @@ class Family:
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    head_sizes: Callable[[Any], tuple[int, int]] = equal_head_sizes
     wide_linears: tuple[str, ...] = ()
     compiles: bool = True
     passes_row_bounds: bool = True

@@ -4,8 +4,8 @@ The counts are of the tensors that PyTorch's autograd and Inductor hold for tran
 linears of quantization/operators.py. Each count names the tensors that it stands for. docs/memory.md compares
 the results with the allocator's counters on an H200.
 
-Widths are in elements of a token: `hidden` of the hidden states, `query` and `key` of all heads together (a
-value is as wide as a key), `mlp` between gate and down, of all experts that a token visits.
+Widths are in elements of a token: `hidden` of the hidden states, `query`, `key`, `value` and `result` (of
+attention) of all heads together, `mlp` between gate and down, of all experts that a token visits.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ class LayerWidths:
     """The widths of a model's decoder layers, and what else the number of their activations depends on.
 
     Attributes:
-        hidden, query, key, mlp: see above.
+        hidden, query, key, value, result, mlp: see above. `value` is the width of the tensor that holds the
+            values; that of latent attention also holds the keys without their rotated features.
         heads: query heads.
+        latents: results of the first linears of latent attention (GLM-4.7-Flash); 0 in other attention.
         experts_per_token: 0 without routed experts.
         mlp_tensors: tensors as wide as `mlp` that are saved: gate, up and their product; without a gate, the
             activation function's input and result, and of gelu_new (Phi) the tanh in it.
@@ -56,8 +58,11 @@ class LayerWidths:
     hidden: int
     query: int
     key: int
+    value: int
+    result: int
     mlp: int
     heads: int
+    latents: int = 0
     experts_per_token: int = 0
     mlp_tensors: int = 3
     has_four_norms: bool = False
@@ -81,7 +86,10 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     """Return the widths of a meta model's decoder layers; where some have experts, of such a layer."""
     config, layers = text_config(model.config), family.decoder_layers(model)
     layer = next(filter(_has_experts, layers), layers[0])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim, value_dim = family.head_sizes(config)
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    latents, value = _latent_widths(layer) or (0, key_heads * value_dim)
     vision = family.built_vision()
     names = [name for name, _ in layer.named_modules()]
     norms = sum("norm" in name for name, _ in layer.named_children())
@@ -89,10 +97,13 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     mlp, mlp_inputs = _mlp_widths(layer, family, experts)
     return LayerWidths(
         hidden=config.hidden_size,
-        query=config.num_attention_heads * head_dim,
-        key=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
+        query=heads * head_dim,
+        key=key_heads * head_dim,
+        value=value,
+        result=heads * value_dim,
         mlp=mlp,
-        heads=config.num_attention_heads,
+        heads=heads,
+        latents=latents,
         experts_per_token=experts,
         mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
         has_four_norms=norms > 2,
@@ -111,6 +122,15 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         sees_whole_image=bool(vision and vision.sees_whole_image),
         passes_window=family.passes_window,
     )
+
+
+def _latent_widths(layer: nn.Module) -> tuple[int, int] | None:
+    """Return (results of latent attention's first linears, of its last for keys and values); None without."""
+    linears = {name.rpartition(".")[2]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    if "kv_b_proj" not in linears:
+        return None
+    first = linears["q_a_proj"].out_features + linears["kv_a_proj_with_mqa"].out_features
+    return first, linears["kv_b_proj"].out_features
 
 
 def _has_experts(layer: nn.Module) -> bool:
@@ -200,10 +220,12 @@ def layer_memory(
     compiled, adapter = is_compiled(config, widths, gpu), config.method.adapter
     width, stream = precision.matmul_dtype.itemsize, precision.frozen.itemsize
     hidden, query, key, mlp = widths.hidden, widths.query, widths.key, widths.mlp
+    value, latents = widths.value, widths.latents
     is_autocast = stream > width
     # The norms' results, and the output of attention where a norm follows it.
     saved: float = (3 if widths.has_four_norms else 1 if widths.has_one_norm else 2) * hidden
-    saved += 2 * query + 2 * key  # query, key and value, and what attention returns
+    saved += query + key + value + widths.result  # query, key and value, and what attention returns
+    saved += (2 if width == 4 else 3) * latents  # before their norms, cast to fp32, and behind them
     names_linears_apart = widths.has_head_norms or widths.has_fused_qkv
     if names_linears_apart:  # query and key before their norm; or the result of the fused linear
         saved += query + key
@@ -212,7 +234,9 @@ def layer_memory(
         saved += branches * config.lora_rank  # A x of each
     # Not compiled, norms in 16 bits keep their inputs as casts to fp32.
     keeps_outputs = widths.norms_read_outputs and (compiled or width == 4)
-    if adapter == "dora":  # outputs, which the gradients of magnitudes need: query, key, and one projection's
+    if adapter == "dora" and latents:  # outputs: queries before their rotation, one projection's, latents
+        saved += hidden + query + (0 if width == 4 else latents)
+    elif adapter == "dora":  # outputs, for the gradients of magnitudes: query, key, and one projection's
         saved += (0 if keeps_outputs else hidden) + (0 if names_linears_apart else query + key)
     widens = widths.widens_product and precision.autocast == torch.float16
     if widens:  # up in fp32; and DoRA's output of it in fp16
@@ -227,7 +251,7 @@ def layer_memory(
         saved += mlp  # the activation function's result
     if not compiled:
         saved += 2 * hidden  # states in the norms
-        if adapter == "dora":
+        if adapter == "dora" and not latents:
             saved += (0 if keeps_outputs else hidden) + key
         if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
             saved += 7 * hidden + query + key
@@ -256,6 +280,8 @@ def layer_memory(
     if config.wrap_policy == "sublayer":
         backward += 2 * mlp * width
     forward = (((2 if compiled else 4) + 2 * widens) * mlp + 3 * hidden) * width
+    # Latent attention puts its keys together from results of two linears.
+    projected = query + value + (latents or key) + widths.result
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
     return LayerMemory(
         input=rows * hidden * stream,
@@ -263,7 +289,7 @@ def layer_memory(
         forward=rows * forward + weight,
         backward=rows * backward,
         last_backward=rows * (hidden * stream + mlp * width),
-        matmuls=rows * (2 * query + 2 * key + 2 * hidden + (widths.mlp_tensors - 1) * mlp) * width,
+        matmuls=rows * (projected + 2 * hidden + (widths.mlp_tensors - 1) * mlp) * width,
     )
 
 

@@ -21,8 +21,9 @@ from tests.helpers.runs import set_up
 from tests.helpers.tiny import save_checkpoint
 
 # A Llama of 64 hidden features, 4 heads of 16, 2 of them for keys, and an MLP of 160.
-LLAMA = asdict(LayerWidths(hidden=64, query=64, key=32, mlp=160, heads=4))
-WIDE = {"query": 128, "key": 64}  # heads of 32
+LLAMA = asdict(LayerWidths(hidden=64, query=64, key=32, value=32, result=64, mlp=160, heads=4))
+WIDE = {"query": 128, "key": 64, "value": 64, "result": 128}  # heads of 32
+ROUTED = {"mlp": 96, "experts_per_token": 2, "compiles": False}
 NORMS = {"norms_read_outputs": True}
 OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs": True}
 
@@ -51,9 +52,9 @@ OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs":
         ("cohere", {"has_one_norm": True, "has_head_norms": True}),
         ("stablelm", {"has_one_norm": True, "has_head_norms": True, "passes_row_bounds": False}),
         # Two experts of 48 for each token and, in Qwen2-MoE, a shared one of 96.
-        ("qwen3_moe", WIDE | {"has_head_norms": True, "mlp": 96, "experts_per_token": 2, "compiles": False}),
-        ("mixtral", {"mlp": 96, "experts_per_token": 2, "compiles": False}),
-        ("qwen2_moe", {"mlp": 192, "experts_per_token": 2, "compiles": False, "passes_window": False}),
+        ("qwen3_moe", WIDE | ROUTED | {"has_head_norms": True}),
+        ("mixtral", ROUTED),
+        ("qwen2_moe", ROUTED | {"mlp": 192, "passes_window": False}),
     ],
 )
 def test_layer_widths(kind, others, checkpoints):

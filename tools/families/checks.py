@@ -279,16 +279,17 @@ def check_widths(subject: Subject) -> str | None:
     config, family = read_config(subject.folder)
     model = build_on_meta(config, family)
     widths, layer = layer_widths(model, family), family.decoder_layers(model)[0]
-    for name, output in zip(("query", "mlp"), family.outputs, strict=False):
+    for name, output in zip(("result", "mlp"), family.outputs, strict=False):
         if name == "mlp" and widths.experts_per_token:
             continue
         found = layer.get_submodule(output).in_features
         if getattr(widths, name) != found:
             return f"layer_widths: {name} {getattr(widths, name)} instead of {found}"
     attention = layer.get_submodule(family.sublayers[0])
+    has_norms = any("norm" in type(module).__name__.lower() for module in attention.modules())
     parts = {
-        "has_head_norms": any("norm" in type(module).__name__.lower() for module in attention.modules()),
-        "has_fused_qkv": _widest(layer, family, 0) > widths.query,
+        "has_head_norms": has_norms and not widths.latents,  # else they are norms of the latents
+        "has_fused_qkv": _widest(layer, family, 0) > max(widths.query, widths.value),
         "has_fused_gate": not widths.experts_per_token and _widest(layer, family, 1) > widths.mlp,
     }
     for name, has_part in parts.items():
