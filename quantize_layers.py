@@ -93,6 +93,7 @@ def allocate(
     A frozen embedding may be in host memory. Raises AssertionError for a buffer that nothing fills.
     """
     model.to_empty(device=param_device)
+    family.set_fixed_parameters(model, lambda fixed: fixed.to(device))  # no unit of FSDP brings them there
     for module in model.modules():
         if isinstance(module, FrozenEmbedding) and module.on_host:
             module.weight = nn.Parameter(empty_on_host(module.weight, device.type), requires_grad=False)

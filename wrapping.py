@@ -130,8 +130,8 @@ def _save_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) 
     return True
 
 
-def _is_fully_trained(module: nn.Module) -> bool:
-    return all(p.requires_grad for p in module.parameters())
+def _is_fully_trained(module: nn.Module, fixed: set[nn.Parameter]) -> bool:
+    return all(p.requires_grad for p in module.parameters() if p not in fixed)
 
 
 def _checkpoint_tower(blocks: nn.ModuleList, saved: SavedActivations) -> None:
@@ -206,8 +206,10 @@ def wrap(
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     tied = model.config.tie_word_embeddings
-    ignored: set[nn.Parameter] = set()
-    casts = gather_dtype is not None and any(map(_is_fully_trained, (embedding, *layers)))
+    # Sharded, they would be cast with the weights of a layer that is trained.
+    fixed = {p for name, p in model.named_parameters() if family.is_fixed(name)}
+    ignored = set(fixed)
+    casts = gather_dtype is not None and any(_is_fully_trained(part, fixed) for part in (embedding, *layers))
     sharded = needs_units(mesh, casts, isinstance(offload, CPUOffloadPolicy))
 
     def shard(module: nn.Module, casts_all: bool = False) -> None:
@@ -218,7 +220,7 @@ def wrap(
         if not sharded:
             return
         policy = MixedPrecisionPolicy(
-            param_dtype=gather_dtype if casts_all or _is_fully_trained(module) else None,
+            param_dtype=gather_dtype if casts_all or _is_fully_trained(module, fixed) else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
@@ -279,7 +281,8 @@ def wrap(
                 shard(end)
     # With tied weights that are trained, the root unit has these, and the last norm. The vision parts, which
     # are frozen, are not in it.
-    trains_text = all(p.requires_grad for n, p in model.named_parameters() if not family.is_of_vision(n))
+    text = [p for name, p in model.named_parameters() if not family.is_of_vision(name)]
+    trains_text = all(p.requires_grad or p in fixed for p in text)
     shard(model, casts_all=(tied and not frozen) or trains_text)
     _configure_communication(model, mesh)
 

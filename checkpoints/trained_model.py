@@ -43,12 +43,14 @@ from options.errors import UserError
 def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, TensorEntry]:
     """Return {name: gathered entry} of the new layers' parameters, in the dtypes of the model's files.
 
-    Raises AssertionError unless exactly they are trained.
+    Fixed parameters are copied from the files. Raises AssertionError unless exactly the others are trained.
     """
     new, params = new_layers(model.config), {unwrapped_name(name): p for name, p in model.named_parameters()}
     names = [name for name in files.tensors if family.locate_layer(name)[0] in new]
-    assert {n for n, p in params.items() if p.requires_grad} == set(names)
-    return {name: gathered_entry(params[name], files.tensors[name].torch_dtype) for name in names}
+    trained = [name for name in names if not family.is_fixed(name)]
+    assert {n for n, p in params.items() if p.requires_grad} == set(trained)
+    copied = {name: entry for name, entry in file_entries(files).items() if name in names}
+    return copied | {n: gathered_entry(params[n], files.tensors[n].torch_dtype) for n in trained}
 
 
 def save_model(

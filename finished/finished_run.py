@@ -309,6 +309,7 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
         apply_method(model, run.family, config, precision, run.files)
     else:
         model.to(dtype).requires_grad_(False)  # type: ignore[arg-type]
+        run.family.set_fixed_parameters(model, torch.Tensor.float)
     load_weights(model, run.family, run.files, rank_info, device, run.config.seed, workers=1)
     if run.adapter:
         set_adapter(model, run)

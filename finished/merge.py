@@ -93,7 +93,9 @@ def make_merged_entries(
     buffers = PinnedBuffers(device.type) if device.type == "cuda" else None
     entries = file_entries(run.files)
     for name, entry in entries.items():
-        dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), adapters.pop(name, None)
+        # As transformers saves them: fixed parameters keep their dtype in a model of any other.
+        dtype = entry.dtype if run.family.is_fixed(name) else dtype_of(entry.dtype)
+        quantizer, tensors = quantizers.get(name), adapters.pop(name, None)
         trained = (tensors or {}).get(name.rpartition(".")[2])
         if trained is not None:  # in full: it replaces the base's
             make_trained = partial(_yield_trained_chunks, trained, name, dtype)

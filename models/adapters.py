@@ -176,7 +176,8 @@ def apply_method(
 ) -> None:
     """Cast, freeze and quantize a meta model in place, and add its adapters, as the train type says.
 
-    Afterwards exactly the trained parameters have requires_grad, and all have the dtypes of `precision`.
+    Afterwards exactly the trained parameters have requires_grad, and all have the dtypes of `precision`, but
+    for those that are fixed (`Family.fixed_parameters`), which are fp32.
 
     Args:
         model: from `build_on_meta`; changed in place.
@@ -196,6 +197,7 @@ def apply_method(
     model.to(precision.frozen).requires_grad_(False)  # type: ignore[arg-type]
     for module in trained:
         module.to(precision.trained).requires_grad_(True)
+    family.set_fixed_parameters(model, torch.Tensor.float)
     freeze_vision(model, family, precision)
     if method.quantizer:
         names = packed_linears(model, family, config, files)

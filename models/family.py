@@ -66,6 +66,9 @@ class Family:
             that describes no such model.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
+        fixed_parameters: parameters of a layer that no train type trains, such as the bias by which a router
+            chooses experts. transformers has them as buffers, and `match_checkpoint` makes them parameters.
+            They are fp32 in every precision, and whole on every rank.
         head_sizes: returns (features of a head of queries and of keys, of values).
         wide_linears: linears of a layer whose results, or products of them, may be beyond fp16's 65,504
             (models/wide_linears.py).
@@ -97,6 +100,7 @@ class Family:
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    fixed_parameters: tuple[str, ...] = ()
     head_sizes: Callable[[Any], tuple[int, int]] = equal_head_sizes
     wide_linears: tuple[str, ...] = ()
     compiles: bool = True
@@ -148,6 +152,18 @@ class Family:
         below = name.removeprefix(f"{self.layers}.")
         number, _, rest = below.partition(".")
         return (int(number), rest) if below != name and number.isdecimal() else (None, name)
+
+    def is_fixed(self, name: str) -> bool:
+        """Return whether a parameter of a decoder layer is one of `fixed_parameters`, by its full name."""
+        return self.locate_layer(name)[1] in self.fixed_parameters
+
+    def set_fixed_parameters(self, model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace each of the model's `fixed_parameters` by make(its contents), frozen."""
+        for path, module in model.named_modules() if self.fixed_parameters else ():
+            for last, parameter in list(module.named_parameters(recurse=False)):
+                if self.is_fixed(unwrapped_name(f"{path}.{last}")):
+                    fixed = nn.Parameter(make(parameter.detach()), requires_grad=False)
+                    module.register_parameter(last, fixed)
 
     def is_output(self, name_in_layer: str) -> bool:
         """Return whether a linear of a layer is one of `outputs`."""

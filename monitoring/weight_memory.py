@@ -44,6 +44,7 @@ class PlannedParameter:
         shape: the full tensor's.
         itemsize: bytes of an element.
         is_padded: whether FSDP shards it, with padding; models/loss.py shards the vocabulary without.
+        is_sharded: False if each rank has all of it, on its GPU (`Family.fixed_parameters`).
     """
 
     name: str
@@ -51,6 +52,7 @@ class PlannedParameter:
     shape: tuple[int, ...]
     itemsize: int
     is_padded: bool = True
+    is_sharded: bool = True
 
     def nbytes(self, shards: int = 1, index: int = 0) -> int:
         """Return the bytes that rank `index` allocates if `shards` ranks share it; by default, of all of it.
@@ -58,6 +60,7 @@ class PlannedParameter:
         FSDP cuts dimension 0 into equal shards, rounded up. The last ranks may have fewer rows, or none, but
         allocate as many.
         """
+        shards = shards if self.is_sharded else 1
         rows = -(-self.shape[0] // shards)
         local_rows = rows if self.is_padded else min(rows, max(self.shape[0] - rows * index, 0))
         return local_rows * math.prod(self.shape[1:]) * self.itemsize
@@ -96,6 +99,8 @@ def plan_parameters(
             for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
                 shape = (-(-n_bytes // STORAGE.itemsize),)
                 planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
+        elif family.is_fixed(name):
+            planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize=4, is_sharded=False))
         elif is_new or name in vocabulary or (trains_all and not family.is_of_vision(name)):
             planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
@@ -183,8 +188,10 @@ def expected_memory(
         rank_info: this process.
     """
     planned = plan_parameters(model, family, config, precision, files)
-    if rank_info.device.type == "cpu" or config.use_cpu_offload:
+    if rank_info.device.type == "cpu":
         on_host = planned
+    elif config.use_cpu_offload:
+        on_host = [p for p in planned if p.is_sharded]
     else:
         on_host = host_parameters(planned, family, model.config.tie_word_embeddings)
     shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(rank_info.world, config.hybrid_shard_size)

@@ -92,7 +92,7 @@ def find_buffers(model: nn.Module, rotary: str, config: PretrainedConfig, draft:
         source = _scalar_source(buffer, config) if buffer.numel() == 1 else None
         every = re.sub(r"\.\d+\.", ".*.", name)  # the same of all layers
         if name in stored:
-            missing[f"{every}: a buffer that files hold, which the load does not fill"] = None
+            missing[f"{every}: a buffer that files hold: write match_checkpoint and fixed_parameters"] = None
         elif source is None:
             missing[f"constant_buffers: what {every} {list(buffer.shape)} holds"] = None
         else:
