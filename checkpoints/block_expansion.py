@@ -174,6 +174,23 @@ def name_like_base(
     return named
 
 
+def move_extra_layers(
+    entries: dict[str, TensorEntry], family: Family, new_blocks: int
+) -> dict[str, TensorEntry]:
+    """Return entries of parts that are not built, with the extra layers behind the expanded model's last.
+
+    Args:
+        entries: {name in the files: entry}.
+        family: the model's family.
+        new_blocks: number of layers by which those behind the last one move (`Family.extra_layers`).
+    """
+    moved = {}
+    for name, entry in entries.items():
+        layer, rest = family.locate_layer(name)
+        moved[name if layer is None else f"{family.layers}.{layer + new_blocks}.{rest}"] = entry
+    return moved
+
+
 def per_layer_lists(config: dict, num_layers: int) -> dict[str, list]:
     """Return {key: list} of the lists in a config that have `num_layers` entries, one per layer.
 
@@ -235,7 +252,8 @@ def expand(options: Options) -> str:
     new_config = expanded_config(raw, config, originals)
     entries = expanded_tensors(files, family, originals)
     _check_plan(new_config, entries, config, files, family)
-    stored = name_like_base(entries, files, family, originals) | apart_entries(files)
+    stored = name_like_base(entries, files, family, originals)
+    stored |= move_extra_layers(apart_entries(files), family, len(originals) - layers)
     _write(options, _split_like_base(stored, files), files, {CONFIG: to_json_text(new_config)})
     new = ", ".join(map(str, new_config.get("text_config", new_config)[NEW_LAYERS]))
     return (

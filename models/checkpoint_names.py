@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from files.config_parts import text_config
 from files.weight_headers import WeightHeaders
 from models.family import Family
 
@@ -82,6 +83,8 @@ class ParameterNames:
 def rename_tensors(model: PreTrainedModel, family: Family, files: WeightHeaders) -> None:
     """Rename the tensors of `files` to the parameters of `model`, and set those of parts not built apart.
 
+    Extra layers behind the model's are such parts, too (`Family.extra_layers`).
+
     Raises UserError if two tensors would fill the same parameter.
 
     Args:
@@ -89,5 +92,10 @@ def rename_tensors(model: PreTrainedModel, family: Family, files: WeightHeaders)
         family: its family.
         files: the model's weights, changed in place.
     """
-    names = ParameterNames(model)
-    files.rename(names.parameter_name, family.is_unused, family.is_of_vision)
+    names, count = ParameterNames(model), len(family.decoder_layers(model))
+    extra = range(count, count + family.extra_layers(text_config(model.config)))
+    files.rename(
+        names.parameter_name,
+        lambda name: family.is_unused(name) or family.locate_layer(name)[0] in extra,
+        family.is_of_vision,
+    )

@@ -69,6 +69,8 @@ class Family:
         fixed_parameters: parameters of a layer that no train type trains, such as the bias by which a router
             chooses experts. transformers has them as buffers, and `match_checkpoint` makes them parameters.
             They are fp32 in every precision, and whole on every rank.
+        extra_layers: returns the number of layers that the files hold behind the model's. They predict
+            further tokens, and transformers does not build them. A saved model gets their tensors unchanged.
         head_sizes: returns (features of a head of queries and of keys, of values).
         wide_linears: linears of a layer whose results, or products of them, may be beyond fp16's 65,504
             (models/wide_linears.py).
@@ -101,6 +103,7 @@ class Family:
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     fixed_parameters: tuple[str, ...] = ()
+    extra_layers: Callable[[Any], int] = lambda config: 0
     head_sizes: Callable[[Any], tuple[int, int]] = equal_head_sizes
     wide_linears: tuple[str, ...] = ()
     compiles: bool = True
