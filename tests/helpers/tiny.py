@@ -16,6 +16,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeLiteConfig,
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
@@ -105,6 +106,23 @@ _EXPERTS = {
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
     "mlp_only_layers": [0],
+}
+# GLM-4.7-Flash: heads of 24 features, of which 8 are rotated, and values of 16 or, in a variant, 32. Tokens
+# choose among two of four groups of experts. Layer 0 has a plain MLP.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
 }
 # Large enough to change the logits. Division by a power of two would be exact.
 MULTIPLIERS = {
@@ -215,6 +233,7 @@ CONFIGS = {
     ),
     "starcoder2": lambda: Starcoder2Config(**_COMMON, sliding_window=16),
     "glm4": lambda: Glm4Config(**_COMMON, head_dim=32, pad_token_id=0),
+    "glm4_moe_lite": lambda: Glm4MoeLiteConfig(**_COMMON | _LATENT),
     "cohere2": lambda: Cohere2Config(
         **_COMMON, pad_token_id=0, sliding_window=16, layer_types=_GEMMA["layer_types"], logit_scale=2.0
     ),
@@ -253,6 +272,14 @@ VARIANTS = {
             "short_factor": [1.0 + i / 10 for i in range(8)],
             "long_factor": [1.0 + i for i in range(8)],
         },
+    ),
+    "glm4_moe_lite_wide_values": lambda: Glm4MoeLiteConfig(
+        **_COMMON
+        | _LATENT
+        | {"v_head_dim": 32, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 1},
+        attention_bias=True,
+        rope_interleave=False,
+        mlp_layer_types=["dense", "sparse", "dense"],
     ),
     "granite_bias": lambda: GraniteConfig(**_COMMON, **MULTIPLIERS, attention_bias=True, mlp_bias=True),
     "mistral3_of_ministral3": lambda: Mistral3Config(
@@ -335,7 +362,14 @@ def save_checkpoint(
             torch.nn.init.normal_(parameter, mean=norm if is_norm else 0.0, std=0.1)
         else:  # 3 dimensions where transformers stacks experts; the files hold one tensor for each
             torch.nn.init.normal_(parameter, std=0.15)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    model.to(dtype)
+    buffers = dict(model.named_buffers())
+    for name in model.state_dict().keys() & buffers.keys():  # routers' biases, in fp32 in any model
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        path, _, last = name.rpartition(".")
+        bias = torch.randn(buffers[name].shape, generator=generator) * 0.2
+        setattr(model.get_submodule(path), last, bias)
+    model.save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -33,6 +33,7 @@ from tests.helpers.runs import set_up, train_run
 from tests.helpers.spellings import is_of_a_tower
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,12 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("qwen2_moe_window", {"sliding_window": 64}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
+        ("glm4_moe_lite", {"num_experts_per_tok": 3}),
+        ("glm4_moe_lite", {"norm_topk_prob": False}),
+        ("glm4_moe_lite", {"routed_scaling_factor": 1.0}),
+        ("glm4_moe_lite", {"topk_group": 4}),
+        ("glm4_moe_lite", {"rope_interleave": False}),
+        ("glm4_moe_lite_wide_values", {"norm_topk_prob": True}),
         ("exaone4", {"sliding_window": 64}),
         ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),  # with RoPE
         *(("granite", {name: 1.0}) for name in tiny.MULTIPLIERS),
@@ -92,7 +99,8 @@ def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints
 def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank):
     """Compare the logits, and the dtype and contents of each buffer, as on a GPU.
 
-    Scale and tables are rounded, or stay fp32, exactly where transformers does it.
+    Scale and tables are rounded, or stay fp32, exactly where transformers does it. Fixed parameters are
+    buffers there.
     """
     args = args_for(checkpoints(kind), alpaca_file, "lora")
     ours, buffers = one_rank(bf16_logits_and_buffers, args)[0]
@@ -112,10 +120,12 @@ def bf16_logits_and_buffers(rank_info, args):
     """Return (logits, {name: buffer}) of a model in the dtypes of a GPU with bf16."""
     original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
     try:
-        _, model = set_up(rank_info, args, random_adapters=False)
+        job, model = set_up(rank_info, args, random_adapters=False)
     finally:
         precision.has_bf16_gpu = original
     buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
+    parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
+    buffers |= {n: p.detach().clone() for n, p in parameters.items() if job.family.is_fixed(n)}
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
 
@@ -230,6 +240,7 @@ def assert_same_tables(*folders) -> None:
         ("phi", {f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "dense")} | {"mlp.fc1", "mlp.fc2"}),
         ("mixtral", ATTENTION),
         ("qwen2_moe", ATTENTION),
+        ("glm4_moe_lite", {f"self_attn.{x}" for x in LATENT}),
         ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )
@@ -284,6 +295,13 @@ def test_a_heads_bias_is_trained_in_two_ranks_as_in_one(
     ("kind", "edit", "words"),
     [
         ("qwen3_moe", {"num_experts_per_tok": 9}, "describes no qwen3_moe model .*9 experts per token, of 8"),
+        ("glm4_moe_lite", {"q_lora_rank": None}, "q_lora_rank null: queries without a latent"),
+        ("glm4_moe_lite", {"num_key_value_heads": 2}, "num_key_value_heads 2: .* num_attention_heads, 4"),
+        ("glm4_moe_lite", {"n_shared_experts": 0}, "n_shared_experts 0: must be positive"),
+        ("glm4_moe_lite", {"n_group": 3}, "n_group 3: must divide the 8 experts into groups"),
+        ("glm4_moe_lite", {"n_group": 8}, "n_group 8: .* groups of two or more"),
+        ("glm4_moe_lite", {"topk_group": 5}, "topk_group 5, of 4 groups"),
+        ("glm4_moe_lite", {"num_experts_per_tok": 5}, "5 experts per token, of 4 in topk_group 2"),
         ("ministral3", {"rope_parameters": tiny.YARN}, "describes no ministral3 .*no llama_4_scaling_beta"),
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention.*only causal models"),
         ("llama", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),

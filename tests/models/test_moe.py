@@ -96,14 +96,15 @@ def test_an_idle_expert_runs_only_if_it_is_trained(routed):
     assert ran == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 6, 7]
 
 
-def test_gradients_of_trained_experts_are_transformers_own(checkpoints, alpaca_file, two_ranks):
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe_lite"])
+def test_gradients_of_trained_experts_are_transformers_own(kind, checkpoints, alpaca_file, two_ranks):
     """Compare all gradients of the full sharded model, router and experts included.
 
     The reference converts the files' names as transformers does.
     """
-    args = args_for(checkpoints("qwen3_moe"), alpaca_file, "full")
+    args = args_for(checkpoints(kind), alpaca_file, "full")
     ours, state = two_ranks(gradients, args)[0]
-    model = transformers_model(checkpoints("qwen3_moe"), state)
+    model = transformers_model(checkpoints(kind), state)
     logits = model(input_ids=IDS).logits
     F.cross_entropy(
         logits.flatten(0, 1), targets().flatten(), ignore_index=IGNORE, reduction="sum"
@@ -133,16 +134,18 @@ def gradients(rank_info, args):
     _, model = set_up(rank_info, args)
     rows = slice(rank_info.rank, None, rank_info.world)
     train.loss_sum(model, Batch(IDS[rows], targets()[rows])).backward()
-    return {unwrapped_name(n): full_tensor(p.grad) for n, p in model.named_parameters()}, state
+    trained = {unwrapped_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    return {name: full_tensor(p.grad) for name, p in trained.items()}, state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
-def test_experts_that_are_idle_on_one_rank(train_type, checkpoints, one_rank, two_ranks, tmp_path):
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe_lite"])
+def test_experts_that_are_idle_on_one_rank(kind, train_type, checkpoints, one_rank, two_ranks, tmp_path):
     """Rows of four tokens reach few of the eight experts, and others on each rank."""
     data = tmp_path / "short.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["ab", "ef"] * 8))
     # SGD: if a gradient is zero except for rounding, AdamW's first steps would have full size.
-    args = [*arguments(checkpoints("qwen3_moe"), data, train_type), "--optimizer", "sgd", "--lr", "0.1"]
+    args = [*arguments(checkpoints(kind), data, train_type), "--optimizer", "sgd", "--lr", "0.1"]
     plain, _ = one_rank(run_and_experts_used, [*args, "--batch_size", "2"])[0]
     (first, used), (_, used_by_other) = two_ranks(run_and_experts_used, [*args, "--batch_size", "1"])
     assert all(len(experts) < 8 for experts in used + used_by_other) and used != used_by_other

@@ -24,6 +24,8 @@ from tests.helpers.tiny import save_checkpoint
 LLAMA = asdict(LayerWidths(hidden=64, query=64, key=32, value=32, result=64, mlp=160, heads=4))
 WIDE = {"query": 128, "key": 64, "value": 64, "result": 128}  # heads of 32
 ROUTED = {"mlp": 96, "experts_per_token": 2, "compiles": False}
+# 4 heads of 24 features, of which 16 are in one tensor with the values' 16; 48 and 40 + 8 in the latents.
+LATENT = {"query": 96, "key": 96, "value": 128, "result": 64, "latents": 96}
 NORMS = {"norms_read_outputs": True}
 OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs": True}
 
@@ -51,10 +53,11 @@ OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs":
         ("phi", {"has_one_norm": True}),
         ("cohere", {"has_one_norm": True, "has_head_norms": True}),
         ("stablelm", {"has_one_norm": True, "has_head_norms": True, "passes_row_bounds": False}),
-        # Two experts of 48 for each token and, in Qwen2-MoE, a shared one of 96.
+        # Two experts of 48 for each token and, in Qwen2-MoE and GLM-4.7-Flash, a shared one of 96.
         ("qwen3_moe", WIDE | ROUTED | {"has_head_norms": True}),
         ("mixtral", ROUTED),
         ("qwen2_moe", ROUTED | {"mlp": 192, "passes_window": False}),
+        ("glm4_moe_lite", ROUTED | LATENT | {"mlp": 192}),
     ],
 )
 def test_layer_widths(kind, others, checkpoints):
@@ -94,6 +97,7 @@ def test_packed_rows_have_masks_where_scores_are_dropped(dropout, expected, chec
     [
         ("llama", False),
         ("gemma3", False),
+        ("glm4_moe_lite", False),
         *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("olmo2", "glm4", "exaone4")),
         *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("llama", "gemma3", "olmo2")),
     ],

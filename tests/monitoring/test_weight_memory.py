@@ -83,12 +83,12 @@ ON_TWO = [
     "hqq_lora --train_embeddings --precision bf16",
 ]
 FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3 hqq_dora", "qwen3_moe qlora",
-            "qwen3_moe full", "gemma3 qlora --train_embeddings",
+            "qwen3_moe full", "glm4_moe_lite full --precision bf16", "gemma3 qlora --train_embeddings",
             "gemma3_wrapper bnb_dora --images true --vision_targets all --vision_bits 4",
             "gemma3_wrapper lora --images true --precision bf16_autocast",
             *(pytest.param(given, marks=pytest.mark.slow) for given in (
                 "phi full --precision bf16_autocast", "phi bnb_dora --train_embeddings --precision bf16",
-                "qwen2_moe qlora", "mixtral qlora"))]  # fmt: skip
+                "qwen2_moe qlora", "mixtral qlora", "glm4_moe_lite bnb_dora"))]  # fmt: skip
 
 
 def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> list[str]:
