@@ -13,7 +13,7 @@ not hand on (Qwen2-MoE). The masks are [B, 1, T, T] booleans, made once per micr
 shared by the layers. To decide whether a mask must separate rows, transformers looks for positions that start
 again (masking_utils.find_packed_sequence_indices, packed rows or not): the host waits for the GPU once per
 kind, before the first layer. transformers skips this for an implementation that has no mask function, such as
-the last three here.
+the last three here. All of them take sinks (models/sinks.py).
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows. In GLM-4.7-Flash's family a head's value may have another number of features, V; elsewhere V is
@@ -37,6 +37,7 @@ from transformers.masking_utils import sdpa_mask
 
 from files.config_parts import text_config
 from models.family import CAUSAL, CAUSAL_VARLEN, FUSED, VARLEN, Family
+from models.sinks import attend_with_sinks, takes_sinks
 from models.varlen import VARLEN_OPTIONS, attend_images, has_varlen
 from models.wide_linears import power_of_two_below
 from quantization.operators import compute_dtype
@@ -126,6 +127,7 @@ def _with_wide_values(attend: Callable) -> Callable:
     return attend_wide
 
 
+@takes_sinks
 @_with_wide_values
 def attend_fused(
     module: nn.Module,
@@ -223,6 +225,7 @@ def attend_within_rows(
     image_queries: torch.Tensor | None = None,
     image_bounds: torch.Tensor | None = None,
     longest_image: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
     """Return (causal attention, None), in which a token of a packed sequence sees only its own row.
@@ -245,6 +248,7 @@ def attend_within_rows(
             B * T. Rows without tokens are allowed. None: each sequence is a row.
         max_length_q: tokens of the longest row.
         image_queries, image_bounds, longest_image: as for `attend_images`.
+        s_aux: [H], sinks; not with images.
         others: arguments for other implementations; not used.
 
     Returns:
@@ -265,6 +269,8 @@ def attend_within_rows(
     if image_queries is not None:
         rows, images = (cu_seq_lens_q, max_length_q), (image_queries, image_bounds, longest_image)
         result, _ = attend_images(q, k, v, *rows, *images, scaling, before)
+    elif s_aux is not None:
+        result, _ = attend_with_sinks(q, k, v, s_aux, cu_seq_lens_q, max_length_q, scaling, before)
     else:
         assert max_length_q is not None
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)

@@ -18,8 +18,8 @@ from files.config_parts import text_config
 from models.vision import Vision
 
 # Names of the attention of models/attention.py in transformers' registry. CAUSAL_VARLEN is CAUSAL with VARLEN
-# for images.
-FUSED, CAUSAL, VARLEN = "fused_sdpa", "causal_lines", "varlen_rows"
+# for images. transformers takes no name with "sdpa" in it for a model with sinks, whose own SDPA lacks them.
+FUSED, CAUSAL, VARLEN = "fused_kernels", "causal_lines", "varlen_rows"
 CAUSAL_VARLEN = "causal_lines_varlen_images"
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # end of a tensor's name in old Llama files
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import models.sinks  # registers its operator
 import models.varlen  # noqa: F401 # registers its operators, and imports torch.nn.attention.varlen
 from launch.devices import triton_runs_on
 from launch.signals import signals_blocked_for_children
@@ -37,6 +38,7 @@ ATTENTION = {
     ops.aten._scaled_dot_product_cudnn_attention.default,
     ops.torch_attn._varlen_attn.default,  # for packed rows, and for windows shorter than a row
     ops.fsdp_finetune.attend_images.default,
+    ops.fsdp_finetune.attend_with_sinks.default,
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
 MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
