@@ -22,6 +22,7 @@ from checkpoints.model_writer import (
     replace_entries,
     split_into_files,
     to_json_text,
+    with_stored_names,
     write_model,
 )
 from checkpoints.trained_model import open_blocks
@@ -159,19 +160,19 @@ def name_like_base(
         family: the model's family.
         originals: as for `expanded_tensors`.
     """
-    named = {}
-    for name, entry in entries.items():
+
+    def locate(name: str) -> tuple[str, str]:
+        """Return (the parameter of the base that it copies, its name in the files)."""
         layer, rest = family.locate_layer(name)
         if layer is None:
-            named[files.stored_name(name)] = entry
-            continue
-        source = originals[layer]
-        stored = files.stored_name(f"{family.layers}.{source}.{rest}")
+            return name, files.stored_name(name)
+        source = f"{family.layers}.{originals[layer]}.{rest}"
         # The first number in a tensor's name is that of its layer.
-        before, number, after = re.split(r"(?<=\.)(\d+)(?=\.)", stored, maxsplit=1)
-        assert number == str(source)
-        named[f"{before}{layer}{after}"] = entry
-    return named
+        before, number, after = re.split(r"(?<=\.)(\d+)(?=\.)", files.stored_name(source), maxsplit=1)
+        assert number == str(originals[layer])
+        return source, f"{before}{layer}{after}"
+
+    return with_stored_names(files, entries, locate)
 
 
 def move_extra_layers(

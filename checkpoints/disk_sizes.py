@@ -254,9 +254,9 @@ def _result_bytes(
             saved.add(f"{PEFT_PREFIX}{name}", shape, precision.trained)
         return saved.data_bytes() + saved.header_bytes()
     new = new_layers(model.config) if config.method.expansion else []
-    for name, stored in files.tensors.items():
-        if not (blocks and new) or family.locate_layer(name)[0] in new:
-            saved.add(files.stored_name(name), stored.shape, stored.torch_dtype)
+    written = [name for name in files.tensors if not (blocks and new) or family.locate_layer(name)[0] in new]
+    for name, (shape, dtype) in files.written_shapes(written).items():
+        saved.add(name, shape, dtype)
     if blocks and new:
         return saved.data_bytes() + saved.header_bytes()
     for name, stored in files.apart.tensors.items() if files.apart else ():

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from files.atomic_writes import stage_files, write_text
+from files.expert_stacks import ExpertTensor, join_expert, stacked_shape
 from files.finite import check_finite
 from files.model_folder import CheckpointFiles
 from files.names import CHAT_TEMPLATE, CONFIG, INDEX, SINGLE_FILE, SMALL_MODEL_FILES, TEMPLATE_FILES
@@ -64,9 +65,44 @@ def file_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
     }
 
 
-def with_stored_names(files: CheckpointFiles, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Return entries of parameters by their names in a model's files."""
-    return {files.stored_name(name): entry for name, entry in entries.items()}
+def with_stored_names(
+    files: CheckpointFiles,
+    entries: dict[str, TensorEntry],
+    locate: Callable[[str], tuple[str, str]] | None = None,
+) -> dict[str, TensorEntry]:
+    """Return entries of parameters by their names in a model's files; experts are stacked again.
+
+    Args:
+        files: the model's files.
+        entries: {parameter's name: entry}; with one parameter of a stack, all others, in the files' order.
+        locate: returns (a parameter of `files` that is stored alike, the name in the files) for a name in
+            `entries`; None: they are the parameters of `files`.
+    """
+    stacks: dict[str, tuple[int, list[TensorEntry]]] = {}
+    for name, entry in entries.items():
+        source, stored_name = locate(name) if locate else (name, files.stored_name(name))
+        stored = files.tensors.get(source)
+        parts = stored.parts if isinstance(stored, ExpertTensor) else 0
+        stacks.setdefault(stored_name, (parts, []))[1].append(entry)
+    return {name: _stacked_entry(e, parts) if parts else e[0] for name, (parts, e) in stacks.items()}
+
+
+def _stacked_entry(entries: list[TensorEntry], parts: int) -> TensorEntry:
+    """Return the entry of a stack of experts (files/expert_stacks.py), of which `parts` are an expert's."""
+    first = entries[0]
+
+    def chunks():
+        for begin in range(0, len(entries), parts):
+            own = [_read_entry(entry) for entry in entries[begin : begin + parts]]
+            yield join_expert(own).view(-1).view(torch.uint8).numpy().data
+
+    shape = stacked_shape(first.shape, len(entries), parts)
+    return TensorEntry(first.dtype, shape, chunks, any(entry.collective for entry in entries))
+
+
+def _read_entry(entry: TensorEntry) -> torch.Tensor:
+    """Return an entry's tensor. Collective if the entry is."""
+    return torch.frombuffer(bytearray().join(entry.chunks()), dtype=entry.dtype).view(entry.shape)
 
 
 def apart_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
@@ -104,6 +140,12 @@ def gathered_entry(param: nn.Parameter, dtype: torch.dtype) -> TensorEntry:
 
 def _read_chunks(folder: Path, stored: StoredTensor, origin: str) -> Iterator:
     """Yield a stored tensor's bytes. Raises UserError, which names `origin`, for NaN and infinity."""
+    if isinstance(stored, ExpertTensor):
+        parameter = stored.read(folder)
+        assert isinstance(parameter, torch.Tensor)
+        check_finite(origin, parameter)
+        yield parameter.view(-1).view(torch.uint8).numpy().data
+        return
     step, count = CHUNK_BYTES // stored.torch_dtype.itemsize, math.prod(stored.shape)
     for first in range(0, count, step):
         values = read_tensor(folder, stored.flat_slice(first, min(step, count - first)))
@@ -179,9 +221,9 @@ def split_into_files(entries: dict[str, TensorEntry], max_bytes: int) -> WeightF
 def replace_entries(files: CheckpointFiles, changed: dict[str, TensorEntry]) -> WeightFiles:
     """Return entries that copy a model's files, but for the parameters in `changed`. No name changes."""
     weight_files: WeightFiles = {}
-    for name, entry in file_entries(files).items():
-        file = weight_files.setdefault(files.tensors[name].file, {})
-        file[files.stored_name(name)] = changed.get(name, entry)
+    places = {files.stored_name(name): stored.file for name, stored in files.tensors.items()}
+    for name, entry in with_stored_names(files, file_entries(files) | changed).items():
+        weight_files.setdefault(places[name], {})[name] = entry
     for name, entry in apart_entries(files).items():
         assert files.apart
         weight_files.setdefault(files.apart.tensors[name].file, {})[name] = entry

@@ -204,6 +204,8 @@ def open_blocks(
     blocks = CheckpointFiles(path.parent, only_file=path.name)
     parameters = {stored: name for name, stored in files.stored_names.items()}
     blocks.rename(lambda stored: parameters.get(stored, stored), family.is_unused)
+    if family.stacks_experts:
+        blocks.split_experts()
     metadata = read_header(path)[0].get("__metadata__") or {}
     stored_layers = metadata.get(NEW_LAYERS)
     if stored_layers is None:

@@ -70,14 +70,15 @@ def digest_weight_rows(files: CheckpointFiles, names: list[str], extra_rows: int
         for name in sorted(names):
             stored = files.tensors[name]
             total.update(f"{name} {stored.shape} {stored.dtype}".encode())
-            count, row_bytes = _row_layout(stored)
             random = hashlib.shake_256(name.encode()).digest(8 * extra_rows)
-            drawn = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * extra_rows, 8)}
-            row_ranges = [(i, 1) for i in sorted(drawn | {0, count // 2, count - 1})]
-            if extra_rows and count * row_bytes <= SMALL_WEIGHT_BYTES:
-                row_ranges = [(0, count)]
-            for first, rows in row_ranges:
-                total.update(read(stored.file, stored.begin + first * row_bytes, rows * row_bytes))
+            for source in stored.sources():
+                count, row_bytes = _row_layout(source)
+                drawn = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * extra_rows, 8)}
+                row_ranges = [(i, 1) for i in sorted(drawn | {0, count // 2, count - 1})]
+                if extra_rows and count * row_bytes <= SMALL_WEIGHT_BYTES:
+                    row_ranges = [(0, count)]
+                for first, rows in row_ranges:
+                    total.update(read(source.file, source.begin + first * row_bytes, rows * row_bytes))
     return total.hexdigest()
 
 

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from files.bnb_weights import BnbWeight, find_bnb_weights
 from files.config_parts import text_config
+from files.expert_stacks import ExpertTensor, StreamedExpert, find_mxfp4_stacks
 from files.hub_errors import translate_hub_errors
 from files.links import points_outside
 from files.names import ADAPTER_CONFIG, CARD, CONFIG, INDEX, SINGLE_FILE, split_revision
@@ -57,6 +58,7 @@ class CheckpointFiles(WeightHeaders):
         for file, names in ({only_file: None} if only_file else list_weight_files(folder)).items():
             self.add_file(file, read_file_header(folder, file), names)
         self.unmatched = [] if only_file else compare_weight_sets(folder, dict(self.tensors))
+        find_mxfp4_stacks(folder, self.tensors)
         self.set_packed(find_bnb_weights(folder, self.tensors))
 
     def overlaid_by(self, other: CheckpointFiles) -> CheckpointFiles:
@@ -94,10 +96,10 @@ class CheckpointFiles(WeightHeaders):
     @overload
     def read(
         self, name: str, buffers: PinnedBuffers | None
-    ) -> torch.Tensor | PackedWeight | StreamedTensor: ...
+    ) -> torch.Tensor | PackedWeight | StreamedTensor | StreamedExpert: ...
     def read(
         self, name: str, buffers: PinnedBuffers | None = None
-    ) -> torch.Tensor | PackedWeight | StreamedTensor:
+    ) -> torch.Tensor | PackedWeight | StreamedTensor | StreamedExpert:
         """Read a tensor to the CPU, or start to stream it to a GPU if `buffers` are given.
 
         A weight that is stored packed is returned packed, on the CPU, or as fp32 if it is one of
@@ -110,7 +112,10 @@ class CheckpointFiles(WeightHeaders):
             return packed.dequantize()
         if packed:
             return packed.read()
-        return read_tensor(self.folder, self.tensors[name], buffers)
+        stored = self.tensors[name]
+        if isinstance(stored, ExpertTensor):
+            return stored.read(self.folder, buffers)
+        return read_tensor(self.folder, stored, buffers)
 
 
 def read_file_header(folder: Path, file: str) -> dict[str, StoredTensor]:

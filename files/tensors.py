@@ -75,6 +75,20 @@ class StoredTensor:
         bits = re.search(r"\d+", self.dtype)
         return int(bits[0]) // 8 if bits else 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def note(self) -> str:
+        """What messages add to the shape."""
+        return ""
+
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """Return the tensors in the files whose bytes this one is made of."""
+        return (self,)
+
     def flat_slice(self, first: int, count: int) -> StoredTensor:
         """Describe the `count` elements from element `first` on, as a 1-D tensor."""
         begin = self.begin + first * self.torch_dtype.itemsize

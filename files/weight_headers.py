@@ -7,13 +7,13 @@ no more than this.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from files.expert_stacks import ExpertTensor, split_stacks, stack_name, stacked_shape
 from files.names import INDEX
 from files.quantized_releases import suggest_original
 from files.tensors import StoredTensor
@@ -76,11 +76,7 @@ class WeightHeaders:
 
     def data_bytes(self, files: Collection[str] | None = None) -> int:
         """Return the bytes of the tensors in these files; None = in all."""
-        return sum(
-            math.prod(tensor.shape) * tensor.itemsize
-            for tensor in self.tensors.values()
-            if files is None or tensor.file in files
-        )
+        return sum(tensor.nbytes for tensor in self.tensors.values() if files is None or tensor.file in files)
 
     def set_packed(self, packed: dict) -> None:
         """Set the weights that bitsandbytes packed. Raises UserError if another tensor is no weight.
@@ -140,10 +136,34 @@ class WeightHeaders:
         stored = self.tensors[name]
         if stored.shape != shape:
             raise UserError(
-                f"{self.folder}/{stored.file}: {self.stored_name(name)} has shape {list(stored.shape)},"
-                f" but config.json says {list(shape)}"
+                f"{self.folder}/{stored.file}: {self.stored_name(name)} has shape {list(stored.shape)}"
+                f"{stored.note}, but config.json says {list(shape)}"
             )
 
+    def split_experts(self) -> None:
+        """Replace the stacks of experts by the parameters of each expert. Raises UserError."""
+        self.tensors = split_stacks(self.folder, self.tensors)
+
     def stored_name(self, name: str) -> str:
-        """Return a parameter's name in the files."""
+        """Return the name that a parameter, or the stack that holds it, has in the files."""
+        if isinstance(self.tensors.get(name), ExpertTensor):
+            name = stack_name(name)
         return self.stored_names.get(name, name)
+
+    def written_shapes(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return {name in the files: (shape, dtype)} of parameters; experts are stacked.
+
+        names: with one parameter of a stack, all others.
+        """
+        grouped: dict[str, list[StoredTensor]] = {}
+        for name in names:
+            grouped.setdefault(self.stored_name(name), []).append(self.tensors[name])
+        return {
+            stored: (
+                stacked_shape(first.shape, len(tensors), first.parts)
+                if isinstance(first := tensors[0], ExpertTensor)
+                else first.shape,
+                first.torch_dtype,
+            )
+            for stored, tensors in grouped.items()
+        }

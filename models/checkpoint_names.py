@@ -21,8 +21,10 @@ from transformers.core_model_loading import (
 )
 
 from files.config_parts import text_config
+from files.expert_stacks import STACKS
 from files.weight_headers import WeightHeaders
 from models.family import Family
+from models.moe import Experts
 
 # transformers' parameter of stacked experts -> the linears of one expert (models/moe.py) that are stacked in
 # it, in the order of the files' tensors.
@@ -34,10 +36,16 @@ MAX_NAME = 1000  # characters; the rules' regular expressions take quadratic tim
 class ParameterNames:
     """Maps names in files to names of parameters, as transformers does when it loads a model."""
 
-    def __init__(self, model: PreTrainedModel):
-        """model: on meta or not; from `build_on_meta`, before a method changes it."""
+    def __init__(self, model: PreTrainedModel, stacks_experts: bool = False):
+        """model: on meta or not; from `build_on_meta`, before a method changes it.
+
+        stacks_experts: value of Family.stacks_experts. Stacks then count as parameters.
+        """
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        for path, module in model.named_modules() if stacks_experts else ():
+            if isinstance(module, Experts):
+                self.parameters |= {f"{path}.{stack}": next(module.parameters()) for stack in STACKS}
 
     @cached_property
     def _rules(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -83,19 +91,22 @@ class ParameterNames:
 def rename_tensors(model: PreTrainedModel, family: Family, files: WeightHeaders) -> None:
     """Rename the tensors of `files` to the parameters of `model`, and set those of parts not built apart.
 
-    Extra layers behind the model's are such parts, too (`Family.extra_layers`).
+    Extra layers behind the model's are such parts, too (`Family.extra_layers`). Stacks of experts become the
+    parameters of each expert.
 
-    Raises UserError if two tensors would fill the same parameter.
+    Raises UserError if two tensors would fill the same parameter, or a stack has not the shape of one.
 
     Args:
         model: from `build_on_meta`.
         family: its family.
         files: the model's weights, changed in place.
     """
-    names, count = ParameterNames(model), len(family.decoder_layers(model))
+    names, count = ParameterNames(model, family.stacks_experts), len(family.decoder_layers(model))
     extra = range(count, count + family.extra_layers(text_config(model.config)))
     files.rename(
         names.parameter_name,
         lambda name: family.is_unused(name) or family.locate_layer(name)[0] in extra,
         family.is_of_vision,
     )
+    if family.stacks_experts:
+        files.split_experts()

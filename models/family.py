@@ -64,6 +64,8 @@ class Family:
             text model's) in place so that its parameters are the files' tensors. It may replace a module by
             one with the same parameters and a larger range (Nemotron). It may raise ValueError for a config
             that describes no such model.
+        stacks_experts: whether the files hold a tensor for the linear of all experts of a layer
+            (files/expert_stacks.py), in 16 bits or MXFP4, and not one for each expert.
         constant_buffers: returns {absolute name: full contents} of the buffers that no file holds, other than
             rotary tables.
         fixed_parameters: parameters of a layer that no train type trains, such as the bias by which a router
@@ -101,6 +103,7 @@ class Family:
     attention: str = FUSED
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda text_model: None
+    stacks_experts: bool = False
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     fixed_parameters: tuple[str, ...] = ()
     extra_layers: Callable[[Any], int] = lambda config: 0

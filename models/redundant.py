@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from files.comparison import same_values
-from files.config_parts import text_config
+from files.config_parts import find_quantization, text_config, without_quantization
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
@@ -74,15 +74,18 @@ def rename_tied_head(config: PretrainedConfig, family: Family, files: WeightHead
 def sync_tied_embeddings(raw: dict, config: PretrainedConfig) -> dict:
     """Return `raw`, the contents of a config.json, with the tie_word_embeddings of `config`.
 
-    It is `raw` itself if they agree. config: loaded from there, and maybe untied since.
+    It is `raw` itself if they agree. config: loaded from there, and maybe untied since. Without a
+    quantization_config, that of `raw` is removed: the weights are MXFP4, which is written as 16 bits.
     """
+    if not find_quantization(config):
+        raw = without_quantization(raw) if find_quantization(raw) else raw
     if type(config).from_dict(copy.deepcopy(raw)).tie_word_embeddings == config.tie_word_embeddings:
         return raw
     return raw | {"tie_word_embeddings": config.tie_word_embeddings}
 
 
 def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
-    """Return {"config.json": its text with config's tie_word_embeddings}; {} if the folder's file agrees.
+    """Return {"config.json": its text as `sync_tied_embeddings` makes it}; {} if the folder's file agrees.
 
     Raises UserError if that file cannot be read.
     """

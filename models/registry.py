@@ -15,10 +15,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 import models.attention  # noqa: F401 # registers the names that families give their attention
 from files.bnb_weights import find_bnb_headers
-from files.config_parts import text_config
+from files.config_parts import QUANTIZATION_KEYS, text_config
+from files.expert_stacks import find_mxfp4_stacks
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
-from files.quantized_releases import explain_quantization, find_foreign_quantization
+from files.quantized_releases import MXFP4, explain_quantization, find_foreign_quantization
 from files.weight_headers import WeightHeaders
 from files.weight_sets import START_ELEMENTS
 from models import (
@@ -30,6 +31,7 @@ from models import (
     gemma3,
     glm4,
     glm4_moe_lite,
+    gpt_oss,
     granite,
     helium,
     hunyuan_v1_dense,
@@ -105,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": olmo.FAMILY,
     "stablelm": stablelm.FAMILY,
     "cohere": cohere.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 # Errors of transformers and torch for a config.json with values that no model can have.
@@ -125,7 +128,8 @@ def read_config(folder: Path, images: bool = False) -> tuple[PretrainedConfig, F
     """Return (a model folder's configuration, its family).
 
     Raises UserError if config.json is unreadable, its model_type is not in FAMILIES, or the weights are
-    quantized, and not to 4 bits by bitsandbytes. The error names all of these that hold.
+    quantized, and neither to 4 bits by bitsandbytes nor to MXFP4 in a family that stacks experts. The error
+    names all of these that hold. MXFP4 is read as 16 bits, so the result does not say that it is quantized.
 
     images: whether the model is to take images. Raises UserError if the family has no vision parts.
     """
@@ -136,7 +140,10 @@ def read_config(folder: Path, images: bool = False) -> tuple[PretrainedConfig, F
         family = family_of(config, images)
     except UserError as e:
         raise UserError(f"{e}; besides, {explain_quantization(folder, kind)}") if kind else e from None
-    if kind:
+    if kind == MXFP4 and family.stacks_experts:
+        for key in QUANTIZATION_KEYS:
+            vars(config).pop(key, None)
+    elif kind:
         raise UserError(f"{folder}/{CONFIG}: {explain_quantization(folder, kind)}")
     return config, family
 
@@ -320,6 +327,7 @@ def open_headers(
         is_local: whether they can be read. Then the first elements of head and embedding are compared.
     """
     model = build_on_meta(config, family)
+    find_mxfp4_stacks(headers.folder, headers.tensors)
     rename_tensors(model, family, headers)
     rename_tied_head(config, family, headers)
     if is_local:

@@ -5,14 +5,12 @@ Shapes: T tokens of the longest sequence.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
 from files.config_parts import text_config
-from files.tensors import StoredTensor
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.adapters import target_linears
@@ -90,7 +88,7 @@ def run_sizes(
         on_host=sum(p.nbytes() for p in on_host),
         page_locked=_page_locked_bytes(planned if config.use_cpu_offload else on_host, config),
         largest_tensor=largest.nbytes(),
-        largest_in_file=_bytes_in_file(files.tensors[largest.name]),
+        largest_in_file=files.tensors[largest.name].nbytes,
         largest_read=_largest_read(planned, family, files),
         vision=vision,
         pixels=pixels,
@@ -162,11 +160,6 @@ def _sublayer(name: str, family: Family) -> str:
     return next((part for part in family.sublayers if name.startswith(f"{part}.")), "")
 
 
-def _bytes_in_file(stored: StoredTensor) -> int:
-    """Return the bytes of a tensor in its file."""
-    return math.prod(stored.shape) * stored.torch_dtype.itemsize
-
-
 def _tied_bytes(model: PreTrainedModel, family: Family, planned: Iterable[PlannedParameter]) -> int:
     """Return the bytes of the embedding if it is the head, too, else 0."""
     if not model.config.tie_word_embeddings:
@@ -181,7 +174,7 @@ def _largest_read(planned: Iterable[PlannedParameter], family: Family, files: We
         if parameter.kind in ("codes", "scales"):
             packed[parameter.name] += parameter.nbytes()
     others = files.tensors.keys() - vocabulary_weights(family)
-    return max(packed[name] or _bytes_in_file(files.tensors[name]) for name in others)
+    return max(packed[name] or files.tensors[name].nbytes for name in others)
 
 
 def _trains_embedding(vocabulary: list[PlannedParameter]) -> bool:

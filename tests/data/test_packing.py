@@ -6,7 +6,6 @@ Tested for every family, for both ways to attend within rows, and for several nu
 from __future__ import annotations
 
 from itertools import pairwise
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,21 +15,19 @@ from data.image_sizes import FixedImages
 from data.images import ImageRef
 from data.packing import PackSampler, make_sampler, pack_best_fit
 from data.rows import IGNORE, TokenizedRows
-from models import attention, sinks
 from models.family import CAUSAL, FUSED, VARLEN
 from models.longrope import make_rotary
 from models.registry import FAMILIES
 from monitoring.messages import describe_data
 from monitoring.run_facts import run_facts_json
 from tests.helpers.compiled import EXTRA_GRAPHS, compiled_run
-from tests.helpers.image_masks import reference_backward
 from tests.helpers.packing import (
     LENGTHS,
+    kernel_by_definition,
     loss_and_gradients,
     packed_batch,
     packing_arguments,
     padded_batch,
-    reference_attention,
     seven_rows,
 )
 from tests.helpers.parity import arguments, assert_same
@@ -179,11 +176,7 @@ def learn_all_ways(rank_info, args) -> dict[str, tuple[float, dict]]:
         model.set_attn_implementation(CAUSAL)
         found["padded, causal"] = loss_and_gradients(model, padded)
         model.set_attn_implementation(VARLEN)
-        with (
-            patch.object(attention, "varlen_attn", reference_attention),
-            patch.object(sinks, "varlen_attn", reference_attention),
-            patch.object(sinks, "varlen_backward", reference_backward),
-        ):
+        with kernel_by_definition():
             found["padded, varlen"] = loss_and_gradients(model, padded)
             # Nemotron's layers keep the bounds to themselves: its rows leak into one another.
             name = "packed, varlen" if family.passes_row_bounds else "leaking, varlen"

@@ -67,7 +67,7 @@ def test_formats_named_in_any_part_of_the_config(part, key, checkpoints, tmp_pat
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("gpt_oss", "'gpt_oss' is unknown; known: llama"),
+        ("apertus", "'apertus' is unknown; known: llama"),
         ("qwen3_5", "'qwen3_5' has linear attention"),
         ("nonsense", "'nonsense' is unknown to the installed transformers"),
     ],

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import train
 from data.batches import Batch
 from data.rows import IGNORE
+from launch import precision
+from models.family import unwrapped_name
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.runs import set_up
 
@@ -39,3 +41,17 @@ def transformers_logits(folder: Path) -> torch.Tensor:
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
+
+
+def bf16_logits_and_buffers(rank_info, args):
+    """Return (logits, {name: buffer}) of a model in the dtypes of a GPU with bf16."""
+    original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
+    try:
+        job, model = set_up(rank_info, args, random_adapters=False)
+    finally:
+        precision.has_bf16_gpu = original
+    buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
+    parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
+    buffers |= {n: p.detach().clone() for n, p in parameters.items() if job.family.is_fixed(n)}
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
+from unittest.mock import patch
 
 import torch
 
@@ -13,9 +16,10 @@ import train
 from data.batches import Batch, make_batch
 from data.packing import make_packed_batch
 from data.rows import TokenizedRows
-from models import attention, varlen
+from models import attention, sinks, varlen
 from models.family import unwrapped_name
 from parallel.shards import full_tensor
+from tests.helpers.image_masks import reference_backward
 from tests.helpers.parity import arguments
 
 KERNEL = attention.varlen_attn  # for its signature
@@ -69,6 +73,17 @@ def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options):
     uncovered = torch.full_like(q[bounds[-1] :], math.nan)
     result = torch.cat([*parts, uncovered])
     return (result, torch.cat([*sums, uncovered[..., 0].T], 1)) if options.get("return_aux") else result
+
+
+@contextlib.contextmanager
+def kernel_by_definition() -> Iterator[None]:
+    """Replace the kernel of attention within rows, with and without sinks, by its definition."""
+    with (
+        patch.object(attention, "varlen_attn", reference_attention),
+        patch.object(sinks, "varlen_attn", reference_attention),
+        patch.object(sinks, "varlen_backward", reference_backward),
+    ):
+        yield
 
 
 def loss_and_gradients(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008

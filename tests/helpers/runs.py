@@ -25,6 +25,7 @@ from options.train import parse
 from parallel.shards import fill_shard, gather_to_cpu
 from tests.helpers.auto_classes import auto_class, load_transformers_model
 from tests.helpers.spellings import is_of_a_tower
+from tests.helpers.stacks import stack_experts
 from training import preflight as checks
 
 
@@ -121,11 +122,13 @@ def transformers_model(folder: Path, state: dict[str, torch.Tensor]):
     """Return transformers' model of a checkpoint's folder with the weights `state` instead of the folder's.
 
     `state` has the parameters' names. It goes through transformers' loader by the files' names, with the
-    folder's tensors for towers, which are not built here. The loader stacks experts. Attention is eager, the
-    plain arithmetic that everything else optimizes.
+    folder's tensors for towers, which are not built here. The loader stacks experts, except those of GPT-OSS.
+    Attention is eager, the plain arithmetic that everything else optimizes.
     """
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "gpt_oss":
+        state = stack_experts(state)
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
         names = ParameterNames(auto_class(config).from_config(config))
     for path in folder.glob("*.safetensors"):
         for stored, tensor in load_file(path).items():

@@ -17,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeLiteConfig,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
@@ -259,6 +260,17 @@ CONFIGS = {
         **_COMMON, use_qkv_bias=True, qk_layernorm=True, use_parallel_residual=True
     ),
     "cohere": lambda: CohereConfig(**_COMMON, pad_token_id=0, logit_scale=2.0, use_qk_norm=True),
+    # MXFP4 needs multiples of 32 features. The limit is small enough to clamp.
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON | {"intermediate_size": 32},
+        **_WINDOWS,
+        pad_token_id=0,
+        head_dim=16,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        swiglu_limit=1.0,
+        rope_parameters=YARN | {"truncate": False},
+    ),
 }
 # Settings of released or plausible configs that CONFIGS has not; their tests are slow. {kind: config}.
 VARIANTS = {

@@ -38,7 +38,8 @@ def test_wrappers_in_every_spelling(kind, spelling, checkpoints, tmp_path):
     torch.testing.assert_close(logits_of(folder), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "mixtral"])  # a tied head; experts; renamed ones
+# A tied head; experts; renamed ones; stacked ones.
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "mixtral", "gpt_oss"])
 def test_names_without_the_base_models_prefix(kind, checkpoints, tmp_path):
     folder = respell(checkpoints(kind), tmp_path / "model", lambda name: name.removeprefix("model."))
     torch.testing.assert_close(logits_of(folder), transformers_logits(folder), rtol=1e-5, atol=1e-5)

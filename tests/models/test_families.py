@@ -15,17 +15,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
-from launch import precision
 from models import gemma2
 from models.adapters import target_linears
-from models.family import unwrapped_name
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, trained_names
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.expansion import edit_config
-from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
+from tests.helpers.logits import (
+    IDS,
+    bf16_logits_and_buffers,
+    loss_and_logits,
+    summed_cross_entropy,
+    transformers_logits,
+)
 from tests.helpers.packing import packed_batch
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.products import slow
@@ -82,6 +86,9 @@ LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
         ("olmo3", {"sliding_window": 64}),
         ("olmo3", {"rope_parameters": dict.fromkeys(tiny.OLMO3_ROPE, tiny.YARN)}),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+        ("gpt_oss", {"sliding_window": 64}),
+        ("gpt_oss", {"num_experts_per_tok": 3}),
+        ("gpt_oss", {"rope_parameters": tiny.YARN | {"truncate": False, "factor": 1.0}}),
     ],
 )
 def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints):
@@ -95,7 +102,11 @@ def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints
     assert (true - other).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "phi3", "qwen3_moe", *slow(tiny.OTHERS)])
+# tests/models/test_gpt_oss.py has GPT-OSS.
+@pytest.mark.parametrize(
+    "kind",
+    ["gemma2", "gemma3", "phi3", "qwen3_moe", *slow(kind for kind in tiny.OTHERS if kind != "gpt_oss")],
+)
 def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank):
     """Compare the logits, and the dtype and contents of each buffer, as on a GPU.
 
@@ -114,20 +125,6 @@ def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank)
         theirs = model.eval()(input_ids=IDS).logits
     # The experts' sum has another order; everything else is exact.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 if kind == "qwen3_moe" else 0)
-
-
-def bf16_logits_and_buffers(rank_info, args):
-    """Return (logits, {name: buffer}) of a model in the dtypes of a GPU with bf16."""
-    original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
-    try:
-        job, model = set_up(rank_info, args, random_adapters=False)
-    finally:
-        precision.has_bf16_gpu = original
-    buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
-    parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
-    buffers |= {n: p.detach().clone() for n, p in parameters.items() if job.family.is_fixed(n)}
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
 
 
 @pytest.mark.slow
@@ -241,6 +238,7 @@ def assert_same_tables(*folders) -> None:
         ("mixtral", ATTENTION),
         ("qwen2_moe", ATTENTION),
         ("glm4_moe_lite", {f"self_attn.{x}" for x in LATENT}),
+        ("gpt_oss", ATTENTION),
         ("starcoder2", ATTENTION | {"mlp.c_fc", "mlp.c_proj"}),
     ],
 )

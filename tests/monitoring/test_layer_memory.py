@@ -55,6 +55,7 @@ OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs":
         ("stablelm", {"has_one_norm": True, "has_head_norms": True, "passes_row_bounds": False}),
         # Two experts of 48 for each token and, in Qwen2-MoE and GLM-4.7-Flash, a shared one of 96.
         ("qwen3_moe", WIDE | ROUTED | {"has_head_norms": True}),
+        ("gpt_oss", ROUTED | {"mlp": 64, "window": 16}),
         ("mixtral", ROUTED),
         ("qwen2_moe", ROUTED | {"mlp": 192, "passes_window": False}),
         ("glm4_moe_lite", ROUTED | LATENT | {"mlp": 192}),

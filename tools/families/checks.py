@@ -34,12 +34,11 @@ from tests.helpers.adapters import args_for, build_peft_model
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.distributed import RankPool
 from tests.helpers.packing import (
-    KERNEL,
     LENGTHS,
+    kernel_by_definition,
     loss_and_gradients,
     packed_batch,
     padded_batch,
-    reference_attention,
     seven_rows,
 )
 from tests.helpers.parity import arguments
@@ -189,8 +188,7 @@ def check_packing(subject: Subject) -> str | None:
         ways |= {"padded, causal": (CAUSAL, padded)}
         if subject.family.passes_row_bounds:
             ways |= {"packed, variable-length kernel": (VARLEN, packed)}
-    attention.varlen_attn = reference_attention
-    try:
+    with kernel_by_definition():
         for way, (kind, batch) in ways.items():
             model.set_attn_implementation(kind)
             loss, gradients = loss_and_gradients(model, batch)
@@ -198,8 +196,6 @@ def check_packing(subject: Subject) -> str | None:
             found = found or _compare_tensors("gradient of", gradients, expected[1], GRADIENT)
             if found:
                 return f"{way}: {found}"
-    finally:
-        attention.varlen_attn = KERNEL
     return None
 
 
