@@ -29,6 +29,7 @@ from options.errors import UserError
 from parallel.shards import full_tensor
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
+from tests.helpers.bnb_checkpoints import make_single_rank_job
 from tests.helpers.expansion import all_tensors, expand, read_config_json
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import (
@@ -194,6 +195,29 @@ def test_mxfp4_is_packed_like_its_16_bits(train_type, mxfp4, alpaca_file, one_ra
     assert_same(results[1], results[2])
 
 
+def test_a_quantized_cache_of_mxfp4(mxfp4, alpaca_file, one_rank, tmp_path):
+    """It is written, used, and refused once a scale has changed."""
+    args = [
+        *arguments(mxfp4, alpaca_file, "qlora"),
+        "--max_steps",
+        "2",
+        "--quantized_cache",
+        tmp_path / "cache",
+    ]
+    written, used = (one_rank(train_run, args)[0] for _ in range(2))
+    assert (tmp_path / "cache").is_dir() and written[0] == used[0]
+    change_a_scale(mxfp4)
+    with pytest.raises(UserError, match=r"--quantized_cache .*: holds the packed weights of another model"):
+        make_single_rank_job(mxfp4, alpaca_file, *args[4:])
+
+
+def change_a_scale(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.experts.down_proj_scales"][3, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def assert_is_16_bit_model(folder: Path, names: set[str]) -> None:
     """Check names and config of a folder that a run on MXFP4 wrote."""
     assert "quantization_config" not in read_config_json(folder)
@@ -228,10 +252,7 @@ def test_an_adapter_over_mxfp4_is_of_its_weights(mxfp4, alpaca_file, one_rank, t
     """A changed block is another base: digests read the blocks and scales of each expert."""
     run = tmp_path / "run"
     write_random_run(one_rank, run, args_for(mxfp4, alpaca_file, "bnb_dora"))
-    path = next(mxfp4.glob("*.safetensors"))
-    tensors = load_file(path)
-    tensors["model.layers.2.mlp.experts.down_proj_scales"][3, 0] += 1
-    save_file(tensors, path, metadata={"format": "pt"})
+    change_a_scale(mxfp4)
     assert export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")]) == 2
     assert "was trained on other weights" in capsys.readouterr().err
 
