@@ -150,7 +150,7 @@ def find_mxfp4_stacks(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     for key in [name for name in tensors if name.endswith(BLOCKS)]:
         name, blocks = key.removesuffix(BLOCKS), tensors[key]
         scales = tensors.get(f"{name}{SCALES}")
-        if name.rpartition(".")[2] not in STACKS or torch.uint8 != blocks.dtype:
+        if blocks.dtype != torch.uint8 or name.rpartition(".")[2] not in STACKS:
             continue
         if scales is None:
             raise UserError(f"{folder / blocks.file}: {key} has no {name}{SCALES}")

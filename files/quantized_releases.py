@@ -15,7 +15,7 @@ from files.names import CARD, CONFIG
 from options.errors import UserError, join_names
 from options.limits import MAX_CARD_BYTES, MAX_CONFIG_BYTES, read_json, read_text
 
-ONLY = "only 16- and 32-bit weights and bitsandbytes' 4 bits (nf4) can be read"
+ONLY = "only 16- and 32-bit weights, bitsandbytes' 4 bits (nf4) and GPT-OSS's MXFP4 can be read"
 MXFP4 = "mxfp4"  # what `find_foreign_quantization` returns of the hub's GPT-OSS
 # Files of older releases, whose config.json does not say that the weights are quantized.
 SIDE_FILES = {
