@@ -61,16 +61,17 @@ def stacked(experts: Experts, kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("limit", [7.0, 0.5])
 def test_experts_are_transformers_own(limit):
-    """Results and all gradients, with values on both sides of the limit."""
+    """Results and all gradients, with values on both sides of the limit; in float64, since they are large."""
     config = tiny.CONFIGS["gpt_oss"]()
     config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(0)
-    theirs = GptOssExperts(config)
+    theirs = GptOssExperts(config).double()
     theirs.limit = limit
-    ours = Experts(lambda: GptOssExpert(64, 32, theirs.alpha, limit), EXPERTS, 2)
+    ours = Experts(lambda: GptOssExpert(64, 32, theirs.alpha, limit), EXPERTS, 2).double()
     theirs.load_state_dict(stacked(ours, "data"))
     weights, index = torch.rand(40, EXPERTS, generator=generator).topk(2)
     x, results = torch.randn(40, 64, generator=generator) * 3, []
+    x, weights = x.double(), weights.double()
     for module in (ours, theirs):
         inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
         y = module(inputs[0], index, inputs[1])
