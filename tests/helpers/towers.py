@@ -53,7 +53,13 @@ def parts(shape, options: str, precision: str, images: bool = True) -> tuple:
     family = family_of(model_config, images)
     model = build_on_meta(model_config, family)
     stored = {
-        name: SimpleNamespace(shape=tuple(p.shape), dtype=torch.bfloat16, torch_dtype=torch.bfloat16, file="")
+        name: SimpleNamespace(
+            shape=tuple(p.shape),
+            dtype=torch.bfloat16,
+            torch_dtype=torch.bfloat16,
+            nbytes=2 * p.numel(),
+            file="",
+        )
         for name, p in model.named_parameters()
     }
     files = SimpleNamespace(tensors=stored, packed={}, prequantized=False, folder="")

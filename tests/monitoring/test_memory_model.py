@@ -33,7 +33,7 @@ def estimate(given: str, gpu: str | None = "h200", tokens: int = 512):
     family = FAMILIES["llama"]
     model = build_on_meta(config, family)
     shapes = {
-        n: SimpleNamespace(shape=tuple(p.shape), torch_dtype=torch.bfloat16)
+        n: SimpleNamespace(shape=tuple(p.shape), torch_dtype=torch.bfloat16, nbytes=2 * p.numel())
         for n, p in model.named_parameters()
     }
     files = SimpleNamespace(tensors=shapes, packed={}, prequantized=False)
