@@ -40,6 +40,11 @@ def run_on_gpu(rank_info, args: list[str], sharded: bool) -> tuple:
     return results, recorded, lines
 
 
+def run_both_ways(one_rank, args: list[str], sharded: bool) -> list[tuple]:
+    """Return the results of `run_on_gpu` without graphs, and with them."""
+    return [one_rank(run_on_gpu, [*args, "--cuda_graphs", way], sharded)[0] for way in ("false", "true")]
+
+
 def assert_equal_runs(plain: tuple, graphed: tuple) -> None:
     (losses, tensors, norms), (others, other_tensors, other_norms) = plain[0], graphed[0]
     assert losses == others and norms == other_norms
@@ -74,9 +79,7 @@ OPTIONS = {
 )
 def test_replays_equal_the_layers(train_type, options, sharded, checkpoints, even_rows, one_rank):
     args = [*arguments(checkpoints("llama"), even_rows, train_type), "--batch_size", "4", *STEPS]
-    args += OPTIONS[options].split()
-    plain = one_rank(run_on_gpu, [*args, "--cuda_graphs", "false"], sharded)[0]
-    graphed = one_rank(run_on_gpu, [*args, "--cuda_graphs", "true"], sharded)[0]
+    plain, graphed = run_both_ways(one_rank, [*args, *OPTIONS[options].split()], sharded)
     assert graphed[1], graphed[2]
     assert not [line for line in graphed[2] if "without" in line], graphed[2]
     assert_equal_runs(plain, graphed)
@@ -87,8 +90,7 @@ def test_replays_equal_the_layers(train_type, options, sharded, checkpoints, eve
 def test_replays_with_images_equal_the_layers(more, one_rank, tmp_path):
     """Rows have 0 to 2 images: micro-batches differ in their shapes and masks."""
     args = [*image_arguments(tmp_path, "gemma3", *more), "--chat_template", "chatml", *STEPS]
-    plain = one_rank(run_on_gpu, [*args, "--cuda_graphs", "false"], False)[0]
-    graphed = one_rank(run_on_gpu, [*args, "--cuda_graphs", "true"], False)[0]
+    plain, graphed = run_both_ways(one_rank, args, False)
     assert_equal_runs(plain, graphed)
 
 
@@ -100,8 +102,7 @@ def test_replays_with_images_equal_the_layers(more, one_rank, tmp_path):
 )
 def test_other_calls_run_as_ever(options, reason, checkpoints, alpaca_file, one_rank):
     args = [*arguments(checkpoints("llama"), alpaca_file, "qlora"), "--batch_size", "4", *STEPS]
-    plain = one_rank(run_on_gpu, [*args, *options.split(), "--cuda_graphs", "false"], True)[0]
-    graphed = one_rank(run_on_gpu, [*args, *options.split(), "--cuda_graphs", "true"], True)[0]
+    plain, graphed = run_both_ways(one_rank, [*args, *options.split()], True)
     assert any(reason in line for line in graphed[2]), graphed[2]
     assert_equal_runs(plain, graphed)
 

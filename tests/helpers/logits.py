@@ -43,15 +43,25 @@ def transformers_logits(folder: Path) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-def bf16_logits_and_buffers(rank_info, args):
-    """Return (logits, {name: buffer}) of a model in the dtypes of a GPU with bf16."""
+def set_up_in_bf16(rank_info, args):
+    """Return (job, model) in the dtypes of a GPU with bf16."""
     original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
     try:
-        job, model = set_up(rank_info, args, random_adapters=False)
+        return set_up(rank_info, args, random_adapters=False)
     finally:
         precision.has_bf16_gpu = original
-    buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def fixed_parameters(job, model) -> dict[str, torch.Tensor]:
+    """Return {name: copy} of the parameters that no train type trains."""
     parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
-    buffers |= {n: p.detach().clone() for n, p in parameters.items() if job.family.is_fixed(n)}
+    return {name: p.detach().clone() for name, p in parameters.items() if job.family.is_fixed(name)}
+
+
+def bf16_logits_and_buffers(rank_info, args):
+    """Return (logits, {name: buffer}) of a model in the dtypes of a GPU with bf16."""
+    job, model = set_up_in_bf16(rank_info, args)
+    buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
+    buffers |= fixed_parameters(job, model)
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 import export
 import plan
 from files.names import INDEX
-from launch import precision
 from models import attention
 from models.attention import attend_causally, attend_within_rows
 from models.family import CAUSAL, FUSED, VARLEN, unwrapped_name
@@ -27,7 +26,7 @@ from tests.helpers.adapters import args_for
 from tests.helpers.auto_classes import load_transformers_model
 from tests.helpers.expansion import all_tensors, edit_config, expand
 from tests.helpers.finished_runs import write_random_run
-from tests.helpers.logits import IDS
+from tests.helpers.logits import IDS, fixed_parameters, set_up_in_bf16
 from tests.helpers.packing import reference_attention
 from tests.helpers.resuming import run
 from tests.helpers.runs import set_up, trained_tensors
@@ -75,19 +74,14 @@ def test_biases_are_fp32_and_fixed_in_a_model_in_bf16(train_type, bf16_checkpoin
 
 def bf16_biases_and_logits(rank_info, args):
     """Return (the biases, dtypes in a router's forward, names of what is trained, logits) as on a GPU."""
-    original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
-    try:
-        job, model = set_up(rank_info, args, random_adapters=False)
-    finally:
-        precision.has_bf16_gpu = original
+    job, model = set_up_in_bf16(rank_info, args)
     inside = set()
     for name, module in model.named_modules():
         if unwrapped_name(name).endswith("mlp.gate"):
             module.register_forward_pre_hook(
                 lambda m, _: inside.add((m.e_score_correction_bias.dtype, m.weight.dtype))
             )
-    parameters = {unwrapped_name(name): p for name, p in model.named_parameters()}
-    held = {name: p.detach().clone() for name, p in parameters.items() if job.family.is_fixed(name)}
+    held = fixed_parameters(job, model)
     with torch.no_grad():
         logits = model.eval()(input_ids=IDS, use_cache=False).logits.clone()
     return held, inside, set(trained_tensors(model)), logits
