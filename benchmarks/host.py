@@ -28,10 +28,10 @@ from pathlib import Path
 
 from benchmarks.host_run import RECORD_AFTER, SHARDED
 from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.run import ROOT
 from files.atomic_writes import write_text
 from files.names import METRICS
 
-ROOT = Path(__file__).parents[1]
 SHAPE = "thin"
 WARMUP_STEPS = 5  # first steps that are not measured: compilation, the allocator, clocks
 RECORDING_STEPS = 3  # not measured either: layers are recorded, compared, and replayed for the first time

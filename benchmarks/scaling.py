@@ -25,14 +25,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.run import ROOT, run_process
+from benchmarks.side_by_side import ALL_GIB
 from benchmarks.traces import exposed_seconds
 from files.atomic_writes import write_text
 from files.names import METRICS
+from monitoring.host_time import BUSY
 
 WARMUP_STEPS = 5  # first steps that do not count
-PROFILED = {"wait": 0, "warmup": 1, "active": 2}  # last steps, which do not count either
-BUSY = "busy, in all"  # line of rank<N>_host_time.txt
-ALL_GIB = "10000"  # a limit of GPU memory above any GPU, for benchmarks.limited
+PROFILER_WARMUP, PROFILED_STEPS = 1, 2  # last steps, which do not count either
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ def list_work(most: int, rows: int, all_rows: int) -> list[Work]:
 def run(options: argparse.Namespace, work: Work) -> Row:
     """Make a run and return its row."""
     folder = options.out / f"{work.name}-{work.gpus}".replace(", ", "-").replace(" ", "-")
-    last = sum(PROFILED.values())
+    last = PROFILER_WARMUP + PROFILED_STEPS
     steps = WARMUP_STEPS + options.steps + last
     model, rank = (options.model_70b, 16) if work.is_large else (options.model_8b, options.lora_rank)
     words = [
-        *("-m", "benchmarks.limited", ALL_GIB, "--model_name", str(model), "--dataset", "dummy"),
+        *("-m", "benchmarks.limited", str(ALL_GIB), "--model_name", str(model), "--dataset", "dummy"),
         *f"--dataset_samples {steps * work.rows * work.gpus} --world_size {work.gpus}".split(),
         *f"--batch_size {work.rows} --context_length {options.context_length} --lora_rank {rank}".split(),
         *f"--save_model false --log_to stdout --overwrite --output_dir {folder}".split(),
         *f"--profile --profiling_output {folder}-profile --profiling_frequency {steps}".split(),
-        *f"--warmup_steps {PROFILED['warmup']} --active_steps {PROFILED['active']}".split(),
+        *f"--warmup_steps {PROFILER_WARMUP} --active_steps {PROFILED_STEPS}".split(),
         *work.options.split(),
     ]
     log = Path(f"{folder}.log")
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace, work: Work) -> Row:
         tokens_per_second=work.rows * options.context_length / median,
         step_seconds=median,
         slowest_seconds=max(seconds),
-        exposed_seconds=exposed_seconds(cycle / "rank0_trace.json.gz", PROFILED["active"]),
+        exposed_seconds=exposed_seconds(cycle / "rank0_trace.json.gz", PROFILED_STEPS),
         host_seconds=next(float(line.split()[-1]) for line in host if line.startswith(BUSY)),
         peak_gib=max(step["memory_allocated_gib"] for step in counted),
         loss=metrics[-1]["loss"],

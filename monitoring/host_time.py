@@ -27,10 +27,11 @@ WAITING, OPERATORS, HOOKS, AUTOGRAD, PYTHON = (
     "autograd",
     "Python between operators",
 )
+BUSY = "busy, in all"  # the sum of PARTS, in the table
 PARTS = (OPERATORS, HOOKS, AUTOGRAD, DATA, LOGGING, PYTHON)
 
 
-class HostEvent(Protocol):
+class ProfiledEvent(Protocol):
     """An event of torch's profiler on a thread of the host; `self` times are without those within it."""
 
     name: str
@@ -51,7 +52,7 @@ def part_of(name: str) -> str:
     return PYTHON if name in PHASES or name.startswith("ProfilerStep") else OPERATORS
 
 
-def host_time(events: Iterable[HostEvent], steps: int) -> dict[str, float]:
+def host_time(events: Iterable[ProfiledEvent], steps: int) -> dict[str, float]:
     """Return {part: host seconds per step}, of PARTS and WAITING.
 
     Backward's own time on the thread of the loop counts as nothing where another thread computes backward:
@@ -85,5 +86,5 @@ def format_host_time(seconds: dict[str, float], steps: int) -> str:
     busy = sum(seconds[part] for part in PARTS)
     lines = [f"host seconds per step, of {steps} steps under the profiler, which slows the host", ""]
     lines += [f"{part:<26} {seconds[part]:8.4f} {seconds[part] / busy if busy else 0:5.0%}" for part in PARTS]
-    lines += [f"{'busy, in all':<26} {busy:8.4f}", f"{WAITING:<26} {seconds[WAITING]:8.4f}"]
+    lines += [f"{BUSY:<26} {busy:8.4f}", f"{WAITING:<26} {seconds[WAITING]:8.4f}"]
     return "\n".join(lines) + "\n"
