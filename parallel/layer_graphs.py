@@ -223,7 +223,7 @@ class GraphedLayer(ActivationWrapper):
         self.has_dropout = has_dropout(layer)
         self.kind = 0
         self.parameters_now: LayerParameters | None = None
-        # Of each recording: whether a replay equals the layer; a bool tensor until it is read.
+        # {recording: whether its replay equals the layer}; a bool tensor until it is read.
         self.agrees: dict[Recording, bool | Tensor] = {}
 
     def forward(self, *args, **kwargs):

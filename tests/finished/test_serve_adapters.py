@@ -279,7 +279,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stop_string_is_the_one_of_training(name):
-    """Of templates whose ending is a token, a text that is none, or nothing."""
+    """The templates end answers with a token, with a text that is none, or with nothing."""
     for eos in ("</s>", "<|im_end|>"):
         tokenizer = chat_tokenizer(getattr(chat_templates, name), eos)
         expected = ChatTemplate(tokenizer).marker or ""

@@ -9,7 +9,7 @@ import pyarrow
 
 from tests.helpers.data_files import to_jsonl, write_csv, write_file, write_parquet
 
-# Of a set whose rows are in .csv files.
+# Belongs to a set whose rows are in .csv files.
 README = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n---\n# Rows\n"
 
 

@@ -84,7 +84,7 @@ def test_experts_are_transformers_own(limit):
 
 
 def test_every_gradient_is_transformers_own(checkpoints, alpaca_file, two_ranks):
-    """Of the full sharded model: sinks, router and experts included."""
+    """The model is sharded and trained in full: sinks, router and experts included."""
     args = args_for(checkpoints("gpt_oss"), alpaca_file, "full")
     ours, state = two_ranks(gradients, args)[0]
     model = transformers_model(checkpoints("gpt_oss"), state)

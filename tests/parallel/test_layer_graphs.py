@@ -64,7 +64,7 @@ def test_units_are_replayed_without_another_compilation(checkpoints, even_rows, 
 
 @pytest.mark.slow
 def test_frozen_layers_are_replayed_in_forward_only(checkpoints, even_rows, plain_run, one_rank):
-    """Of five layers the second and the last are trained, and their inputs and the host have the rest."""
+    """The second and the last of five layers are trained. The first has nothing to differentiate."""
     args = [
         *arguments(checkpoints("llama_bias_pro"), even_rows, "hqq_llama_pro"),
         "--batch_size",
