@@ -122,7 +122,7 @@ def run(options: argparse.Namespace, work: Work) -> Row:
         *("-m", "benchmarks.limited", str(ALL_GIB), "--model_name", str(model), "--dataset", "dummy"),
         *f"--dataset_samples {steps * work.rows * work.gpus} --world_size {work.gpus}".split(),
         *f"--batch_size {work.rows} --context_length {options.context_length} --lora_rank {rank}".split(),
-        *f"--save_model false --log_to stdout --overwrite --output_dir {folder}".split(),
+        *f"--save_model false --log_to stdout --verbose --overwrite --output_dir {folder}".split(),
         *f"--profile --profiling_output {folder}-profile --profiling_frequency {steps}".split(),
         *f"--warmup_steps {PROFILER_WARMUP} --active_steps {PROFILED_STEPS}".split(),
         *work.options.split(),

@@ -24,8 +24,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 
 from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory
 from parallel.fixed_tensors import Slots
+from parallel.graph_memory import GraphMemory
 from parallel.recorded_layer import (
-    GraphMemory,
     LayerCall,
     LayerParameters,
     NotRecordable,
@@ -312,7 +312,7 @@ class GraphedLayer(ActivationWrapper):
         are_views = [tensor._is_view() for tensor in found.inputs]
         own = LayerCall(parameters, parameters.current(), inputs, are_views, found.call)
         try:
-            self.agrees[found.recording] = replay_agrees(found.recording, own)
+            self.agrees[found.recording] = replay_agrees(found.recording, own, self.graphs.memory)
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise

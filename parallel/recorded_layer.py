@@ -8,102 +8,24 @@ A graph reads and writes the addresses that it was recorded with. So a replay fi
 FSDP gathers to new addresses each time; in backward also the gradient, and what forward saved. Then it copies
 the results out. Layers that are alike share their two graphs (parallel/layer_graphs.py says which ones are).
 
-All graphs share one pool of memory. They run one after the other, and no tensor in the pool is needed after
-the replay that wrote it, once its results are copied.
+All graphs share one pool of memory (parallel/graph_memory.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from launch.memory import PEAK_MEMORY
 from parallel.fixed_tensors import Copies, Slots
+from parallel.graph_memory import GraphMemory
 
 
 class NotRecordable(Exception):
     """A call of a layer cannot be replayed from a recording; the message says why."""
-
-
-class GraphMemory:
-    """The memory pool of all graphs of this process, and the stream on which they are recorded."""
-
-    retains_graph = False  # whether a replay needs the autograd graph of the recording: CUDA graphs do not
-
-    def __init__(self, device: torch.device):
-        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Record the kernels that `function` launches; they do not run yet.
-
-        Returns:
-            (the function's result, whose tensors have no values yet; a replay, which computes them).
-        """
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self.stream), _no_garbage_collection():
-                result = self._capture(graph, function)
-        finally:
-            current.wait_stream(self.stream)
-            self._count_memory()
-        return result, graph.replay
-
-    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Any]) -> Any:
-        """Return the function's result, recorded into `graph` on the current stream."""
-        # thread_local: other threads, as NCCL's watchdog, may ask the driver for events meanwhile.
-        graph.capture_begin(self.pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
-        try:
-            result = function()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # says only that the recording is invalid
-                graph.capture_end()
-            with contextlib.suppress(RuntimeError):  # capture_end stopped before it did this
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool.id)
-            raise
-        graph.capture_end()
-        return result
-
-    @contextlib.contextmanager
-    def allocating(self) -> Iterator[None]:
-        """Allocate the tensors of this context in the pool, while no graph is replayed.
-
-        They must be freed before the next replay, which overwrites them.
-        """
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        reserved = torch.cuda.memory_reserved()
-        with PEAK_MEMORY.paused():
-            try:
-                with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
-                    yield
-            finally:  # after an error, too: kernels may still be running
-                current.wait_stream(self.stream)
-                if torch.cuda.memory_reserved() != reserved:  # the pool may have grown
-                    self._count_memory()
-
-    def _count_memory(self) -> None:
-        """Count the pool's memory as used, all of it: between replays torch's allocator counts it as free."""
-        segments = self.pool.snapshot()
-        free = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
-        PEAK_MEMORY.uncounted = free
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python's garbage collector from freeing GPU objects meanwhile, which would end a recording."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class LayerParameters:
@@ -195,9 +117,13 @@ class LayerCall:
     def backward(
         self, result: Tensor, gradient: Tensor, retain_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of `differentiable`, None for an unused one, from that of forward's result."""
+        """Return the gradients of `differentiable`, None for an unused one, from that of forward's result.
+
+        It runs in this thread, so that `GraphMemory.allocating` holds for its tensors, too.
+        """
         no_autocast = torch.autocast(result.device.type, enabled=False)  # as in autograd's own threads
-        with self.parameters.replaced(self.values), no_autocast:
+        this_thread = torch.autograd.set_multithreading_enabled(False)
+        with self.parameters.replaced(self.values), no_autocast, this_thread:
             return torch.autograd.grad(
                 result, self.differentiable, gradient, allow_unused=True, retain_graph=retain_graph
             )
@@ -242,6 +168,7 @@ class Recording:
                 fixed.backward(warm, torch.zeros_like(warm))
             del warm
         self._record(memory, fixed)
+        memory.count_memory()
 
     def _record(self, memory: GraphMemory, fixed: LayerCall) -> None:
         """Record forward and backward; keep the tensors that they read and write."""
@@ -260,9 +187,11 @@ class Recording:
             )
         self.has_gradient = [each is not None for each in gradients]
         unique = {(t.data_ptr(), t.shape, t.stride(), t.dtype): t for t in saved}
-        self.gradient, self.result = Copies([gradient]), Copies([result])
-        self.saved = Copies([t for t in unique.values() if not _storages([t]) & own])
-        self.gradients = Copies([each for each in gradients if each is not None])
+        others = [t for t in unique.values() if not _storages([t]) & own]
+        returned = [each for each in gradients if each is not None]
+        self.gradient, self.result, self.saved, self.gradients = (
+            Copies(memory.without_owner(each)) for each in ([gradient], [result], others, returned)
+        )
 
     def run_forward(
         self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from parallel.graph_memory import GraphMemory
 from parallel.recorded_layer import LayerCall, Recording
 
 # Gradients may differ by this share of their own size, and by this share of the largest one's: attention's
@@ -20,21 +21,26 @@ OWN_SHARE, LARGEST_SHARE = 0.05, 0.005
 
 
 @torch.no_grad()
-def replay_agrees(recording: Recording, own: LayerCall) -> Tensor:
+def replay_agrees(recording: Recording, own: LayerCall, memory: GraphMemory) -> Tensor:
     """Call the layer and the recording, forward and backward; return whether they agree, as a bool tensor.
 
-    Results must be equal bit for bit, gradients nearly (`are_close`). The layer is called first, so that its
-    saved tensors are freed before those of the replay are allocated.
+    Results must be equal bit for bit, gradients nearly (`are_close`). The layer is called first, in the
+    graphs' memory, and what it returns is copied out before the replay.
 
     Args:
         recording: for this kind of layer and call.
         own: the call with the layer's own parameters.
+        memory: of the recording.
     """
     inputs, values = own.inputs, own.values
-    own_result = own.forward()[0]
-    gradient = own_result.cos()  # of any sign, and never so large that fp16 overflows
-    gradients = own.backward(own_result, gradient) if own.differentiable else ()
-    own_result = own_result.detach()
+    with memory.allocating():
+        called = own.forward()[0]
+        gradient = called.cos()  # of any sign, and never so large that fp16 overflows
+        gradients = own.backward(called, gradient) if own.differentiable else ()
+        called = called.detach()
+    own_result, gradient = called.clone(), gradient.clone()
+    own_gradients = [None if each is None else each.clone() for each in gradients]
+    del called, gradients
     result, saved = recording.run_forward(inputs, values)
     agrees = torch.isclose(result, own_result, rtol=0, atol=0, equal_nan=True).all()
     if not own.differentiable:
@@ -44,7 +50,7 @@ def replay_agrees(recording: Recording, own: LayerCall) -> Tensor:
     recording.run_forward(others, values)
     recording.load_backward(gradient, inputs, values, saved)
     del saved
-    return agrees & are_close(recording.run_backward(), gradients)
+    return agrees & are_close(recording.run_backward(), own_gradients)
 
 
 def are_close(replayed: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> bool | Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from launch.memory import PEAK_MEMORY
 from parallel.fixed_tensors import Copies, Slots
+from parallel.graph_memory import GraphMemory
 from parallel.layer_graphs import CALLS_BEFORE
-from parallel.recorded_layer import GraphMemory
 from tests.helpers.layer_graphs import Graphed, Layer
 
 foreach_copy = torch._foreach_copy_
