@@ -115,7 +115,9 @@ def set_up(
         compiled_run=compile_run_layer(cpus=rank_info.cpus)
         if should_compile(config.compile, device, family)
         else None,
-        graphs=make_layer_graphs(config.cuda_graphs, device, config.verbose and rank_info.rank == 0),
+        graphs=make_layer_graphs(
+            config.cuda_graphs, device, config.profile, config.verbose and rank_info.rank == 0
+        ),
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.start_phase("load")

@@ -41,8 +41,8 @@ CALLS_BEFORE = 3
 MAX_RECORDINGS = 4
 MAX_COUNTED = 64  # kinds of calls of a layer that are counted
 # `auto` records once the GPU had nothing to do at so many of the last starts of layers, if so much of its
-# memory was never in use.
-LAYERS_WATCHED, WAITING_SHARE, FREE_SHARE = 64, 0.1, 0.1
+# memory was never in use. If it waits less often, the copies that graphs need cost more time than is saved.
+LAYERS_WATCHED, WAITING_SHARE, FREE_SHARE = 64, 0.5, 0.1
 DROPOUTS = "p", "dropout", "attention_dropout"  # names of attributes
 PLAIN = int, float, bool, str, type(None), torch.dtype, torch.device
 
@@ -310,7 +310,13 @@ class GraphedLayer(ActivationWrapper):
         parameters = self.find_parameters()
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found.inputs]
         are_views = [tensor._is_view() for tensor in found.inputs]
-        own = LayerCall(parameters, parameters.current(), inputs, are_views, found.call)
+        # Leaves of their own. Autograd would go on accumulating the parameters' gradients on the stream of
+        # this call, and FSDP does not wait for that stream before it reduces them.
+        values = [
+            nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t
+            for t in parameters.current()
+        ]
+        own = LayerCall(parameters, values, inputs, are_views, found.call)
         try:
             self.agrees[found.recording] = replay_agrees(found.recording, own, self.graphs.memory)
         except RuntimeError as e:
@@ -320,15 +326,19 @@ class GraphedLayer(ActivationWrapper):
             self.agrees[found.recording] = False
 
 
-def make_layer_graphs(option: str, device: torch.device, verbose: bool) -> LayerGraphs | None:
+def make_layer_graphs(
+    option: str, device: torch.device, is_profiled: bool, verbose: bool
+) -> LayerGraphs | None:
     """Return the graphs of a model's layers; None without a GPU, or if they are switched off.
 
     Args:
         option: --cuda_graphs.
         device: the rank's.
+        is_profiled: whether torch's profiler records steps of this run; `auto` is off then. On two GPUs such
+            a run, with graphs, stopped responding as the profiler began (2 H200, torch 2.11, 2026-11-30).
         verbose: print what is replayed, and why something is not.
     """
-    if option == "false" or device.type != "cuda":
+    if option == "false" or device.type != "cuda" or (option == "auto" and is_profiled):
         return None
     report = partial(print, flush=True) if verbose else lambda line: None
     return LayerGraphs(GraphMemory(device), GpuWaits() if option == "auto" else None, report)

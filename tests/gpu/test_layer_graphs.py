@@ -24,8 +24,8 @@ def run_on_gpu(rank_info, args: list[str], sharded: bool) -> tuple:
     made: list[LayerGraphs | None] = []
     lines: list[str] = []
 
-    def keep(option, device, verbose):
-        made.append(make_layer_graphs(option, device, verbose))
+    def keep(*args):
+        made.append(make_layer_graphs(*args))
         if made[0]:
             made[0]._report = lines.append
         return made[0]

@@ -225,7 +225,7 @@ def test_auto_records_when_the_gpu_waits_and_has_room():
     with mock.patch.object(torch.cuda, "Event", return_value=event):
         waits.end_layer()
     for i in range(LAYERS_WATCHED):
-        event.query.return_value = i % 11 == 1  # 6 of 64
+        event.query.return_value = i > LAYERS_WATCHED // 2  # one less than half
         waits.start_layer()
     assert not waits.are_frequent()
     event.query.return_value = True
