@@ -126,6 +126,8 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
         "init_lora_weights": True,
         "inference_mode": True,
         **({"target_parameters": matrices} if matrices else {}),  # older versions of PEFT do not know it
+        # PEFT ignores it, with a warning. What the adapter was trained against is not the base's own matmuls.
+        **({"base_matmul": config.base_matmul} if config.base_matmul not in (None, "16bit") else {}),
     } | embeddings
 
 

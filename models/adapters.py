@@ -35,7 +35,7 @@ from models.vocabulary import vocabulary_modules
 from models.wide_linears import find_wide_linears, widen_linears
 from options.config import Config
 from options.errors import UserError
-from quantization.layer import Linear4bit, quantize_linears
+from quantization.layer import Linear4bit, quantize_linears, round_matmuls
 from quantization.quantizers import Quantizer
 from quantization.registry import make_quantizer
 
@@ -203,9 +203,14 @@ def apply_method(
         names = packed_linears(model, family, config, files)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
         changed = family.changed_results(text_config(model.config))
-        for name in names:
-            if isinstance(linear := model.get_submodule(name), Linear4bit):
-                linear.copies_result = family.locate_layer(name)[1] in changed
+        packed = {
+            name: module for name in names if isinstance(module := model.get_submodule(name), Linear4bit)
+        }
+        for name, linear in packed.items():
+            linear.copies_result = family.locate_layer(name)[1] in changed
+        if config.base_matmul is not None and config.base_matmul != "16bit":
+            in_layers = {n: linear for n, linear in packed.items() if family.locate_layer(n)[0] is not None}
+            round_matmuls(in_layers, config.base_matmul)
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
     widen_linears(model, wide)

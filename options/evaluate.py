@@ -52,6 +52,8 @@ class Options:
     batch_size: int = option(8, "Measurement", "rows in a batch", ge=1)
     base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where"
         " the run had it")
+    base_matmul: str = option("16bit", "Model", "matmuls with the 4-bit weights: 16bit, whatever the run was"
+        " trained with, or rounded as train.py's --base_matmul says", choices=("16bit", "fp8", "int8"))
     out: Path | None = option(None, "Output", "where to write the results and all answers, as JSON")
     verbose: bool = option(False, "Output", "tracebacks with errors")
     # fmt: on

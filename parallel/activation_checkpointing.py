@@ -41,6 +41,7 @@ ATTENTION = {
     ops.fsdp_finetune.attend_with_sinks.default,
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
+SAVE_OUTPUT = 11  # the index of its argument that asks for its result to be saved
 MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
 
 
@@ -62,7 +63,7 @@ _SAVED_OPERATORS = {
 
 def _checkpoint_policy(saved_operators: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """Return MUST_SAVE for `saved_operators` and a `linear4bit` that asks for it, else PREFER_RECOMPUTE."""
-    requested = op is LINEAR and args[-1]  # `linear4bit`'s last parameter asks for its output to be saved
+    requested = op is LINEAR and args[SAVE_OUTPUT]
     is_saved = requested or op in saved_operators
     return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -188,9 +188,9 @@ def merge_adapter_backwards(graph: Graph, backwards: list[Node]) -> None:
     if len(matmuls) != len(backwards) or total is None:
         return
     lists = ([value for n in matmuls for value in _operand(n, i)] for i in range(7))
-    after = [value for n in matmuls for value in _operand(n, 9)]
+    after, roundings = ([value for n in matmuls for value in _operand(n, i)] for i in (9, 10))
     with graph.inserting_before(matmuls[-1]):
-        x_grad = _insert_like(graph, matmuls[-1], LINEAR_BACKWARD, *lists, h_grad, a_list, after)
+        x_grad = _insert_like(graph, matmuls[-1], LINEAR_BACKWARD, *lists, h_grad, a_list, after, roundings)
     total.replace_all_uses_with(x_grad)
 
 

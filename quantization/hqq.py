@@ -42,6 +42,10 @@ class HQQ:
         torch.float64,
     )
 
+    @property
+    def has_4bit_blocks_of_64(self) -> bool:
+        return self.n_bits == 4 and self.block == 64
+
     def can_pack(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) % self.block == 0
 
@@ -87,6 +91,10 @@ class HQQ:
             scale = (scale.view(shape[0], -1) * row_scale[:, None]).view(-1)
         weight = _dequantize(codes, scale, zero, self.n_bits, self.block, dtype)
         return copy_into(out, weight.view(shape))
+
+    def block_bounds(self, scales, table, shape) -> torch.Tensor:
+        scale, zero = scales[: self.packed_sizes(shape)[1]].view(torch.float16).float().chunk(2)
+        return scale.abs() * torch.maximum(zero.abs(), (2**self.n_bits - 1 - zero).abs())
 
 
 def _word_size(n_bits: int) -> tuple[int, int]:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantization.operators import compute_dtype, dequantize, linear4bit, register_quantizer
+from quantization.operators import compute_dtype, dequantize, linear4bit, register_quantizer, round_rows
 from quantization.quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
+from quantization.rounded import fits
 
 STORAGE = torch.float32
 
@@ -113,6 +114,8 @@ class Linear4bit(ConvertingModule):
             self.bias.requires_grad_(False)  # the operator has no gradient for it
         self.register_buffer("table", None, persistent=False)
         self.copies_result = False  # set by models/adapters.py where the model changes the result in place
+        # Set by `round_matmuls`: how the large matmuls are rounded, "" = not; and whether also in evaluation.
+        self.rounding, self.rounds_in_evaluation = "", False
 
     @property
     def weight(self) -> torch.Tensor:
@@ -153,7 +156,12 @@ class Linear4bit(ConvertingModule):
                 with torch.no_grad():  # the operator forms the gradients that go through h
                     h = F.linear(x, a)
         bias = None if self.bias is None else self.bias.to(x.dtype)  # fp32 under autocast
-        y = linear4bit(x, *packed, row_scale, bias, h, a, b, save_output)
+        rounding = self.rounding if self.training or self.rounds_in_evaluation else ""
+        rounded = rounded_scale = None
+        if rounding:
+            with torch.no_grad():
+                rounded, rounded_scale = round_rows(x, rounding)
+        y = linear4bit(x, *packed, row_scale, bias, h, a, b, save_output, rounded, rounded_scale, rounding)
         return y.clone() if self.copies_result else y  # backward needs the operator's own
 
     def parameters_from(self, name: str) -> tuple[str, ...]:
@@ -190,3 +198,20 @@ def quantize_linears(model: nn.Module, quantizers: dict[str, Quantizer], dtype: 
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         model.set_submodule(name, Linear4bit(linear, dtype, quantizer))
+
+
+def round_matmuls(linears: dict[str, Linear4bit], rounding: str, in_evaluation: bool = False) -> list[str]:
+    """Let linears {name: module} multiply in 8 bits; return the names of those whose shape does not fit.
+
+    Args:
+        linears: they are changed.
+        rounding: name of one of ROUNDINGS (quantization/rounded.py).
+        in_evaluation: also in evaluation, which otherwise multiplies in 16 bits.
+    """
+    others = []
+    for name, linear in linears.items():
+        if fits(linear.shape, linear.quantizer.block):
+            linear.rounding, linear.rounds_in_evaluation = rounding, in_evaluation
+        else:
+            others.append(name)
+    return others

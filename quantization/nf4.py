@@ -54,6 +54,10 @@ class NF4:
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     double: bool = True
 
+    @property
+    def has_4bit_blocks_of_64(self) -> bool:
+        return self.double
+
     def can_pack(self, shape: tuple[int, ...]) -> bool:
         return True  # the last block may be a part of one
 
@@ -99,6 +103,10 @@ class NF4:
         rows = shape if shape[1] % self.block == 0 else (1, shape[0] * shape[1])
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", rows, dtype)
         return copy_into(out, weight.view(shape))
+
+    def block_bounds(self, scales, table, shape) -> torch.Tensor:
+        _library()
+        return self._decode_absmax(scales, table, -(-math.prod(shape) // self.block)).abs()
 
     def _decode_absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
         """Return the blocks' absolute maxima, [blocks] fp32, from the bytes `scales`.

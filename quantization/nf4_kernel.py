@@ -59,7 +59,7 @@ def _dequantize(
 _VALUES: dict[torch.device, torch.Tensor] = {}
 
 
-def _values(device: torch.device) -> torch.Tensor:
+def nf4_values(device: torch.device) -> torch.Tensor:
     """Return the 16 weights that the 4-bit codes stand for before scaling: fp32, on the device (cached)."""
     if device not in _VALUES:
         _VALUES[device] = bnb.get_4bit_type("nf4", device=device)
@@ -91,7 +91,7 @@ def dequantize(
         codes,
         scales,
         scale_values,
-        _values(codes.device),
+        nf4_values(codes.device),
         row_scale if row_scale is not None else scale_values,
         out,
         n_words,

@@ -1,5 +1,7 @@
 """The 4-bit matmul and its gradient, as operators that are opaque to torch.compile.
 
+The large matmuls run in 16 bits, or in 8 (quantization/rounded.py); the low-rank branch always in 16.
+
 They are opaque on purpose: the compiler would merge the backward's dequantization with the forward's, and
 hold 16-bit weights in between. A checkpointing policy can name operators
 (parallel/activation_checkpointing.py). Each operator either computes its low-rank branch in the large matmul,
@@ -19,6 +21,8 @@ from torch._ops import OpOverload
 from torch.library import CustomOpDef
 
 from quantization.quantizers import Quantizer
+from quantization.rounded import ROUNDINGS, PackedRows, multiply, packed_rows
+from quantization.rounded import round_rows as round_rows_of
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -59,6 +63,15 @@ def dequantize(
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
     return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
+
+
+def _rows_of(
+    packed: tuple[Tensor, Tensor, Tensor | None], quantizer: str, shape: Sequence[int], rounding: str
+) -> PackedRows:
+    """Return a packed weight for a matmul in 8 bits. packed: as for `dequantize`; rounding: of ROUNDINGS."""
+    codes, scales, table = packed
+    raw = codes.view(torch.uint8), scales.view(torch.uint8), table
+    return packed_rows(raw, _QUANTIZERS[quantizer], shape, ROUNDINGS[rounding])
 
 
 def _concatenates_branch(x: Tensor, quantizer: str, shape: Sequence[int], rank: int) -> bool:
@@ -103,15 +116,55 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
 _PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor? row_scale"
 
 
-def _fake_linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, save_output):
+def _fake_round_rows(x, rounding):
+    return x.new_empty(x.shape, dtype=ROUNDINGS[rounding].dtype), x.new_empty(
+        x.shape[:-1], dtype=torch.float32
+    )
+
+
+@_operator("(Tensor x, str rounding) -> (Tensor, Tensor)", _fake_round_rows)
+def round_rows(x, rounding):
+    """Return (x rounded: [T, I]; the scale of each token: [T] fp32). Without a gradient.
+
+    It is an operator of its own, so that a compiler rounds an x once for all linears that read it.
+
+    Args:
+        x: [T, I].
+        rounding: name of one of ROUNDINGS.
+    """
+    rounded, scale = round_rows_of(x.flatten(0, -2), ROUNDINGS[rounding])
+    return rounded.view(x.shape), scale.view(x.shape[:-1])
+
+
+_ROUNDED = "Tensor? rounded, Tensor? rounded_scale, str rounding"
+
+
+def _fake_linear4bit(x, codes, scales, table, quantizer, shape, *_):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
 @_operator(
-    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool save_output) -> Tensor",
+    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool save_output, {_ROUNDED})"
+    " -> Tensor",
     _fake_linear4bit,
 )
-def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, save_output):
+def linear4bit(
+    x,
+    codes,
+    scales,
+    table,
+    quantizer,
+    shape,
+    row_scale,
+    bias,
+    h,
+    a,
+    b,
+    save_output,
+    rounded=None,
+    rounded_scale=None,
+    rounding="",
+):
     """Return x (diag(g) W)^T + bias + h b^T: [T, O] in x's dtype, for a frozen packed W [O, I].
 
     Saves the packed weight for backward, not the dequantized one: FSDP frees the gathered storage after
@@ -127,7 +180,16 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
         a: [R, I] if h is x a^T, made outside of autograd. Then backward forms the gradients of x and a that
             go through h, and adds them in place. Without a, h has a gradient of its own.
         save_output: asks a checkpointing policy to save the result instead of a recompute.
+        rounded, rounded_scale: x and the scale of each token, of `round_rows`; None for a matmul in 16 bits.
+        rounding: name of one of ROUNDINGS, for forward and backward; "" for matmuls in 16 bits.
     """
+    if rounding:
+        rows = _rows_of((codes, scales, table), quantizer, shape, rounding)
+        operands = rounded.flatten(0, -2), rounded_scale.flatten(), rows.expand(), rows.row_scale(row_scale)
+        y = multiply(*operands, x.dtype, bias)
+        if h is not None:
+            y.addmm_(h.flatten(0, -2), b.t())
+        return y.view(*x.shape[:-1], shape[0])
     packed = (codes, scales, table), quantizer, shape, x.dtype, row_scale
     if h is None:
         return F.linear(x, dequantize(*packed), bias)
@@ -183,18 +245,18 @@ def adapter_backward(grads, x, h, a, b):
 
 
 def _fake_linear4bit_backward(
-    grads, codes, scales, tables, quantizers, shapes, row_scales, grad_h, a, dependencies
+    grads, codes, scales, tables, quantizers, shapes, row_scales, grad_h, a, dependencies, roundings
 ):
     return grads[0].new_empty(*grads[0].shape[:-1], shapes[1])
 
 
 @_operator(
     "(Tensor[] grads, Tensor[] codes, Tensor[] scales, Tensor?[] tables, str[] quantizers, int[] shapes,"
-    " Tensor?[] row_scales, Tensor? grad_h, Tensor[] a, Tensor[] dependencies) -> Tensor",
+    " Tensor?[] row_scales, Tensor? grad_h, Tensor[] a, Tensor[] dependencies, str[] roundings) -> Tensor",
     _fake_linear4bit_backward,
 )
 def linear4bit_backward(
-    grads, codes, scales, tables, quantizers, shapes, row_scales, grad_h, a, dependencies
+    grads, codes, scales, tables, quantizers, shapes, row_scales, grad_h, a, dependencies, roundings
 ):
     """Return the gradient of x [T, I] through linears with the same x and, if there is an a, their branches.
 
@@ -206,20 +268,35 @@ def linear4bit_backward(
         a: [R, I], one of each linear, or an empty list.
         dependencies: not read. A compiler must compute them before this operator; later, their inputs could
             stay in memory through the backward of the layers below.
+        roundings: as for `linear4bit`, one of each linear.
     """
     grad_x = grad_h.flatten(0, -2) @ (a[0] if len(a) == 1 else torch.cat(a)) if a else None
     each = zip(codes, scales, tables, strict=True), quantizers, zip(shapes[::2], shapes[1::2], strict=True)
-    for grad, packed, quantizer, shape, row_scale in zip(grads, *each, row_scales, strict=True):
-        weight, rows = dequantize(packed, quantizer, shape, grad.dtype, row_scale), grad.flatten(0, -2)
+    for grad, packed, quantizer, shape, row_scale, rounding in zip(
+        grads, *each, row_scales, roundings, strict=True
+    ):
+        rows = grad.flatten(0, -2)
+        if rounding:
+            product = _multiply_rounded(rows, packed, quantizer, shape, row_scale, rounding)
+            grad_x = product if grad_x is None else grad_x.add_(product)
+            continue
+        weight = dequantize(packed, quantizer, shape, grad.dtype, row_scale)
         grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
         del weight  # before the next one is made
     assert grad_x is not None
     return grad_x.view(*grads[0].shape[:-1], shapes[1])
 
 
+def _multiply_rounded(grad, packed, quantizer, shape, row_scale, rounding) -> Tensor:
+    """Return grad diag(g) W in 8 bits: [T, I] in grad's dtype, for grad [T, O]."""
+    rows = _rows_of(packed, quantizer, shape, rounding)
+    rounded, scale = round_rows_of(grad, ROUNDINGS[rounding], rows.row_scale(row_scale))
+    return multiply(rounded, scale, rows.expand_transposed(), None, grad.dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     """Save the inputs of `linear4bit` for backward; x only for the gradient of a, y only for that of g."""
-    x, codes, scales, table, ctx.quantizer, ctx.shape, row_scale, _, h, a, b, _ = inputs
+    x, codes, scales, table, ctx.quantizer, ctx.shape, row_scale, _, h, a, b, *_, ctx.rounding = inputs
     y = None if row_scale is None else output
     ctx.save_for_backward(x if a is not None else None, codes, scales, table, row_scale, h, a, b, y)
 
@@ -242,7 +319,7 @@ def _backward(ctx, grad):
         grad_scale = grad_scale / row_scale
     if ctx.needs_input_grad[0]:  # last: x and y, maybe the widest activations, are freed before it
         dependencies = [] if grad_scale is None else [grad_scale]
-        grad_x = linear4bit_backward([grad], *packed, grad_h, a_list, dependencies)
+        grad_x = linear4bit_backward([grad], *packed, grad_h, a_list, dependencies, [ctx.rounding])
     h_has_gradient = h is not None and a is None
     return (
         grad_x,
@@ -252,7 +329,7 @@ def _backward(ctx, grad):
         grad_h if h_has_gradient else None,
         None if h_has_gradient else grad_a,
         grad_b,
-        None,
+        *(None, None, None, None),
     )
 
 

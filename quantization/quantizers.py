@@ -33,6 +33,10 @@ class Quantizer(Protocol):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes of the weights that `quantize` takes."""
 
+    @property
+    def has_4bit_blocks_of_64(self) -> bool:
+        """Whether quantization/rounded_kernel.py can read its format."""
+
     def can_pack(self, shape: tuple[int, ...]) -> bool:
         """Abstract. Return whether a weight of this shape can be packed."""
 
@@ -70,6 +74,14 @@ class Quantizer(Protocol):
             dtype: of the result.
             row_scale: [O] fp32, multiplied into each row by way of its blocks' scales, without an extra pass.
             out: [O, I] in `dtype`, filled and returned. There may be gaps between its rows.
+        """
+
+    def block_bounds(
+        self, scales: torch.Tensor, table: torch.Tensor | None, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """Abstract. Return an upper bound of the absolute values of each block: [blocks] fp32.
+
+        scales, table, shape: as for `dequantize`.
         """
 
 

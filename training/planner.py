@@ -22,6 +22,7 @@ from options.config import Config
 from options.errors import UserError
 from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
+from training.base_matmul import check_base_matmul
 from training.batch_table import LARGEST_BATCH
 from training.image_plan import ImagePlan
 from training.machine import Machine, find_largest, fits, share_cpus
@@ -56,6 +57,7 @@ def resolve_on(machine: Machine, config: Config, planned: PlannedModel) -> Confi
             f"--precision {config.precision}: a {machine.gpu.name} has no bf16; use auto, fp16_autocast or"
             " fp32"
         )
+    check_base_matmul(config, machine.gpu, precision_on(machine.gpu, config))
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.adapter is not None:
         config = adopt_options(config, open_adapter(config.adapter), planned.model.config, planned.family)

@@ -1,0 +1,63 @@
+"""Checks of --base_matmul: whether the GPU multiplies in the format, and which weights fit it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from files.weight_headers import WeightHeaders
+from launch.gpus import Gpu
+from launch.precision import Precision
+from models.adapters import choose_quantizers, packed_linears
+from models.family import Family
+from options.config import Config
+from options.errors import UserError
+from quantization.rounded import ROUNDINGS, fits
+
+
+def check_base_matmul(config: Config, gpu: Gpu | None, precision: Precision) -> None:
+    """Raise UserError if --base_matmul does not run there.
+
+    Args:
+        config: the run's options.
+        gpu: the kind of its GPUs, or None for CPU processes.
+        precision: the run's dtypes.
+    """
+    rounding = ROUNDINGS.get(config.base_matmul or "")
+    if not rounding or (not rounding.dtype.is_floating_point and gpu is None):
+        return
+    option = f"--base_matmul {config.base_matmul}"
+    if gpu is None or gpu.capability < rounding.capability:
+        needed, own = (".".join(map(str, c)) for c in (rounding.capability, gpu.capability if gpu else ()))
+        here = f"a {gpu.name} has {own}" if gpu else "there is no GPU here"
+        others = [n for n, form in ROUNDINGS.items() if gpu and form.capability <= gpu.capability]
+        raise UserError(
+            f"{option}: needs GPUs of compute capability {needed} or more, and {here}; choose"
+            f" {' or '.join([*others, '16bit'])}"
+        )
+    if rounding.dtype.is_floating_point and precision.matmul_dtype != torch.bfloat16:
+        raise UserError(
+            f"{option}: its results are bf16, and --precision {config.precision} computes in"
+            f" {str(precision.matmul_dtype).removeprefix('torch.')}; choose --precision auto"
+        )
+
+
+def remark_on_matmuls(
+    model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders
+) -> tuple[str, ...]:
+    """Return a line that says which linears stay in 16 bits with --base_matmul; empty if none does.
+
+    model: on meta, as `build_on_meta` returns it.
+    """
+    if config.base_matmul in (None, "16bit"):
+        return ()
+    names = [n for n in packed_linears(model, family, config, files) if family.locate_layer(n)[0] is not None]
+    quantizers = choose_quantizers(names, config, files)
+    others = [n for n, q in quantizers.items() if not fits(model.get_parameter(f"{n}.weight").shape, q.block)]
+    if not others:
+        return ()
+    shape = " x ".join(str(n) for n in model.get_parameter(f"{others[0]}.weight").shape)
+    return (
+        f"--base_matmul {config.base_matmul}: {len(others)} of {len(names)} linears multiply in 16 bits:"
+        f" sizes that are not multiples of 16, or not of a block; the first is {others[0]}, {shape}",
+    )
