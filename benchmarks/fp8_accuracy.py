@@ -7,7 +7,8 @@ A model of some 100M parameters learns sources and licences that Python and its 
 benchmarks/accuracy_texts.py). It is then fine-tuned on their documentation (text B): with `qlora` and each
 --base_matmul of --ways, and with `lora`, whose base has 16 bits. All runs of a seed have the same order of
 rows and the same adapters at the start. The loss is train.py's own, on a held-out part of text B, at the end
-of each run. It is computed as the run computes: with fp8 matmuls where the run has these.
+of each run. At last evaluate.py gives the same loss of each `qlora` run with 16-bit matmuls, and that of the
+NF4 model before fine-tuning.
 
 Started again with the same options, it makes the parts that are missing, and goes on with the pretraining
 from its last checkpoint. Writes into --out: rows.jsonl, a line as each part ends; accuracy.json and
@@ -17,19 +18,21 @@ accuracy.md, the results; and the output of each run.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks import accuracy_rows
+from benchmarks.accuracy_rows import PRETRAINING, Row, Run, list_series, summarize
 from benchmarks.accuracy_texts import (
     HELD_OUT,
     TEXT_A,
@@ -40,7 +43,7 @@ from benchmarks.accuracy_texts import (
     train_tokenizer,
     write_texts,
 )
-from benchmarks.paired_losses import T_QUANTILES, Losses, compare, format_tables
+from benchmarks.paired_losses import T_QUANTILES
 from benchmarks.run import ROOT, run_process
 from benchmarks.side_by_side import COMPILE_THREADS
 from files.atomic_writes import write_text
@@ -54,62 +57,8 @@ SHAPES = {
     "100m": Shape(768, 2048, 12, 12, 12, 16384, CONTEXT, tied=True),
     "tiny": Shape(64, 128, 2, 4, 4, 512, CONTEXT, tied=True),
 }
-DEFAULT_WAY = "16bit"  # of train.py's --base_matmul
 SIZES = ("shape", "pretraining", "fine_tuning", "text", "batch")  # options that all parts share
-TEXTS, RANDOM, PRETRAINING = "texts", "random model", "pretraining"
-
-
-@dataclass(frozen=True)
-class Series:
-    """Runs that differ only in their seed.
-
-    Attributes:
-        name: in tables.
-        train_type: of train.py.
-        way: how the base's matmuls are computed.
-    """
-
-    name: str
-    train_type: str
-    way: str = DEFAULT_WAY
-
-    def options(self) -> list[str]:
-        """Return the options of train.py."""
-        way = [] if self.way == DEFAULT_WAY else ["--base_matmul", self.way]
-        return ["--train_type", self.train_type, *way]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The result of a part.
-
-    Attributes:
-        name: of the part.
-        seconds: that it took.
-        loss: on the held-out text at the end, of a run of train.py.
-        tokens_per_second: median over the steps of a run, beside other runs.
-        problem: why there is no result, or "".
-    """
-
-    name: str
-    seconds: float
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    problem: str = ""
-
-
-def list_series(ways: list[str]) -> list[Series]:
-    """Return the series: one with 16-bit weights, and one with 4-bit weights for each way."""
-    names = [f"qlora {way}" + " again" * ways[:i].count(way) for i, way in enumerate(ways)]
-    return [
-        Series("lora", "lora"),
-        *(Series(name, "qlora", way) for name, way in zip(names, ways, strict=True)),
-    ]
-
-
-def run_name(series: Series, seed: int) -> str:
-    """Return the name of a fine-tuning run."""
-    return f"{series.name}, seed {seed}"
+TEXTS, RANDOM = "texts", "random model"
 
 
 class Accuracy:
@@ -118,17 +67,14 @@ class Accuracy:
     def __init__(self, options: argparse.Namespace):
         self.options, self.began = options, time.monotonic()
         self.path = options.out / "rows.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        rows = [Row(**json.loads(line)) for line in lines]
-        self.rows = {row.name: row for row in rows if not row.problem}
-        self.runs = [(series, seed) for seed in range(options.seeds) for series in list_series(options.ways)]
+        self.rows = accuracy_rows.read_rows(self.path)
+        # The runs of a seed are neighbours, so that few differences are missing after an interruption.
+        self.runs = [Run(each, seed) for seed in range(options.seeds) for each in list_series(options.ways)]
 
     def add(self, row: Row) -> None:
         """Write and print a row. Raises UserError if a part that all others need has a problem."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
-        loss = "" if row.loss is None else f", loss {row.loss:.4f}, {row.tokens_per_second:,.0f} tokens/s"
-        print(f"{row.name}: {row.problem or f'{row.seconds:.0f} s{loss}'}", flush=True)
+        accuracy_rows.append_row(self.path, row)
+        print(row.describe(), flush=True)
         if not row.problem:
             self.rows[row.name] = row
         elif row.name == PRETRAINING:
@@ -143,14 +89,27 @@ class Accuracy:
                 self.add(Row(name, time.monotonic() - began))
         if PRETRAINING not in self.rows:
             self.add(self.pretrain())
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            for done in as_completed([pool.submit(self.fine_tune, *each) for each in self.missing()]):
-                if (row := done.result()) is not None:
-                    self.add(row)
+        for make, is_evaluation in ((self.fine_tune, False), (self.evaluate, True)):
+            work = [run for run in self.missing() if bool(run.series.evaluates) == is_evaluation]
+            with ThreadPoolExecutor(self.options.jobs) as pool:
+                for done in as_completed([pool.submit(self.make_in_time, make, run) for run in work]):
+                    if (row := done.result()) is not None:
+                        self.add(row)
 
-    def missing(self) -> list[tuple[Series, int]]:
-        """Return (series, seed) of the fine-tuning runs without a result."""
-        return [each for each in self.runs if run_name(*each) not in self.rows]
+    def missing(self) -> list[Run]:
+        """Return the runs without a result."""
+        return [run for run in self.runs if run.name not in self.rows]
+
+    def make_in_time(self, make: Callable[[Run], Row | None], run: Run) -> Row | None:
+        """Return make(run); None if --stop_after is over."""
+        stop_after = self.options.stop_after
+        if stop_after and time.monotonic() - self.began > stop_after:
+            return None
+        return make(run)
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a part's RUN."""
+        return self.options.out / name.replace(", ", "-").replace(" ", "-")
 
     def write_texts(self) -> None:
         """Write the texts, whose sizes the options give in MB."""
@@ -179,15 +138,28 @@ class Accuracy:
         model = self.options.out / "random"
         return self.train(PRETRAINING, model, TEXT_A, self.options.pretraining, 64, options.split())
 
-    def fine_tune(self, series: Series, seed: int) -> Row | None:
-        """Train adapters on text B; None if --stop_after is over."""
-        stop_after = self.options.stop_after
-        if stop_after and time.monotonic() - self.began > stop_after:
+    def fine_tune(self, run: Run) -> Row:
+        """Train adapters on text B."""
+        options = [*f"--lora_rank 16 --lr 5e-4 --seed {run.seed} --overwrite".split(), *run.series.options()]
+        model = self.folder(PRETRAINING)
+        return self.train(run.name, model, TEXT_B, self.options.fine_tuning, 16, options)
+
+    def evaluate(self, run: Run) -> Row | None:
+        """Run evaluate.py, which computes in 16 bits, on a RUN and its base; None if the RUN has failed."""
+        if run.evaluates not in self.rows:
             return None
-        adapters = f"--lora_rank 16 --lr 5e-4 --seed {seed} --save_model false --overwrite"
-        options = [*adapters.split(), *series.options()]
-        name, model = run_name(series, seed), self.options.out / PRETRAINING
-        return self.train(name, model, TEXT_B, self.options.fine_tuning, 16, options)
+        began, out = time.monotonic(), self.folder(run.name).with_suffix(".json")
+        words = ["evaluate.py", str(self.folder(run.evaluates)), "--metrics", "perplexity", "--out", str(out)]
+        problem = self.run_program(words, out.with_suffix(".log"))
+        seconds = time.monotonic() - began
+        if problem:
+            return Row(run.name, seconds, problem=problem)
+        found = json.loads(out.read_text())["metrics"]["perplexity"]
+        return Row(run.name, seconds, math.log(found["tuned"]), math.log(found["base"]))
+
+    def run_program(self, words: list[str], log: Path) -> str:
+        """Run a Python program of this project on one GPU, and return an error text, or ""."""
+        return run_process([sys.executable, *words], log, self.options.time_limit, 1, ROOT)
 
     def train(self, name: str, model: Path, text: str, tokens: float, batch: int, options: list[str]) -> Row:
         """Run train.py and return the part's row.
@@ -201,7 +173,7 @@ class Accuracy:
             options: more options of train.py.
         """
         out, batch = self.options.out, max(1, round(batch * self.options.batch))
-        folder = out / name.replace(", ", "-").replace(" ", "-")
+        folder = self.folder(name)
         steps = max(1, round(tokens * 1e6 / (batch * CONTEXT)))
         words = [
             *("train.py", "--model_name", str(model), "--output_dir", str(folder)),
@@ -211,34 +183,23 @@ class Accuracy:
             *"--world_size 1 --log_to stdout".split(),
             *options,
         ]
-        began, log = time.monotonic(), out / f"{folder.name}.log"
-        problem = run_process([sys.executable, *words], log, self.options.time_limit, 1, ROOT)
+        began = time.monotonic()
+        problem = self.run_program(words, folder.with_suffix(".log"))
         seconds = time.monotonic() - began
         if problem:
             return Row(name, seconds, problem=problem)
         metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
         speed = statistics.median(step["tokens_per_second"] for step in metrics)
-        return Row(name, seconds, metrics[-1]["eval_loss"], speed)
+        return Row(name, seconds, metrics[-1]["eval_loss"], tokens_per_second=speed)
 
 
 def write_results(accuracy: Accuracy) -> None:
     """Write and print the tables."""
-    options, rows = accuracy.options, accuracy.rows
-    losses: Losses = {}
-    for series, seed in accuracy.runs:
-        row = rows.get(run_name(series, seed))
-        losses.setdefault(series.name, {}).update({} if row is None else {seed: row.loss})
-    differences, before = compare(losses, list(losses)), rows[PRETRAINING].loss
-    text = f"Held-out loss before fine-tuning: {before:.5f}.\n\n{format_tables(losses, differences)}"
+    options = accuracy.options
+    text, values = summarize(accuracy.runs, accuracy.rows)
+    values["options"] = {name: str(value) for name, value in vars(options).items()}
     write_text(options.out / "accuracy.md", text)
-    results = {
-        "options": {name: str(value) for name, value in vars(options).items()},
-        "loss_before": before,
-        "losses": losses,
-        "differences": [dataclasses.asdict(each) for each in differences],
-        "rows": [dataclasses.asdict(row) for row in rows.values()],
-    }
-    write_text(options.out / "accuracy.json", json.dumps(results, indent=2) + "\n")
+    write_text(options.out / "accuracy.json", json.dumps(values, indent=2) + "\n")
     print(text, end="")
 
 
@@ -256,8 +217,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--text", type=float, default=1, help="factor of the texts' sizes")
     parser.add_argument("--batch", type=float, default=1, help="factor of the batch sizes, 64 and 16 packs")
     parser.add_argument("--time_limit", type=int, default=600, help="seconds that a run may take")
-    stop_help = "start no fine-tuning after so many seconds; 0 = always start it"
-    parser.add_argument("--stop_after", type=int, default=0, help=stop_help)
+    stop_help = "start no fine-tuning or evaluation after so many seconds; 0 = always start it"
+    parser.add_argument("--stop_after", type=int, default=420, help=stop_help)
     options = parser.parse_args(argv)
     options.out = options.out.absolute()
     return options
@@ -282,7 +243,7 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         return print_error(e, verbose=False)
     write_results(accuracy)
-    missing = [run_name(*each) for each in accuracy.missing()]
+    missing = [run.name for run in accuracy.missing()]
     if missing:
         print(f"without a result: {'; '.join(missing)}")
     print(f"{time.monotonic() - accuracy.began:.0f} s in all")

@@ -39,18 +39,19 @@ def mean_difference(name: str, differences: list[float]) -> Difference:
     return Difference(name, mean, mean - margin, mean + margin, count)
 
 
-def compare(losses: Losses, names: list[str]) -> list[Difference]:
+def compare(losses: Losses, pairs: list[tuple[str, str]], baseline: str) -> list[Difference]:
     """Return the differences between series of the same seed, and how far two seeds of one differ.
 
-    names: of the series. The first has 16-bit weights, the second is the baseline.
+    Args:
+        losses: of all series.
+        pairs: (series, series to subtract) to compare, without those that share no seed.
+        baseline: the series whose seeds are compared.
     """
 
     def paired(name: str, less: str) -> list[float]:
         """Return the differences of the seeds that both series have."""
         return [loss - losses[less][seed] for seed, loss in losses[name].items() if seed in losses[less]]
 
-    lora, baseline, *others = names
-    pairs = [*((other, baseline) for other in others), (baseline, lora)]
     found = [
         mean_difference(f"{name} - {less}, same seed", paired(name, less))
         for name, less in pairs

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import fp8_accuracy
+from benchmarks.accuracy_rows import Series, list_pairs, list_series
 from benchmarks.accuracy_texts import (
     HELD_OUT,
     TEXT_A,
@@ -23,6 +24,7 @@ from benchmarks.accuracy_texts import (
 )
 from benchmarks.paired_losses import T_QUANTILES, compare, mean_difference
 from options.errors import UserError
+from options.evaluate import parse as parse_evaluation
 from options.train import parse as parse_training
 
 SMALL = "--shape tiny --ways 16bit,16bit --seeds 2 --pretraining 0.02 --fine_tuning 0.01 --batch 0.05"
@@ -104,12 +106,25 @@ def test_the_tokenizer_is_one_of_bytes(tmp_path):
 
 
 class FakeRuns:
-    """Replaces run_process: writes the metrics of train.py, with losses from `loss(options)`."""
+    """Replaces run_process: writes the metrics of train.py, and the results of evaluate.py.
+
+    Attributes:
+        commands: the configs of train.py.
+        evaluated: the names of the RUNs of evaluate.py.
+        fails: names of RUNs whose next training fails.
+    """
 
     def __init__(self, fails=()):
-        self.commands, self.fails = [], list(fails)
+        self.commands, self.evaluated, self.fails = [], [], list(fails)
 
     def __call__(self, command, log, limit_seconds, gpus, folder):
+        if command[1] == "evaluate.py":
+            self.evaluated.append(Path(command[2]).name)
+            given = parse_evaluation(command[2:])
+            assert given.metrics == ("perplexity",)
+            results = {"perplexity": {"base": math.exp(5.5), "tuned": math.exp(4.0)}}
+            Path(given.out).write_text(json.dumps({"metrics": results}))
+            return ""
         config, _ = parse_training(command[2:])
         self.commands.append(config)
         if Path(config.output_dir).name in self.fails:
@@ -141,15 +156,23 @@ def test_a_second_start_makes_what_is_missing(packages, tmp_path, monkeypatch, c
     names = [f"{series}-seed-{seed}" for series in fp8_series() for seed in (0, 1)]
     assert started(runs) == sorted(["pretraining", *names])
     shown = capsys.readouterr().out
-    assert "without a result: lora, seed 0; qlora 16bit, seed 1\n" in shown
-    assert "lora, seed 0: failed: no luck" in shown and "lora, seed 1: 0 s, loss 3.1250, 8 tokens/s" in shown
-    assert "| 0 |  | 3.50000 | 3.50000 |" in shown and "qlora 16bit - lora" not in shown
+    missing = ["lora, seed 0", "qlora 16bit, seed 1", "qlora 16bit, evaluated in 16 bits, seed 1"]
+    assert f"without a result: {'; '.join(missing)}\n" in shown
+    assert "lora, seed 0: 0 s, failed: no luck\n" in shown
+    assert "lora, seed 1: 0 s, loss 3.1250, 8 tokens/s\n" in shown
+    assert "Held-out loss before fine-tuning: 5.00000 in 16 bits, 5.50000 in NF4." in shown
+    assert "| 0 |  | 3.50000 | 3.50000 | 4.00000 | 4.00000 |" in shown and "qlora 16bit - lora" not in shown
+    trained = {name for name in names if name.startswith("qlora")}
+    assert {*runs.evaluated} == trained - {"qlora-16bit-seed-1"} and len(runs.evaluated) == 3
     runs.commands.clear()
+    runs.evaluated.clear()
     assert fp8_accuracy.main(argv) == 0
     assert started(runs) == ["lora-seed-0", "qlora-16bit-seed-1"]
+    assert runs.evaluated == ["qlora-16bit-seed-1"]
     results = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     assert results["loss_before"] == 5.0 and results["losses"]["lora"] == {"0": 3.0, "1": 3.125}
     assert [(d["mean"], d["low"], d["high"]) for d in results["differences"]] == [
+        (0.0, 0.0, 0.0),
         (0.0, 0.0, 0.0),
         (0.5, 0.5, 0.5),
         (0.125, None, None),
@@ -168,7 +191,7 @@ def fp8_series() -> list[str]:
 def test_runs_differ_only_in_what_is_compared(packages, tmp_path, monkeypatch):
     runs = FakeRuns()
     monkeypatch.setattr(fp8_accuracy, "run_process", runs)
-    fp8_accuracy.main([*SMALL.split(), "--out", str(tmp_path / "out"), "--text", "1e-3"])
+    assert fp8_accuracy.main([*SMALL.split(), "--out", str(tmp_path / "out"), "--text", "1e-3"]) == 0
     first, *others = runs.commands
     assert (first.train_type, first.model_name) == ("full", str(tmp_path / "out" / "random"))
     assert first.max_steps == round(0.02e6 / (3 * 1024)) and first.batch_size == 3
@@ -179,9 +202,8 @@ def test_runs_differ_only_in_what_is_compared(packages, tmp_path, monkeypatch):
     assert {settings[0][name] for name in ("dataset", "eval_dataset")} == {
         str(tmp_path / "out" / name) for name in (TEXT_B, HELD_OUT)
     }
-    assert (
-        fp8_accuracy.Series("any", "qlora", "fp8").options() == "--train_type qlora --base_matmul fp8".split()
-    )
+    options = Series("any", "qlora", "fp8").options()
+    assert options == ["--train_type", "qlora", "--base_matmul", "fp8"]
 
 
 def test_without_a_pretrained_model_nothing_else_runs(packages, tmp_path, monkeypatch, capsys):
@@ -220,20 +242,35 @@ def test_the_quantiles_of_students_t():
 
 def test_only_runs_of_the_same_seed_are_compared():
     losses = {"lora": {0: 1.0, 1: 2.0}, "bf16": {1: 2.5, 2: 3.0}, "fp8": {2: 3.25}, "int8": {0: 9.0}}
-    assert [(d.name, d.mean, d.count) for d in compare(losses, list(losses))] == [
+    pairs = [("fp8", "bf16"), ("int8", "bf16"), ("bf16", "lora")]
+    assert [(d.name, d.mean, d.count) for d in compare(losses, pairs, baseline="bf16")] == [
         ("fp8 - bf16, same seed", 0.25, 1),
         ("bf16 - lora, same seed", 0.5, 1),
         ("bf16, size of the difference between two seeds", 0.5, 1),
     ]
 
 
+def test_what_is_compared():
+    assert list_pairs(list_series(["16bit", "fp8", "int8"])) == [
+        ("qlora fp8", "qlora 16bit"),
+        ("qlora int8", "qlora 16bit"),
+        ("qlora fp8, evaluated in 16 bits", "qlora 16bit, evaluated in 16 bits"),
+        ("qlora int8, evaluated in 16 bits", "qlora 16bit, evaluated in 16 bits"),
+        ("qlora 16bit", "lora"),
+    ]
+
+
 @pytest.mark.slow
 def test_a_rehearsal_on_the_cpu(packages, tmp_path):
-    """The same computation twice gives the same losses, so both are paired as they should be."""
-    argv = [*SMALL.split(), "--out", str(tmp_path / "out"), "--text", "1e-3", "--jobs", "2"]
+    """The same computation twice gives the same losses, and evaluate.py gives that of train.py."""
+    argv = [*SMALL.split(), "--out", str(tmp_path / "out"), "--text", "1e-3", "--jobs", "2", "--seeds", "1"]
     assert fp8_accuracy.main(argv) == 0
     results = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    again, quantized, seeds = results["differences"]
-    assert again["mean"] == again["low"] == again["high"] == 0 and again["count"] == 2
-    assert quantized["mean"] != 0 and seeds["mean"] > 0
-    assert all(loss < results["loss_before"] for by in results["losses"].values() for loss in by.values())
+    again, evaluated, quantized = results["differences"]
+    assert again["mean"] == evaluated["mean"] == 0 and quantized["mean"] != 0
+    losses = results["losses"]
+    assert losses["qlora 16bit, evaluated in 16 bits"]["0"] == pytest.approx(
+        losses["qlora 16bit"]["0"], rel=1e-5
+    )
+    assert results["nf4_loss_before"] == pytest.approx(results["loss_before"], rel=1e-2)
+    assert all(by_seed["0"] < results["loss_before"] for by_seed in losses.values())
