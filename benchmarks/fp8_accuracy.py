@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -92,9 +93,13 @@ class Accuracy:
         for make, is_evaluation in ((self.fine_tune, False), (self.evaluate, True)):
             work = [run for run in self.missing() if bool(run.series.evaluates) == is_evaluation]
             with ThreadPoolExecutor(self.options.jobs) as pool:
-                for done in as_completed([pool.submit(self.make_in_time, make, run) for run in work]):
-                    if (row := done.result()) is not None:
-                        self.add(row)
+                try:
+                    for done in as_completed([pool.submit(self.make_in_time, make, run) for run in work]):
+                        if (row := done.result()) is not None:
+                            self.add(row)
+                except KeyboardInterrupt:
+                    pool.shutdown(cancel_futures=True)  # waits for what runs
+                    raise
 
     def missing(self) -> list[Run]:
         """Return the runs without a result."""
@@ -251,5 +256,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the program that is running
     os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": COMPILE_THREADS}
     sys.exit(main(sys.argv[1:]))
