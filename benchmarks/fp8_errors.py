@@ -34,9 +34,10 @@ from files.atomic_writes import write_text
 from launch.program import print_error
 from models.shapes import SHAPES, Shape
 from options.errors import UserError
-from quantization.layer import Linear4bit
+from quantization.layer import Linear4bit, round_matmuls
 from quantization.nf4 import NF4
 from quantization.operators import dequantize
+from quantization.rounded import ROUNDINGS
 
 RANK, STD = 64, 0.02
 OUTLIER_EVERY, OUTLIER_FACTOR = 1000, 20.0
@@ -87,14 +88,16 @@ def make_linear(weight: Tensor, way: str) -> Linear4bit:
 
     The only function here that knows how a layer is told its way. Raises UserError for an unknown way.
     """
-    if way != "16bit":
-        raise UserError(f"--ways {way}: must be 16bit")
+    if way not in ("16bit", *ROUNDINGS):
+        raise UserError(f"--ways {way}: must be 16bit, {' or '.join(ROUNDINGS)}")
     layer = Linear4bit(
         nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), weight.dtype, NF4()
     )
     layer.fill_buffers(weight.device)
     for name, content in layer.convert_tensor("weight", weight).items():
         setattr(layer, name, nn.Parameter(content, requires_grad=False))
+    if way in ROUNDINGS:
+        round_matmuls({"": layer}, way)
     return layer
 
 
