@@ -21,10 +21,11 @@ from torch._ops import OpOverload
 from torch.library import CustomOpDef
 
 from quantization.quantizers import Quantizer
-from quantization.rounded import ROUNDINGS, PackedRows, multiply, packed_rows
+from quantization.rounded import ROUNDINGS, RoundedWeight, multiply
 from quantization.rounded import round_rows as round_rows_of
 
 TINY = torch.finfo(torch.float32).tiny
+ROUNDED_AT_ONCE = 2**26  # elements of a gradient
 
 # Operators take numbers, strings and tensors, so a quantizer is passed by name.
 _QUANTIZERS: dict[str, Quantizer] = {}
@@ -65,13 +66,20 @@ def dequantize(
     return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
 
 
-def _rows_of(
-    packed: tuple[Tensor, Tensor, Tensor | None], quantizer: str, shape: Sequence[int], rounding: str
-) -> PackedRows:
-    """Return a packed weight for a matmul in 8 bits. packed: as for `dequantize`; rounding: of ROUNDINGS."""
+def _rounded_weight(
+    packed: tuple[Tensor, Tensor, Tensor | None],
+    quantizer: str,
+    shape: Sequence[int],
+    row_scale: Tensor | None,
+    rounding: str,
+) -> RoundedWeight:
+    """Return a packed weight for a matmul in 8 bits.
+
+    packed, quantizer, shape, row_scale: as for `dequantize`; rounding: name of one of ROUNDINGS.
+    """
     codes, scales, table = packed
-    raw = codes.view(torch.uint8), scales.view(torch.uint8), table
-    return packed_rows(raw, _QUANTIZERS[quantizer], shape, ROUNDINGS[rounding])
+    raw = codes.view(torch.uint8), scales.view(torch.uint8), table, _QUANTIZERS[quantizer]
+    return RoundedWeight(*raw, (shape[0], shape[1]), row_scale, ROUNDINGS[rounding])
 
 
 def _concatenates_branch(x: Tensor, quantizer: str, shape: Sequence[int], rank: int) -> bool:
@@ -184,9 +192,8 @@ def linear4bit(
         rounding: name of one of ROUNDINGS, for forward and backward; "" for matmuls in 16 bits.
     """
     if rounding:
-        rows = _rows_of((codes, scales, table), quantizer, shape, rounding)
-        operands = rounded.flatten(0, -2), rounded_scale.flatten(), rows.expand(), rows.row_scale(row_scale)
-        y = multiply(*operands, x.dtype, bias)
+        weight = _rounded_weight((codes, scales, table), quantizer, shape, row_scale, rounding)
+        y = multiply(rounded.flatten(0, -2), rounded_scale.flatten(), *weight.expand(), x.dtype, bias)
         if h is not None:
             y.addmm_(h.flatten(0, -2), b.t())
         return y.view(*x.shape[:-1], shape[0])
@@ -200,10 +207,10 @@ def linear4bit(
         # h may be a slice of several linears' h (parallel/inductor_passes.py). Unless both are contiguous,
         # torch's copy takes five times as long.
         return F.linear(torch.cat((x, h.contiguous()), -1), weight_and_b, bias)
-    weight = dequantize(*packed)
+    dense = dequantize(*packed)
     # The large matmul adds to the small one's result: it has time to read that, and the small one has not.
     y = F.linear(h, b, bias)
-    y.view(-1, shape[0]).addmm_(x.flatten(0, -2), weight.t())
+    y.view(-1, shape[0]).addmm_(x.flatten(0, -2), dense.t())
     return y
 
 
@@ -270,28 +277,46 @@ def linear4bit_backward(
             stay in memory through the backward of the layers below.
         roundings: as for `linear4bit`, one of each linear.
     """
-    grad_x = grad_h.flatten(0, -2) @ (a[0] if len(a) == 1 else torch.cat(a)) if a else None
+    a_rows, grad_x = torch.cat(a) if len(a) > 1 else a[0] if a else None, None
+    if a_rows is not None and not all(roundings):
+        # The large matmul adds to the small one's result, as in `linear4bit`. One in 8 bits cannot add.
+        grad_x, a_rows = grad_h.flatten(0, -2) @ a_rows, None
     each = zip(codes, scales, tables, strict=True), quantizers, zip(shapes[::2], shapes[1::2], strict=True)
     for grad, packed, quantizer, shape, row_scale, rounding in zip(
         grads, *each, row_scales, roundings, strict=True
     ):
         rows = grad.flatten(0, -2)
         if rounding:
-            product = _multiply_rounded(rows, packed, quantizer, shape, row_scale, rounding)
-            grad_x = product if grad_x is None else grad_x.add_(product)
+            weight = _rounded_weight(packed, quantizer, shape, row_scale, rounding)
+            grad_x = _add_rounded_product(grad_x, rows, weight)
             continue
-        weight = dequantize(packed, quantizer, shape, grad.dtype, row_scale)
-        grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
-        del weight  # before the next one is made
+        dense = dequantize(packed, quantizer, shape, grad.dtype, row_scale)
+        grad_x = rows @ dense if grad_x is None else grad_x.addmm_(rows, dense)
+        del dense  # before the next one is made
     assert grad_x is not None
+    if a_rows is not None:
+        grad_x.addmm_(grad_h.flatten(0, -2), a_rows)
     return grad_x.view(*grads[0].shape[:-1], shapes[1])
 
 
-def _multiply_rounded(grad, packed, quantizer, shape, row_scale, rounding) -> Tensor:
-    """Return grad diag(g) W in 8 bits: [T, I] in grad's dtype, for grad [T, O]."""
-    rows = _rows_of(packed, quantizer, shape, rounding)
-    rounded, scale = round_rows_of(grad, ROUNDINGS[rounding], rows.row_scale(row_scale))
-    return multiply(rounded, scale, rows.expand_transposed(), None, grad.dtype)
+def _add_rounded_product(total: Tensor | None, grad: Tensor, weight: RoundedWeight) -> Tensor:
+    """Return total + grad diag(g) W, multiplied in 8 bits: [T, I] in grad's dtype; changes `total`, if any.
+
+    grad: [T, O]. It is rounded in parts: its rounded form and the product may be as large as all else that is
+    in memory at this point.
+    """
+    scale, inverse = weight.find_scales()
+    operand = weight.expand_transposed(inverse)
+    is_first = total is None
+    total = grad.new_empty(len(grad), weight.shape[1]) if total is None else total
+    step = max(1, ROUNDED_AT_ONCE // weight.shape[0])
+    for rows, part in zip(grad.split(step), total.split(step), strict=True):
+        rounded = round_rows_of(rows, weight.rounding, scale)
+        if is_first:
+            multiply(*rounded, operand, None, grad.dtype, out=part)
+        else:
+            part.add_(multiply(*rounded, operand, None, grad.dtype))
+    return total
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -87,14 +87,14 @@ def round_rows(x: Tensor, rounding: Rounding, column_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """A packed weight, and how its rows are scaled.
+class RoundedWeight:
+    """A packed weight, to be expanded to 8 bits.
 
     Attributes:
         codes, scales, table, quantizer: as `Quantizer.dequantize` takes them; the first two uint8.
         shape: (O, I).
+        row_scale: DoRA's g [O] fp32, or None for ones.
         rounding: the format to expand it to.
-        bounds: upper bounds of each row's absolute values, at least SMALLEST: [O] fp32.
     """
 
     codes: Tensor
@@ -102,32 +102,42 @@ class PackedRows:
     table: Tensor | None
     quantizer: Quantizer
     shape: tuple[int, int]
+    row_scale: Tensor | None
     rounding: Rounding
-    bounds: Tensor
 
-    def row_scale(self, own: Tensor | None) -> Tensor:
-        """Return s_W: [O] fp32. own: DoRA's scale of each row, [O] fp32, or None for ones."""
-        scale = self.bounds / self.rounding.largest
-        return scale if own is None else scale * own
-
-    def expand(self) -> Tensor:
-        """Return W8: [O, I]."""
-        inverse = self.rounding.largest / self.bounds
+    def expand(self) -> tuple[Tensor, Tensor]:
+        """Return (W8: [O, I], s_W: [O] fp32)."""
         if self._has_kernel:
             from quantization.rounded_kernel import expand
 
-            return expand(self.codes, self.scales, self.table, inverse, self.shape, transposed=False)
+            packed = self.codes, self.scales, self.table, self.shape
+            return expand(*packed, self.row_scale, self.rounding.largest)
+        scale, inverse = self.find_scales()
+        return self._round_by(inverse), scale
+
+    def find_scales(self) -> tuple[Tensor, Tensor]:
+        """Return (s_W, what W's rows are multiplied by to become W8), [O] fp32 each."""
+        if self._has_kernel:
+            from quantization.rounded_kernel import find_scales
+
+            return find_scales(self.scales, self.table, self.shape, self.row_scale, self.rounding.largest)
+        blocks = self.quantizer.block_bounds(self.scales, self.table, self.shape)
+        bounds = blocks.view(self.shape[0], -1).amax(1).clamp_min(SMALLEST)
+        scale = bounds / self.rounding.largest
+        scale = scale if self.row_scale is None else scale * self.row_scale
+        return scale, self.rounding.largest / bounds
+
+    def expand_transposed(self, inverse: Tensor) -> Tensor:
+        """Return W8^T, contiguous: [I, O]. inverse: the second of `find_scales`."""
+        if self._has_kernel:
+            from quantization.rounded_kernel import expand_transposed
+
+            return expand_transposed(self.codes, self.scales, self.table, self.shape, inverse)
+        return self._round_by(inverse).t().contiguous()
+
+    def _round_by(self, inverse: Tensor) -> Tensor:
         packed = self.codes, self.scales, self.table, self.shape
         return self.rounding.round(self.quantizer.dequantize(*packed, torch.float32, inverse))
-
-    def expand_transposed(self) -> Tensor:
-        """Return W8^T, contiguous: [I, O]."""
-        if self._has_kernel:
-            from quantization.rounded_kernel import expand
-
-            inverse = self.rounding.largest / self.bounds
-            return expand(self.codes, self.scales, self.table, inverse, self.shape, transposed=True)
-        return self.expand().t().contiguous()
 
     @property
     def _has_kernel(self) -> bool:
@@ -135,26 +145,14 @@ class PackedRows:
         return is_float and self.quantizer.has_4bit_blocks_of_64 and triton_runs_on(self.codes.device)
 
 
-def packed_rows(
-    packed: tuple[Tensor, Tensor, Tensor | None],
-    quantizer: Quantizer,
-    shape: Sequence[int],
-    rounding: Rounding,
-) -> PackedRows:
-    """Return a packed weight with the bounds of its rows.
+_ONES: dict[torch.device, Tensor] = {}
 
-    packed: (codes, scales, table), the first two uint8.
-    """
-    codes, scales, table = packed
-    features = shape[0], shape[1]
-    if quantizer.has_4bit_blocks_of_64 and triton_runs_on(codes.device):
-        from quantization.rounded_kernel import row_bounds
 
-        bounds = row_bounds(scales, table, features)
-    else:
-        blocks = quantizer.block_bounds(scales, table, features)
-        bounds = blocks.view(shape[0], -1).amax(1).clamp_min(SMALLEST)
-    return PackedRows(codes, scales, table, quantizer, features, rounding, bounds)
+def _ones(n: int, device: torch.device) -> Tensor:
+    """Return n ones: fp32, on the device (cached)."""
+    if device not in _ONES or len(_ONES[device]) < n:
+        _ONES[device] = torch.ones(n, device=device)
+    return _ONES[device][:n]
 
 
 def multiply(
@@ -164,31 +162,29 @@ def multiply(
     b_scale: Tensor | None,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return diag(a_scale) a b^T diag(b_scale) + bias: [T, N] in `dtype`.
 
-    On a GPU, fp8 products are summed by the tensor cores with 14 bits at least, and in part in fp32 ("fast
-    accumulation"; docs/fp8.md says what it costs). int8 products are summed exactly.
+    fp8 products are summed by a GPU's tensor cores in less than fp32 ("fast accumulation"; docs/fp8.md has
+    the error). int8 products are summed exactly.
 
     Args:
         a: [T, K], rounded.
         a_scale: [T] fp32.
         b: [N, K], rounded.
         b_scale: [N] fp32, or None for ones.
-        dtype: of the result.
+        dtype: of the result; bf16 for fp8 on a GPU.
         bias: [N], or None.
+        out: [T, N], filled and returned.
     """
+    out = torch.empty(len(a), len(b), dtype=dtype, device=a.device) if out is None else out
     if a.dtype.is_floating_point and a.is_cuda:
-        if not len(a):
-            return a.new_zeros(0, len(b), dtype=dtype)
-        columns = a_scale.new_ones(len(b)) if b_scale is None else b_scale
-        # With scales of rows and columns the result can only be bf16.
-        return torch._scaled_mm(
-            *(a, b.t(), a_scale[:, None], columns[None, :]),
-            bias=bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        ).to(dtype)
+        columns = _ones(len(b), b.device) if b_scale is None else b_scale
+        operands = a, b.t(), a_scale[:, None], columns[None, :]
+        if len(a):
+            torch._scaled_mm(*operands, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
+        return out
     if a.dtype.is_floating_point:
         y = a.float() @ b.float().t()
     else:
@@ -198,4 +194,4 @@ def multiply(
     y *= a_scale[:, None]
     if b_scale is not None:
         y *= b_scale
-    return (y if bias is None else y + bias).to(dtype)
+    return out.copy_(y if bias is None else y + bias)

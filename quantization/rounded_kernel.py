@@ -74,15 +74,45 @@ def _block_scale(scales, values, n_blocks, block, inside, IS_NF4: tl.constexpr):
 
 
 @triton.jit
-def _row_bounds(scales, values, out, n_blocks, blocks_of_row, IS_NF4: tl.constexpr, BLOCKS: tl.constexpr):
-    row, i = tl.program_id(0), tl.arange(0, BLOCKS)
-    inside = i < blocks_of_row
-    scale, zero = _block_scale(scales, values, n_blocks, row * blocks_of_row + i, inside, IS_NF4)
+def _bound(scale, zero, inside, IS_NF4: tl.constexpr):
+    """Return upper bounds of the absolute values of rows: [rows]. scale, zero, inside: [rows, blocks]."""
     bound = tl.abs(scale)
     if not IS_NF4:
         bound *= tl.maximum(tl.abs(zero), tl.abs(15 - zero))
-    bound = tl.max(tl.where(inside, bound, 0.0), 0)
-    tl.store(out + row, tl.maximum(bound, SMALLEST))
+    return tl.maximum(tl.max(tl.where(inside, bound, 0.0), 1), SMALLEST)
+
+
+@triton.jit
+def _store_scale(scale, row_scale, row, bound, largest, inside, HAS_ROW_SCALE: tl.constexpr):
+    value = tl.div_rn(bound, largest + tl.zeros_like(bound))
+    if HAS_ROW_SCALE:
+        value *= tl.load(row_scale + row, inside, 0.0)
+    tl.store(scale + row, value, inside)
+
+
+# `out` is [2, O]: s_W, and what W's rows are multiplied by.
+@triton.jit
+def _find_scales(
+    scales,
+    scale_values,
+    row_scale,
+    out,
+    n_rows,
+    blocks_of_row,
+    largest,
+    IS_NF4: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    row, i = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCKS)
+    inside = (row < n_rows)[:, None] & (i < blocks_of_row)[None, :]
+    block = row[:, None] * blocks_of_row + i[None, :]
+    n_blocks = n_rows * blocks_of_row
+    scale, zero = _block_scale(scales, scale_values, n_blocks, block, inside, IS_NF4)
+    bound = _bound(scale, zero, inside, IS_NF4)
+    _store_scale(out, row_scale, row, bound, largest, row < n_rows, HAS_ROW_SCALE)
+    tl.store(out + n_rows + row, tl.div_rn(largest + tl.zeros_like(bound), bound), row < n_rows)
 
 
 @triton.jit
@@ -103,12 +133,8 @@ def _entries(values, scale, zero, IS_NF4: tl.constexpr, first: tl.constexpr):
 
 
 @triton.jit
-def _expand_blocks(
-    codes, scales, scale_values, values, inverse, n_blocks, block, row, inside, IS_NF4: tl.constexpr
-):
+def _lookup(codes, values, scale, zero, block, inside, IS_NF4: tl.constexpr):
     """Return the e4m3 bytes of blocks: int32 [blocks, WORDS], of a word's first and last four codes."""
-    scale, zero = _block_scale(scales, scale_values, n_blocks, block, inside, IS_NF4)
-    scale *= tl.load(inverse + row, inside, 0.0)
     e0 = _entries(values, scale, zero, IS_NF4, 0)
     e1 = _entries(values, scale, zero, IS_NF4, 4)
     e2 = _entries(values, scale, zero, IS_NF4, 8)
@@ -127,27 +153,43 @@ def _expand_blocks(
     )
 
 
+# A program has one row.
 @triton.jit
-def _expand_rows(
+def _expand(
     codes,
     scales,
     scale_values,
     values,
-    inverse,
+    row_scale,
     out,
+    out_scale,
     n_blocks,
     blocks_of_row,
+    largest,
     IS_NF4: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside, row = block < n_blocks, block // blocks_of_row
-    first, last = _expand_blocks(
-        codes, scales, scale_values, values, inverse, n_blocks, block, row, inside, IS_NF4
-    )
+    row, i = tl.program_id(0), tl.arange(0, BLOCKS)
+    inside, block = i < blocks_of_row, row.to(tl.int64) * blocks_of_row + i
+    scale, zero = _block_scale(scales, scale_values, n_blocks, block, inside, IS_NF4)
+    bound = tl.sum(_bound(scale[None, :], zero[None, :], inside[None, :], IS_NF4), 0)
+    _store_scale(out_scale, row_scale, row, bound, largest, True, HAS_ROW_SCALE)
+    inverse = tl.div_rn(largest + tl.zeros_like(bound), bound)
+    first, last = _lookup(codes, values, scale * inverse, zero, block, inside, IS_NF4)
     place = block[:, None] * (WORDS * 2) + tl.arange(0, WORDS * 2)[None, :]
     both = tl.join(first, last).reshape(BLOCKS, WORDS * 2)
     tl.store(out.to(tl.pointer_type(tl.int32)) + place, both, inside[:, None])
+
+
+@triton.jit
+def _lookup_of_row(
+    codes, scales, scale_values, values, inverse, n_blocks, block, row, inside, IS_NF4: tl.constexpr
+):
+    """Return `_lookup` of one block of each row."""
+    scale, zero = _block_scale(scales, scale_values, n_blocks, block, inside, IS_NF4)
+    scale *= tl.load(inverse + row, inside, 0.0)
+    return _lookup(codes, values, scale, zero, block, inside, IS_NF4)
 
 
 @triton.jit
@@ -169,19 +211,19 @@ def _expand_transposed(
     inside = four * 4 < n_rows
     row = four.to(tl.int64) * 4
     block = row * blocks_of_row + column
-    first0, last0 = _expand_blocks(
+    first0, last0 = _lookup_of_row(
         codes, scales, scale_values, values, inverse, n_blocks, block, row, inside, IS_NF4
     )
     block += blocks_of_row
-    first1, last1 = _expand_blocks(
+    first1, last1 = _lookup_of_row(
         codes, scales, scale_values, values, inverse, n_blocks, block, row + 1, inside, IS_NF4
     )
     block += blocks_of_row
-    first2, last2 = _expand_blocks(
+    first2, last2 = _lookup_of_row(
         codes, scales, scale_values, values, inverse, n_blocks, block, row + 2, inside, IS_NF4
     )
     block += blocks_of_row
-    first3, last3 = _expand_blocks(
+    first3, last3 = _lookup_of_row(
         codes, scales, scale_values, values, inverse, n_blocks, block, row + 3, inside, IS_NF4
     )
     fours_of_column = n_rows // 4
@@ -224,8 +266,10 @@ def _round_rows(
     if HAS_SCALE:
         value *= tl.load(column_scale + column, inside, 0.0)
     largest = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST)
-    tl.store(out + row * n_columns + column, (value * (largest_number / largest)).to(tl.float8e4nv), inside)
-    tl.store(scale + row, largest / largest_number)
+    number = largest_number + tl.zeros_like(largest)
+    rounded = (value * tl.div_rn(number, largest)).to(tl.float8e4nv)
+    tl.store(out + row * n_columns + column, rounded, inside)
+    tl.store(scale + row, tl.div_rn(largest, number))
 
 
 def round_rows(x: Tensor, largest: float, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -253,57 +297,100 @@ def round_rows(x: Tensor, largest: float, column_scale: Tensor | None) -> tuple[
     return out, scale
 
 
-def row_bounds(scales: Tensor, table: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Return upper bounds of the absolute values of each row, above 0: [O] fp32.
+def _arguments(codes: Tensor | None, scales: Tensor, table: Tensor | None) -> list[Tensor]:
+    """Return the kernels' first arguments: codes, scales, values of scales, and values of codes."""
+    tables = [scales, scales] if table is None else [table, nf4_values(scales.device)]
+    return [scales if codes is None else codes, scales, *tables]
+
+
+def find_scales(
+    scales: Tensor, table: Tensor | None, shape: tuple[int, int], row_scale: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
+    """Return (the scale of each row of W8, what the rows of W are multiplied by to become W8): [O] fp32.
 
     Args:
         scales: uint8, of NF4 with double quantization, or of HQQ with 4 bits.
         table: [256] fp32 with NF4, None with HQQ.
         shape: (O, I); I a multiple of 64.
+        row_scale: [O] fp32, multiplied into the first result, or None.
+        largest: what the upper bound of a row becomes.
     """
-    blocks = shape[1] // BLOCK.value
-    out = torch.empty(shape[0], dtype=torch.float32, device=scales.device)
-    _row_bounds[(shape[0],)](
+    blocks = triton.cdiv(shape[1], BLOCK.value)
+    out = torch.empty(2, shape[0], dtype=torch.float32, device=scales.device)
+    _find_scales[(triton.cdiv(shape[0], 8),)](
         scales,
         scales if table is None else table,
+        scales if row_scale is None else row_scale,
         out,
-        shape[0] * blocks,
+        shape[0],
         blocks,
+        largest,
         IS_NF4=table is not None,
+        HAS_ROW_SCALE=row_scale is not None,
+        ROWS=8,
         BLOCKS=triton.next_power_of_2(blocks),
-        num_warps=1,
+        num_warps=4,
         enable_fp_fusion=False,
     )
-    return out
+    return out[0], out[1]
 
 
 def expand(
     codes: Tensor,
     scales: Tensor,
     table: Tensor | None,
-    inverse: Tensor,
     shape: tuple[int, int],
-    transposed: bool,
-) -> Tensor:
-    """Return diag(inverse) W in e4m3: [O, I]; or its transpose, contiguous: [I, O].
+    row_scale: Tensor | None,
+    largest: float,
+) -> tuple[Tensor, Tensor]:
+    """Return (W8 in e4m3: [O, I]; the scale of each of its rows: [O] fp32).
 
     Args:
         codes: uint8, aligned to four bytes.
-        scales, table, shape: as for `row_bounds`; O a multiple of 16.
-        inverse: [O] fp32.
+        scales, table, shape, row_scale, largest: as for `find_scales`.
     """
-    blocks = shape[1] // BLOCK.value
-    out = torch.empty(shape[::-1] if transposed else shape, dtype=torch.float8_e4m3fn, device=codes.device)
-    is_nf4 = table is not None
-    # No fused multiply-add, as in nf4_kernel.py.
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    grid: tuple[int, ...]
-    tables = [scales, scales] if table is None else [table, nf4_values(codes.device)]
-    arguments = codes, scales, *tables, inverse, out, shape[0] * blocks, blocks
-    if transposed:
-        grid = blocks, triton.cdiv(shape[0], 4 * 32)
-        _expand_transposed[grid](*arguments, shape[0], IS_NF4=is_nf4, FOURS=32, **options)
-    else:
-        grid = (triton.cdiv(shape[0] * blocks, 64),)
-        _expand_rows[grid](*arguments, IS_NF4=is_nf4, BLOCKS=64, **options)
+    blocks = triton.cdiv(shape[1], BLOCK.value)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=codes.device)
+    scale = torch.empty(shape[0], dtype=torch.float32, device=codes.device)
+    padded = triton.next_power_of_2(blocks)
+    _expand[(shape[0],)](
+        *_arguments(codes, scales, table),
+        scales if row_scale is None else row_scale,
+        out,
+        scale,
+        shape[0] * blocks,
+        blocks,
+        largest,
+        IS_NF4=table is not None,
+        HAS_ROW_SCALE=row_scale is not None,
+        BLOCKS=padded,
+        num_warps=max(1, min(8, padded // 32)),
+        enable_fp_fusion=False,  # as in nf4_kernel.py
+    )
+    return out, scale
+
+
+def expand_transposed(
+    codes: Tensor, scales: Tensor, table: Tensor | None, shape: tuple[int, int], inverse: Tensor
+) -> Tensor:
+    """Return W8^T in e4m3, contiguous: [I, O].
+
+    Args:
+        codes, scales, table, shape: as for `expand`; O a multiple of 16.
+        inverse: the second result of `find_scales`.
+    """
+    blocks = triton.cdiv(shape[1], BLOCK.value)
+    out = torch.empty(shape[::-1], dtype=torch.float8_e4m3fn, device=codes.device)
+    _expand_transposed[(blocks, triton.cdiv(shape[0], 4 * 32))](
+        *_arguments(codes, scales, table),
+        inverse,
+        out,
+        shape[0] * blocks,
+        blocks,
+        shape[0],
+        IS_NF4=table is not None,
+        FOURS=32,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
     return out
