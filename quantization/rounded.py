@@ -79,7 +79,7 @@ def round_rows(x: Tensor, rounding: Rounding, column_scale: Tensor | None = None
         return round_rows(x.contiguous(), rounding.largest, column_scale)
     exact = x.float() if column_scale is None else x.float() * column_scale
     largest = exact.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    rounded = exact * (rounding.largest / largest)
+    rounded = exact * (torch.full_like(largest, rounding.largest) / largest)
     if not rounding.dtype.is_floating_point:  # integers have neither NaN nor infinity: the scale has it
         largest = torch.where(largest.isfinite(), largest, torch.nan)
         rounded = rounded.nan_to_num(0)
@@ -125,7 +125,8 @@ class RoundedWeight:
         bounds = blocks.view(self.shape[0], -1).amax(1).clamp_min(SMALLEST)
         scale = bounds / self.rounding.largest
         scale = scale if self.row_scale is None else scale * self.row_scale
-        return scale, self.rounding.largest / bounds
+        # A number divided by a tensor would be rounded twice.
+        return scale, torch.full_like(bounds, self.rounding.largest) / bounds
 
     def expand_transposed(self, inverse: Tensor) -> Tensor:
         """Return W8^T, contiguous: [I, O]. inverse: the second of `find_scales`."""

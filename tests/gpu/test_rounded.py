@@ -45,7 +45,9 @@ def test_expanded_weights_are_the_rounded_dequantized_ones(shape, quantizer):
     bounds = layer.quantizer.block_bounds(layer.scales.view(torch.uint8), layer.table, layer.shape)
     bounds = bounds.view(shape[0], -1).amax(1).clamp_min(2.0**-100)
     packed = layer.codes.view(torch.uint8), layer.scales.view(torch.uint8), layer.table, layer.shape
-    expected = layer.quantizer.dequantize(*packed, torch.float32, FP8.largest / bounds)
+    expected = layer.quantizer.dequantize(
+        *packed, torch.float32, torch.full_like(bounds, FP8.largest) / bounds
+    )
     g = torch.rand(shape[0], device="cuda")
     for row_scale in (None, g):
         own = bounds / FP8.largest * (1 if row_scale is None else g)
