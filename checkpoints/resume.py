@@ -47,7 +47,7 @@ FREE_GROUPS = (
 # ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data, also what is learned of
 # them, are compared by contents instead of names, a preset by its values, and --precision by what it means
 # on this GPU.
-FIXED_OPTIONS = ("eval_share", "eval_fold")
+FIXED_OPTIONS = ("eval_share", "eval_fold", "base_matmul")
 FREE_OPTIONS = ("preset", "model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking",
                 "images", "image_folder", "llama_pro_path", "llama_pro_save", "batch_size",
                 "gradient_accumulation_steps", "effective_batch_size", "num_epochs", "max_steps",

@@ -38,13 +38,16 @@ from finished.finished_run import (
 from finished.score_table import describe_scoring_details, format_table
 from finished.scoring import EvaluationInputs, score_model
 from finished.text_scores import scored_with
+from launch.gpus import detect_gpu
 from launch.precision import choose_precision, has_bf16_gpu
 from launch.program import print_error, quiet_libraries
+from models.adapters import round_base_matmuls
 from models.lora import adapters_off
 from monitoring.run_facts import EVALUATION, FACTS
 from options.errors import UserError
 from options.evaluate import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
+from training.base_matmul import check_base_matmul
 from training.run_images import explain_refused_images
 
 
@@ -115,7 +118,13 @@ def check_options(options: Options) -> Run:
         if options.out.is_dir():
             raise UserError(f"--out {options.out}: is a folder; name a file")
         check_writable(options.out.absolute().parent, "--out")
-    return open_run(options.run, options.base_model)
+    gpu = torch.cuda.is_available()
+    kind = detect_gpu(torch.device("cuda" if gpu else "cpu"))
+    check_base_matmul(options.base_matmul, kind, choose_precision("auto", gpu, has_bf16_gpu()))
+    run = open_run(options.run, options.base_model)
+    if options.base_matmul != "16bit" and not (run.adapter and run.config.method.quantizer):
+        raise UserError(f"--base_matmul {options.base_matmul}: {run.folder} has no 4-bit base; leave it out")
+    return run
 
 
 def prepare_inputs(
@@ -185,6 +194,7 @@ def evaluate(options: Options) -> dict:
     )
     arguments = (names, inputs, options, tokenizer, stop_ids)
     model = load_model(run, device, dtype)
+    round_base_matmuls(model, run.family, options.base_matmul, in_evaluation=True)
     tuned_scores = score_model(model, *arguments)
     if base is None:
         with adapters_off(model):

@@ -203,17 +203,27 @@ def apply_method(
         names = packed_linears(model, family, config, files)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
         changed = family.changed_results(text_config(model.config))
-        packed = {
-            name: module for name in names if isinstance(module := model.get_submodule(name), Linear4bit)
-        }
-        for name, linear in packed.items():
-            linear.copies_result = family.locate_layer(name)[1] in changed
-        if config.base_matmul is not None and config.base_matmul != "16bit":
-            in_layers = {n: linear for n, linear in packed.items() if family.locate_layer(n)[0] is not None}
-            round_matmuls(in_layers, config.base_matmul)
+        for name in names:
+            if isinstance(linear := model.get_submodule(name), Linear4bit):
+                linear.copies_result = family.locate_layer(name)[1] in changed
+        round_base_matmuls(model, family, config.base_matmul)
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
     widen_linears(model, wide)
+
+
+def round_base_matmuls(
+    model: nn.Module, family: Family, base_matmul: str | None, in_evaluation: bool = False
+) -> None:
+    """Let the packed linears of the decoder layers whose shape fits multiply as --base_matmul says.
+
+    in_evaluation: also in evaluation mode.
+    """
+    if base_matmul is None or base_matmul == "16bit":
+        return
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    inside = {name: linear for name, linear in linears.items() if family.locate_layer(name)[0] is not None}
+    round_matmuls(inside, base_matmul, in_evaluation)
 
 
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:

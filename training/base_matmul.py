@@ -15,18 +15,18 @@ from options.errors import UserError
 from quantization.rounded import ROUNDINGS, fits
 
 
-def check_base_matmul(config: Config, gpu: Gpu | None, precision: Precision) -> None:
+def check_base_matmul(base_matmul: str | None, gpu: Gpu | None, precision: Precision) -> None:
     """Raise UserError if --base_matmul does not run there.
 
     Args:
-        config: the run's options.
-        gpu: the kind of its GPUs, or None for CPU processes.
-        precision: the run's dtypes.
+        base_matmul: the option's value.
+        gpu: the kind of the GPUs, or None for CPU processes.
+        precision: the dtypes of the model.
     """
-    rounding = ROUNDINGS.get(config.base_matmul or "")
+    rounding = ROUNDINGS.get(base_matmul or "")
     if not rounding or (not rounding.dtype.is_floating_point and gpu is None):
         return
-    option = f"--base_matmul {config.base_matmul}"
+    option = f"--base_matmul {base_matmul}"
     if gpu is None or gpu.capability < rounding.capability:
         needed, own = (".".join(map(str, c)) for c in (rounding.capability, gpu.capability if gpu else ()))
         here = f"a {gpu.name} has {own}" if gpu else "there is no GPU here"
@@ -37,8 +37,7 @@ def check_base_matmul(config: Config, gpu: Gpu | None, precision: Precision) -> 
         )
     if rounding.dtype.is_floating_point and precision.matmul_dtype != torch.bfloat16:
         raise UserError(
-            f"{option}: its results are bf16, and --precision {config.precision} computes in"
-            f" {str(precision.matmul_dtype).removeprefix('torch.')}; choose --precision auto"
+            f"{option}: its results are bf16, and the precision here is {precision}; choose --precision auto"
         )
 
 

@@ -57,7 +57,7 @@ def resolve_on(machine: Machine, config: Config, planned: PlannedModel) -> Confi
             f"--precision {config.precision}: a {machine.gpu.name} has no bf16; use auto, fp16_autocast or"
             " fp32"
         )
-    check_base_matmul(config, machine.gpu, precision_on(machine.gpu, config))
+    check_base_matmul(config.base_matmul, machine.gpu, precision_on(machine.gpu, config))
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.adapter is not None:
         config = adopt_options(config, open_adapter(config.adapter), planned.model.config, planned.family)

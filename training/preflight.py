@@ -162,7 +162,7 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
         )
     gpu = detect_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    check_base_matmul(config, gpu, detect_precision(config.precision))
+    check_base_matmul(config.base_matmul, gpu, detect_precision(config.precision))
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()

@@ -53,10 +53,10 @@ def test_expanded_weights_are_the_rounded_dequantized_ones(shape, quantizer):
         own = bounds / FP8.largest * (1 if row_scale is None else g)
         weight = rounded_weight(layer, row_scale)
         by_rows, scale = weight.expand()
-        found, inverse = weight.find_scales()
+        found, own_inverse = weight.find_scales()
         for value in (scale, found):
             torch.testing.assert_close(value, own, rtol=1e-6, atol=0)
-        transposed = weight.expand_transposed(inverse)
+        transposed = weight.expand_transposed(own_inverse)
         assert by_rows.float().abs().max() <= FP8.largest
         assert torch.equal(by_rows.view(torch.uint8), expected.to(FP8.dtype).view(torch.uint8))
         assert transposed.is_contiguous()

@@ -1,0 +1,128 @@
+"""--base_matmul: where it is refused, what it leaves in a run, and that sharding changes nothing under it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftConfig
+
+import evaluate
+import train
+from launch.gpus import GPUS
+from launch.precision import choose_precision
+from models.registry import build_on_meta, open_weights, read_config
+from options.errors import UserError
+from options.train import parse
+from tests.helpers.parity import arguments
+from tests.helpers.runs import train_run
+from training.base_matmul import check_base_matmul, remark_on_matmuls
+
+BF16, FP16 = (choose_precision(mode, True, True) for mode in ("bf16", "fp16_autocast"))
+
+
+def config_of(*words: str):
+    return parse(["--train_type", "qlora", *words])[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--train_type lora --base_matmul fp8", "--base_matmul has no effect with --train_type lora"),
+        ("--train_type full --base_matmul fp8", "--base_matmul has no effect with --train_type full"),
+        ("--train_type qlora --base_matmul fp4", "--base_matmul"),
+        pytest.param(
+            "--train_type qlora --base_matmul fp8",
+            "--base_matmul fp8: needs GPUs of compute capability 8.9 or more, and there is no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_be_rounded_ends_with_one_line(words, message, capsys, tmp_path):
+    assert train.main([*words.split(), "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "way", "allowed"),
+    [
+        *(("4090", "fp8", True), ("h100", "fp8", True), ("3090", "fp8", False), ("t4", "fp8", False)),
+        *(("3090", "int8", True), ("t4", "int8", True), ("v100", "int8", False), (None, "int8", True)),
+    ],
+)
+def test_the_gpu_must_multiply_in_the_format(gpu, way, allowed):
+    kind = GPUS[gpu] if gpu else None
+    if allowed:
+        check_base_matmul(way, kind, BF16)
+        return
+    with pytest.raises(UserError, match=f"--base_matmul {way}: needs GPUs of compute capability"):
+        check_base_matmul(way, kind, BF16)
+
+
+def test_fp8_needs_bf16():
+    with pytest.raises(UserError, match=r"bf16, and the precision here is .*float16"):
+        check_base_matmul("fp8", GPUS["h100"], FP16)
+
+
+def test_linears_that_do_not_fit_are_named_once(checkpoints):
+    """The tiny model's down projection reads 160 features, which are no whole blocks of 64."""
+    config = config_of("--base_matmul", "int8")
+    folder = checkpoints("llama")
+    model_config, family = read_config(folder)
+    files, _, _ = open_weights(folder, model_config, family)
+    (remark,) = remark_on_matmuls(build_on_meta(model_config, family), family, config, files)
+    assert "3 of 21 linears multiply in 16 bits" in remark and "mlp.down_proj, 64 x 160" in remark
+    plain = dataclasses.replace(config, base_matmul="16bit")
+    assert remark_on_matmuls(build_on_meta(model_config, family), family, plain, files) == ()
+
+
+def close(a: tuple, b: tuple) -> None:
+    """Compare runs: where a number is near the middle of two, rounding may differ."""
+    torch.testing.assert_close(torch.tensor(a[0]), torch.tensor(b[0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
+def test_sharding_checkpointing_and_packing_change_nothing(
+    train_type, checkpoints, alpaca_file, plain_run, two_ranks
+):
+    args = [*arguments(checkpoints("llama"), alpaca_file, train_type), "--base_matmul", "int8"]
+    alone = plain_run([*args, "--batch_size", "4", "--use_gradient_checkpointing", "false"])
+    exact = plain_run(
+        [*args, "--base_matmul", "16bit", "--batch_size", "4", "--use_gradient_checkpointing", "false"]
+    )
+    assert alone[0] != exact[0]
+    torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(exact[0]), rtol=2e-2, atol=0)
+    for options in ("", "--use_cpu_offload"):
+        sharded = two_ranks(train_run, [*args, "--batch_size", "2", *options.split()])[0]
+        close(sharded, alone)
+
+
+def test_a_run_says_what_it_was_trained_against_and_is_evaluated_in_16_bits(
+    checkpoints, alpaca_file, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    words = arguments(
+        checkpoints("llama"), alpaca_file, "qlora", "--base_matmul", "int8", "--world_size", "1"
+    )
+    assert train.main([*map(str, words), "--output_dir", str(run), "--save_every", "3"]) == 0
+    assert json.loads((run / "adapter_config.json").read_text())["base_matmul"] == "int8"
+    with pytest.warns(UserWarning, match="base_matmul"):
+        assert PeftConfig.from_pretrained(str(run)).r == 8
+    scores = {}
+    for way in ("16bit", "int8"):
+        out = tmp_path / f"{way}.json"
+        evaluation = (
+            f"--dataset {alpaca_file} --samples 8 --metrics perplexity --base_matmul {way} --out {out}"
+        )
+        assert evaluate.main([str(run), *evaluation.split()]) == 0
+        scores[way] = json.loads(out.read_text())["metrics"]["perplexity"]["tuned"]
+    assert scores["16bit"] != scores["int8"]
+    assert abs(scores["int8"] / scores["16bit"] - 1) < 0.05
+    capsys.readouterr()
+    resumed = [*map(str, words), "--output_dir", str(run), "--resume", "auto", "--base_matmul", "16bit"]
+    assert train.main(resumed) == 2
+    assert "--base_matmul" in capsys.readouterr().err
