@@ -15,9 +15,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from files.finite import NONFINITE_MESSAGE, fp32_sum, is_finite, nonfinite_sums
@@ -31,8 +29,17 @@ from models.family import Family, unwrapped_name
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
 from options.errors import UserError
-from parallel.shards import fill_shard, local_shard, shard_count
-from quantization.layer import ConvertingModule, convert_tensor, parameters_from, quantizer_for
+from parallel.node_ranks import NodeRanks
+from parallel.shards import fill_shard
+from quantization.layer import (
+    ConvertingModule,
+    Part,
+    convert_tensor,
+    locate_tensor,
+    parameters_from,
+    part_of,
+    quantizer_for,
+)
 from quantization.quantizers import PackedWeight, pack_weight
 
 
@@ -142,17 +149,18 @@ def _stream_tensors(
     """
     # File by file, in each file's own order.
     names = sorted(files.tensors, key=lambda n: files.tensors[n].file)
-    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    located = {name: locate_tensor(model, name) for name in names}
     node, filled, thread, finite_check = NodeRanks(rank_info), set(), threading.local(), FiniteCheck(files)
     read = partial(
         _read, finite_check=finite_check, device=rank_info.device, device_lock=threading.Lock(), thread=thread
     )
     own_names = iter(names[rank_info.local_rank :: rank_info.local_world])
     with ThreadPoolExecutor(workers) as pool:
-        prefetched = deque(pool.submit(read, name, modules[name]) for name in islice(own_names, workers))
+        prefetched = deque(pool.submit(read, name, *located[name][1:]) for name in islice(own_names, workers))
         for i, name in enumerate(names):
-            path, _, attribute = name.rpartition(".")
-            targets = {key: params[f"{path}.{key}"] for key in parameters_from(modules[name], attribute)}
+            path, module, attribute = located[name]
+            targets = {key: params[f"{path}.{key}"] for key in parameters_from(module, attribute)}
+            parts = {key: part_of(module, attribute, key) for key in targets}
             content: dict[str, Any] = dict.fromkeys(targets)
             owner = i % rank_info.local_world
             if owner == rank_info.local_rank:
@@ -160,26 +168,29 @@ def _stream_tensors(
                     source = prefetched.popleft().result()
                     if cache and isinstance(source, PackedWeight):
                         cache.add(name, source)
-                    content |= convert_tensor(modules[name], attribute, source)
+                    content |= convert_tensor(module, attribute, source)
                 except UserError as e:
                     finite_check.failed[name] = str(e)
                     # The other ranks wait for their shards. All ranks fail together, after the last tensor.
-                    content |= {key: _zeros(param, rank_info.device) for key, param in targets.items()}
-                prefetched.extend(pool.submit(read, n, modules[n]) for n in islice(own_names, 1))
+                    content |= {
+                        key: _zeros(param, parts[key], rank_info.device) for key, param in targets.items()
+                    }
+                prefetched.extend(pool.submit(read, n, *located[n][1:]) for n in islice(own_names, 1))
             for key, param in targets.items():
-                node.scatter(param, content[key], owner)
+                node.scatter(param, parts[key], content[key], owner)
                 filled.add(f"{path}.{key}")
     finite_check.check(rank_info.world)
     return filled
 
 
-def _zeros(param: nn.Parameter, device: torch.device) -> torch.Tensor:
-    return torch.zeros(param.shape, dtype=param.dtype, device=device)
+def _zeros(param: nn.Parameter, part: Part | None, device: torch.device) -> torch.Tensor:
+    return torch.zeros(part.numel if part else param.shape, dtype=param.dtype, device=device)
 
 
 def _read(
     name: str,
     module: nn.Module,
+    attribute: str,
     finite_check: FiniteCheck,
     device: torch.device,
     device_lock: threading.Lock,
@@ -187,6 +198,7 @@ def _read(
 ) -> torch.Tensor | PackedWeight:
     """Read a file's tensor to the device, packed if its module packs it. Raises UserError.
 
+    attribute: the tensor's name in its module.
     The tensor's sum is added to `finite_check`; `thread` keeps the thread's page-locked buffers.
 
     Threads use the device one at a time: quantization briefly needs several times the tensor's memory, and so
@@ -199,7 +211,7 @@ def _read(
     with device_lock:
         tensor = source.to(device)
         finite_check.add(name, tensor)
-        quantizer = quantizer_for(module, name.rpartition(".")[2])
+        quantizer = quantizer_for(module, attribute)
         return pack_weight(finite_check.files.tensor_origin(name), tensor, quantizer)
 
 
@@ -241,49 +253,3 @@ class FiniteCheck:
             first = next(name for name in self.files.tensors if name in messages)
             others = f"; {len(messages) - 1} more of its tensors cannot be used" if len(messages) > 1 else ""
             raise UserError(messages[first] + others)
-
-
-class NodeRanks:
-    """The ranks of this machine, to which parameters' contents are scattered. Made by all ranks together."""
-
-    def __init__(self, rank_info: RankInfo):
-        self.rank_info, self.group = rank_info, None  # None: all ranks
-        if rank_info.local_world < rank_info.world:
-            self.group, _ = dist.new_subgroups(rank_info.local_world)
-        self.first_rank = rank_info.rank - rank_info.local_rank
-
-    def scatter(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
-        """Fill this rank's shard of a parameter. Collective in the node.
-
-        full: The full contents, on the node's local rank `owner`; other ranks may pass None.
-        """
-        if self.rank_info.local_world == 1:
-            assert full is not None
-            fill_shard(param, full)
-            return
-        local = param.to_local() if isinstance(param, DTensor) else param
-        # Rows of the largest shard: scatter sends equal sizes.
-        rows = -(-param.shape[0] // shard_count(param))
-        received = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.rank_info.device)
-        shards = None
-        if owner == self.rank_info.local_rank:
-            assert full is not None
-            assert full.shape == param.shape, f"{full.shape} for {param.shape}"
-            full = full.to(param.dtype)
-            ranks = range(self.first_rank, self.first_rank + self.rank_info.local_world)
-            shards = [_view_as_bytes(_pad_rows(local_shard(param, full, rank), rows)) for rank in ranks]
-        # As bytes, because codes are not numbers.
-        dist.scatter(_view_as_bytes(received), shards, src=self.first_rank + owner, group=self.group)
-        with torch.no_grad():
-            local.copy_(received[: local.shape[0]])
-
-
-def _view_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def _pad_rows(shard: torch.Tensor, rows: int) -> torch.Tensor:
-    """Append rows of zeros to a shard until it has `rows` rows."""
-    if shard.shape[0] == rows:
-        return shard
-    return torch.cat([shard, shard.new_zeros(rows - shard.shape[0], *shard.shape[1:])])

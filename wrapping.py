@@ -121,7 +121,8 @@ def _save_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) 
     The gradient of its magnitude needs the output, and nothing else recomputes it. Not with parameters in
     host memory: then host memory is scarce, and the GPU, which waits for parameters, has time to recompute.
     """
-    if isinstance(offload, CPUOffloadPolicy):
+    has_experts = any("*" in output for output in family.outputs)  # the last output is not a single linear's
+    if isinstance(offload, CPUOffloadPolicy) or has_experts:
         return False
     last = layer.get_submodule(family.outputs[-1])
     if not isinstance(last, DoRALinear) or not isinstance(last.base, Linear4bit):

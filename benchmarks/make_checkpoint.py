@@ -2,6 +2,7 @@
 
     python -m benchmarks.make_checkpoint FOLDER [SHAPE]     # tiny, 1b, 8b (16 GB, default) or 70b (141 GB)
     python -m benchmarks.make_checkpoint FOLDER gemma3-4b   # 8.6 GB; it takes images
+    python -m benchmarks.make_checkpoint FOLDER 30b-a3b empty   # Qwen3-30B-A3B, with routed experts
     python -m benchmarks.make_checkpoint FOLDER SHAPE empty # sparse files, which benchmarks.limited fills
 
 Weights are normal(0, 0.02), drawn on the GPU if there is one, and written in shards of about 4 GB. The

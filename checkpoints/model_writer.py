@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from files.atomic_writes import stage_files, write_text
 from files.expert_stacks import ExpertTensor, join_expert, stacked_shape
@@ -24,7 +23,6 @@ from files.finite import check_finite
 from files.model_folder import CheckpointFiles
 from files.names import CHAT_TEMPLATE, CONFIG, INDEX, SINGLE_FILE, SMALL_MODEL_FILES, TEMPLATE_FILES
 from files.tensors import StoredTensor, read_tensor, write_header
-from parallel.shards import gather_to_cpu
 
 CHUNK_BYTES = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9
@@ -126,16 +124,6 @@ def constant_entry(like: TensorEntry, value: float) -> TensorEntry:
             yield number * (min(CHUNK_BYTES, like.nbytes - begin) // len(number))
 
     return TensorEntry(like.dtype, like.shape, chunks)
-
-
-def gathered_entry(param: nn.Parameter, dtype: torch.dtype) -> TensorEntry:
-    """Return a collective entry: a parameter's full contents, sharded or not, converted to `dtype`."""
-
-    def chunks():
-        full = gather_to_cpu(param).to(dtype).contiguous()
-        yield full.view(-1).view(torch.uint8).numpy().data
-
-    return TensorEntry(dtype, tuple(param.shape), chunks, collective=True)
 
 
 def _read_chunks(folder: Path, stored: StoredTensor, origin: str) -> Iterator:

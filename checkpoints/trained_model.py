@@ -11,16 +11,18 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
+from checkpoints.gathered_tensors import gathered_entries
 from checkpoints.model_writer import (
     SHARD_BYTES,
     TensorEntry,
     WeightFiles,
     apart_entries,
     file_entries,
-    gathered_entry,
     replace_entries,
     sort_for_file,
     split_into_files,
@@ -38,6 +40,7 @@ from files.tensors import read_header
 from models.family import Family, unwrapped_name
 from models.llama_pro import NEW_LAYERS, new_layers
 from options.errors import UserError
+from quantization.layer import locate_tensor, parameters_from
 
 
 def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, TensorEntry]:
@@ -45,12 +48,28 @@ def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFil
 
     Fixed parameters are copied from the files. Raises AssertionError unless exactly the others are trained.
     """
-    new, params = new_layers(model.config), {unwrapped_name(name): p for name, p in model.named_parameters()}
+    new = new_layers(model.config)
     names = [name for name in files.tensors if family.locate_layer(name)[0] in new]
     trained = [name for name in names if not family.is_fixed(name)]
-    assert {n for n, p in params.items() if p.requires_grad} == set(trained)
+    filled = _tensors_by_parameter(model, files)
+    assert {n for p, names in filled.items() if p.requires_grad for n in names} == set(trained)
     copied = {name: entry for name, entry in file_entries(files).items() if name in names}
-    return copied | {n: gathered_entry(params[n], files.tensors[n].torch_dtype) for n in trained}
+    return copied | gathered_entries(model, trained, _stored_dtypes(files))
+
+
+def _tensors_by_parameter(model: PreTrainedModel, files: CheckpointFiles) -> dict[nn.Parameter, list[str]]:
+    """Return {parameter: names of the tensors that fill it}, in the orders of the model and of the files."""
+    params = {unwrapped_name(name): p for name, p in model.named_parameters()}  # a tied head is listed once
+    filled: dict[nn.Parameter, list[str]] = {parameter: [] for parameter in params.values()}
+    for name in files.tensors:
+        path, module, attribute = locate_tensor(model, name)
+        for key in parameters_from(module, attribute):
+            filled[params[f"{path}.{key}"]].append(name)
+    return filled
+
+
+def _stored_dtypes(files: CheckpointFiles) -> dict[str, torch.dtype]:
+    return {name: stored.torch_dtype for name, stored in files.tensors.items()}
 
 
 def save_model(
@@ -69,12 +88,10 @@ def save_model(
         files: The base's files.
         small_files: {name: text} of small files that differ from the base's, or that it lacks.
     """
-    params = {unwrapped_name(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    copied = file_entries(files)
-    entries = {
-        name: gathered_entry(p, files.tensors[name].torch_dtype) if p.requires_grad else copied[name]
-        for name, p in params.items()
-    }
+    filled = _tensors_by_parameter(model, files)
+    trained = [name for p, names in filled.items() if p.requires_grad for name in names]
+    available = file_entries(files) | gathered_entries(model, trained, _stored_dtypes(files))
+    entries = {name: available[name] for names in filled.values() for name in names}
     entries = with_stored_names(files, entries) | apart_entries(files)
     _write_model_collectively(folder, split_into_files(entries, SHARD_BYTES), files, base, small_files)
 

@@ -44,6 +44,7 @@ from files.tensors import read_header
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import apply_method, check_quantization
+from models.experts import stack_experts
 from models.family import Family
 from models.llama_pro import new_layers
 from models.peft_names import peft_exclusions, peft_target_parameters
@@ -310,6 +311,7 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
     else:
         model.to(dtype).requires_grad_(False)  # type: ignore[arg-type]
         run.family.set_fixed_parameters(model, torch.Tensor.float)
+        stack_experts(model, {}, dtype)
     load_weights(model, run.family, run.files, rank_info, device, run.config.seed, workers=1)
     if run.adapter:
         set_adapter(model, run)

@@ -25,8 +25,15 @@ from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LowRankModule
 from models.registry import build_on_meta
-from parallel.shards import fill_shard
-from quantization.layer import ConvertingModule, convert_tensor, quantize_linears, quantizer_for
+from parallel.shards import fill_part, fill_shard
+from quantization.layer import (
+    ConvertingModule,
+    convert_tensor,
+    locate_tensor,
+    part_of,
+    quantize_linears,
+    quantizer_for,
+)
 from quantization.quantizers import pack_weight
 
 FP32_PRECISION = Precision(torch.float32, torch.float32)
@@ -175,13 +182,12 @@ def _load_submodule(
     stored = {name: name for name in files.tensors} | tied
     for name, source in stored.items():
         if name.startswith(prefix):
-            parent, _, last = name.rpartition(".")
-            module = model.get_submodule(parent)
+            parent, module, last = locate_tensor(model, name)
             weight = files.read(source).to(device)
             tensor = pack_weight(files.tensor_origin(source), weight, quantizer_for(module, last))
             for key, full in convert_tensor(module, last, tensor).items():
-                key = f"{parent}.{key}".removeprefix(prefix)
-                fill_shard(params[key], full)
+                part, key = part_of(module, last, key), f"{parent}.{key}".removeprefix(prefix)
+                fill_part(params[key], part, full)
                 filled.add(key)
     for name, module in submodule.named_modules(prefix=path):
         if isinstance(module, LowRankModule):

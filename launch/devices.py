@@ -1,4 +1,4 @@
-"""Which devices Triton supports, and a thread's current device."""
+"""Which devices Triton and grouped matmuls support, and a thread's current device."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ from functools import cache
 
 import torch
 
+# Compute capabilities with a kernel of torch._grouped_mm. On other GPUs it loops, and the host waits.
+GROUPED_CAPABILITIES = (9, 10)
+
 
 @cache
 def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton, and so torch.compile, supports this device: a GPU of compute capability 8.0 or more."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def grouped_matmul_runs_on(device: torch.device) -> bool:
+    """Whether torch has a kernel that multiplies groups of rows with a matrix each, on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
 def set_current_device(device: torch.device) -> None:

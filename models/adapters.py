@@ -1,7 +1,7 @@
 """Change a meta model into what the train type trains: dtypes, frozen weights, 4-bit linears, adapters.
 
-The order matters: dtypes and the freeze first, then 4-bit linears, then the adapters that wrap them; last,
-what fp16 computes with a larger range.
+The order matters: dtypes and the freeze first, then stacks of experts and 4-bit linears, then the adapters
+that wrap them; last, what fp16 computes with a larger range.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from files.quantized_releases import packed_expansion_error, suggest_original
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
+from models.experts import expert_prefixes, stack_experts
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear, LowRankModule
-from models.moe import expert_prefixes
 from models.peft_names import peft_targets
 from models.vision_parts import (
     check_vision_options,
@@ -199,14 +199,18 @@ def apply_method(
         module.to(precision.trained).requires_grad_(True)
     family.set_fixed_parameters(model, torch.Tensor.float)
     freeze_vision(model, family, precision)
+    quantizers: dict[str, Quantizer] = {}
     if method.quantizer:
         names = packed_linears(model, family, config, files)
-        quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
-        changed = family.changed_results(text_config(model.config))
-        for name in names:
-            if isinstance(linear := model.get_submodule(name), Linear4bit):
-                linear.copies_result = family.locate_layer(name)[1] in changed
-        round_base_matmuls(model, family, config.base_matmul)
+        quantizers = choose_quantizers(names, config, files)
+    quantizers = stack_experts(model, quantizers, precision.matmul_dtype)
+    quantize_linears(model, quantizers, precision.matmul_dtype)
+    changed = family.changed_results(text_config(model.config))
+    for name in quantizers:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear4bit)
+        linear.copies_result = family.locate_layer(name)[1] in changed
+    round_base_matmuls(model, family, config.base_matmul)
     if method.adapter:
         _add_adapters(model, family, config, precision.trained)
     widen_linears(model, wide)

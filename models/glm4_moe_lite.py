@@ -105,5 +105,4 @@ FAMILY = Family(
     fixed_parameters=(f"mlp.gate.{ROUTER_BIAS}",),
     extra_layers=lambda config: getattr(config, "num_nextn_predict_layers", None) or 0,
     head_sizes=lambda config: (config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim),
-    compiles=False,  # as in Qwen3-MoE
 )

@@ -29,6 +29,18 @@ from models.family import ATTENTION, Family
 from models.moe import replace_experts, select_linears
 
 
+class ClampedProduct(nn.Module):
+    """What an expert computes between its linears; alpha, limit: as above."""
+
+    def __init__(self, alpha: float, limit: float):
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
 class GptOssExpert(nn.Module):
     """One expert: [rows, H] -> [rows, H].
 
@@ -43,12 +55,10 @@ class GptOssExpert(nn.Module):
         self.gate_proj = nn.Linear(hidden, intermediate)
         self.up_proj = nn.Linear(hidden, intermediate)
         self.down_proj = nn.Linear(intermediate, hidden)
-        self.alpha, self.limit = alpha, limit
+        self.product = ClampedProduct(alpha, limit)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.gate_proj(x).clamp(max=self.limit)
-        up = self.up_proj(x).clamp(-self.limit, self.limit)
-        return self.down_proj((up + 1) * (gate * torch.sigmoid(gate * self.alpha)))
+        return self.down_proj(self.product(self.gate_proj(x), self.up_proj(x)))
 
 
 def match_checkpoint(text_model: PreTrainedModel) -> None:
@@ -68,5 +78,4 @@ FAMILY = Family(
     outputs=("self_attn.o_proj", "mlp.experts.*.down_proj"),
     match_checkpoint=match_checkpoint,
     stacks_experts=True,
-    compiles=False,  # as in Qwen3-MoE
 )

@@ -25,5 +25,4 @@ FAMILY = Family(
     select_linears=select_linears,
     outputs=("self_attn.o_proj", "mlp.experts.*.down_proj"),
     match_checkpoint=match_checkpoint,
-    compiles=False,  # as in Qwen3-MoE
 )

@@ -1,15 +1,16 @@
-"""Routed experts as a list of plain MLPs, as the checkpoint's files hold them.
+"""Routed experts as a list of plain MLPs, as the checkpoint's files hold them, and their stacks.
 
 transformers 5 holds a layer's experts as 3-D parameters, stacked from the files' tensors, one per expert and
-linear. In a list the parameters have the files' names, and each linear is quantized, streamed, checked and
-saved like any other.
+linear. Here a model is built with a list, whose parameters have the files' names, so that each linear is
+checked, planned and given a quantizer like any other. models/experts.py replaces the lists by stacks, which
+run. The list computes the same, expert by expert; tests compare with it.
 
 Shapes: T tokens, K experts per token, H hidden features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 
 import torch
 from torch import nn
@@ -80,12 +81,7 @@ def mlp_linears(layer: nn.Module, shared: str = "") -> tuple[str, ...]:
     experts = getattr(layer.mlp, "experts", None)
     if experts is None:
         return GATED_MLP
-    assert isinstance(experts, Experts)
+    assert isinstance(experts, Sized)  # a list or, later, stacks (models/experts.py)
     projections = [linear.removeprefix("mlp.") for linear in GATED_MLP]
     routed = tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
     return routed + tuple(f"mlp.{shared}.{p}" for p in projections if shared)
-
-
-def expert_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Return what the names of the modules within routed experts begin with, for each layer that has some."""
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Experts))

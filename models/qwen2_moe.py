@@ -38,6 +38,5 @@ FAMILY = Family(
     select_linears=select_linears,
     outputs=(*qwen3_moe.FAMILY.outputs, "mlp.shared_expert.down_proj"),
     match_checkpoint=match_checkpoint,
-    compiles=False,  # as in Qwen3-MoE
     passes_window=False,
 )

@@ -36,5 +36,4 @@ FAMILY = Family(
     select_linears=select_linears,
     outputs=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
     match_checkpoint=match_checkpoint,
-    compiles=False,  # the numbers of rows per expert depend on the data
 )

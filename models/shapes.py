@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import Gemma3Config, LlamaConfig
+    from transformers import Gemma3Config, LlamaConfig, Qwen3MoeConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,55 @@ class Shape:
             eos_token_id=257,
             dtype="bfloat16",
             architectures=["LlamaForCausalLM"],
+        )
+
+
+@dataclass(frozen=True)
+class MixtureShape:
+    """Sizes of a Qwen3-MoE, all of whose layers have routed experts.
+
+    Attributes:
+        text: its sizes; `mlp` is that of one expert.
+        head_dim: features of an attention head.
+        experts, experts_per_token: experts of a layer, and those of a token.
+    """
+
+    text: Shape
+    head_dim: int
+    experts: int
+    experts_per_token: int
+
+    def parameters(self) -> int:
+        """Count the weights: a layer has a router, two norms, and one each of queries and keys."""
+        text, width = self.text, self.head_dim
+        attention = 2 * text.hidden * width * (text.heads + text.kv_heads)
+        experts = self.experts * (3 * text.hidden * text.mlp + text.hidden)
+        layer = attention + experts + 2 * text.hidden + 2 * width
+        return text.layers * layer + 2 * text.vocabulary * text.hidden + text.hidden
+
+    def model_config(self) -> Qwen3MoeConfig:
+        """Return transformers' config of a model of this shape, in bf16."""
+        from transformers import Qwen3MoeConfig  # slow to import, and not needed to list the shapes
+
+        text = self.text
+        return Qwen3MoeConfig(
+            hidden_size=text.hidden,
+            intermediate_size=3 * text.hidden,
+            moe_intermediate_size=text.mlp,
+            num_experts=self.experts,
+            num_experts_per_tok=self.experts_per_token,
+            norm_topk_prob=True,
+            num_hidden_layers=text.layers,
+            num_attention_heads=text.heads,
+            num_key_value_heads=text.kv_heads,
+            head_dim=self.head_dim,  # type: ignore[call-arg] # some versions do not declare it
+            vocab_size=text.vocabulary,
+            tie_word_embeddings=False,
+            max_position_embeddings=text.context,
+            bos_token_id=256,
+            eos_token_id=257,
+            dtype="bfloat16",
+            architectures=["Qwen3MoeForCausalLM"],
         )
 
 
@@ -155,8 +204,9 @@ class Gemma3Shape:
 
 
 # 1b and 3b: Llama 3.2; 7b and 13b: Llama 2; 8b and 70b: Llama 3; 405b: Llama 3.1. 14b and 32b: Qwen2.5's
-# instruct models without their biases; their base models have 131,072 tokens. gemma3-4b is google/gemma-3-4b.
-SHAPES: dict[str, Shape | Gemma3Shape] = {
+# instruct models without their biases; their base models have 131,072 tokens. 30b-a3b is Qwen3's.
+# gemma3-4b is google/gemma-3-4b.
+SHAPES: dict[str, Shape | MixtureShape | Gemma3Shape] = {
     "tiny": Shape(64, 160, 4, 4, 2, 300, 8192),
     "thin": Shape(256, 896, 32, 8, 2, 1024, 8192),  # the layers of 8b, whose kernels take no time
     "1b": Shape(2048, 8192, 16, 32, 8, 128256, 131072),  # with a head of its own
@@ -168,6 +218,8 @@ SHAPES: dict[str, Shape | Gemma3Shape] = {
     "32b": Shape(5120, 27648, 64, 40, 8, 152064, 32768),
     "70b": Shape(8192, 28672, 80, 64, 8, 128256, 8192),
     "405b": Shape(16384, 53248, 126, 128, 8, 128256, 131072),
+    "tiny-moe": MixtureShape(Shape(64, 48, 4, 4, 2, 300, 8192), 16, 8, 2),
+    "30b-a3b": MixtureShape(Shape(2048, 768, 48, 32, 4, 151936, 40960), 128, 128, 8),
     "tiny-gemma3": Gemma3Shape(
         Shape(64, 160, 4, 4, 2, 300, 8192, tied=True), 16, Tower(32, 48, 2, 2, 28, 7), 4
     ),

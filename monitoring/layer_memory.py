@@ -32,7 +32,7 @@ class LayerWidths:
             values; that of latent attention also holds the keys without their rotated features.
         heads: query heads.
         latents: results of the first linears of latent attention (GLM-4.7-Flash); 0 in other attention.
-        experts_per_token: 0 without routed experts.
+        experts, experts_per_token: routed experts of a layer, and those of a token; 0 without.
         mlp_tensors: tensors as wide as `mlp` that are saved: gate, up and their product; without a gate, the
             activation function's input and result, and of gelu_new (Phi) the tanh in it.
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
@@ -63,6 +63,7 @@ class LayerWidths:
     mlp: int
     heads: int
     latents: int = 0
+    experts: int = 0
     experts_per_token: int = 0
     mlp_tensors: int = 3
     has_four_norms: bool = False
@@ -93,8 +94,8 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
     vision = family.built_vision()
     names = [name for name, _ in layer.named_modules()]
     norms = sum("norm" in name for name, _ in layer.named_children())
-    experts = getattr(config, "num_experts_per_tok", 0) if _has_experts(layer) else 0
-    mlp, mlp_inputs = _mlp_widths(layer, family, experts)
+    per_token = config.num_experts_per_tok if _has_experts(layer) else 0
+    mlp, mlp_inputs = _mlp_widths(layer, family, per_token)
     return LayerWidths(
         hidden=config.hidden_size,
         query=heads * head_dim,
@@ -104,7 +105,8 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         mlp=mlp,
         heads=heads,
         latents=latents,
-        experts_per_token=experts,
+        experts=len(layer.mlp.experts) if per_token else 0,  # type: ignore[union-attr,arg-type]
+        experts_per_token=per_token,
         mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
         has_four_norms=norms > 2,
         norms_read_outputs=bool(family.identity_init),
@@ -140,7 +142,7 @@ def _has_experts(layer: nn.Module) -> bool:
 def _mlp_widths(layer: nn.Module, family: Family, experts: int) -> tuple[int, int]:
     """Return (input features of a layer's last MLP linears, output features of its first ones).
 
-    Of all experts that a token visits, and of one that all tokens share. experts: experts of a token.
+    Of all experts that a token visits, and of one that all tokens share. experts: those of a token.
     """
     last = first = 0
     for name in family.select_linears(layer) if family.select_linears else family.linears:
@@ -283,14 +285,21 @@ def layer_memory(
     # Latent attention puts its keys together from results of two linears.
     projected = query + value + (latents or key) + widths.result
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
+    if _multiplies_grouped(precision, gpu):  # gate and up of all experts are expanded at once
+        weight *= max(2 * widths.experts, 1)
     return LayerMemory(
         input=rows * hidden * stream,
         saved=rows * per_token,
         forward=rows * forward + weight,
-        backward=rows * backward,
+        backward=rows * backward + (weight if widths.experts else 0),
         last_backward=rows * (hidden * stream + mlp * width),
         matmuls=rows * (projected + 2 * hidden + (widths.mlp_tensors - 1) * mlp) * width,
     )
+
+
+def _multiplies_grouped(precision: Precision, gpu: Gpu | None) -> bool:
+    """Return whether torch's grouped matmul runs for experts (quantization/grouped_operators.py)."""
+    return gpu is not None and gpu.multiplies_grouped and precision.matmul_dtype == torch.bfloat16
 
 
 def _takes_grouped_heads(precision: Precision, gpu: Gpu | None) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from launch.memory import format_bytes
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import adapted_linears, quantizer_from_config
+from models.experts import find_stack
 from models.family import Family
 from models.llama_pro import new_layers
 from models.vision_parts import packed_vision_linears, vision_linears, vision_matrices
@@ -39,7 +40,7 @@ class PlannedParameter:
     """A parameter that the loaded model should have.
 
     Attributes:
-        name: the checkpoint's tensor that it comes from, or that it adapts.
+        name: the checkpoint's tensor that it comes from, or that it adapts; of a stack, the first one.
         kind: a field of WeightBytes.
         shape: the full tensor's.
         itemsize: bytes of an element.
@@ -108,6 +109,7 @@ def plan_parameters(
             of_tower = name.rpartition(".")[0] in tower
             itemsize = (precision.matmul_dtype if of_tower else precision.frozen).itemsize
             planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize, is_padded))
+    planned = _stack_experts(planned)
     adapted = [f"{linear}.weight" for linear in adapted_linears(model, family, config)]
     for name in adapted + vision_matrices(family, config):
         rank = config.lora_rank
@@ -118,6 +120,24 @@ def plan_parameters(
             # The squared norms are always fp32.
             planned.append(PlannedParameter(name, "unquantized", (rows,), itemsize=4))
     return planned
+
+
+def _stack_experts(planned: list[PlannedParameter]) -> list[PlannedParameter]:
+    """Replace the parameters of single experts by those of their stacks, which have the first one's names."""
+    stacks: dict[tuple, list[PlannedParameter]] = {}
+    for parameter in planned:
+        found = find_stack(parameter.name)
+        stacks.setdefault((found, parameter.kind) if found else (parameter,), []).append(parameter)
+    stacked = []
+    for (found, *_), members in stacks.items():
+        first, shape = members[0], members[0].shape
+        if not isinstance(found, PlannedParameter):
+            parts = found[1]
+            packed = first.kind in ("codes", "scales")
+            rows = (len(members) * shape[0],) if packed else (len(members) // parts, parts * shape[0])
+            first = replace(first, shape=(*rows, *shape[1:]))
+        stacked.append(first)
+    return stacked
 
 
 def vocabulary_weights(family: Family) -> tuple[str, str]:

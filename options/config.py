@@ -228,8 +228,8 @@ class Config:
         " and more; int8 = rounded to integers, for older GPUs (docs/fp8.md)", needs="quantizer",
         choices=("16bit", "fp8", "int8"))
     compile: str = option("auto", "Memory and speed", "compile each decoder layer, the last norm and the"
-        " loss, once; auto = on GPUs of compute capability 8.0 and more, which Triton supports, but not"
-        " layers of routed experts", choices=("auto", "true", "false"))
+        " loss, once; auto = on GPUs of compute capability 8.0 and more, which Triton supports",
+        choices=("auto", "true", "false"))
     cuda_graphs: str = option("false", "Memory and speed", "record compiled layers as CUDA graphs and replay"
         " these, which takes the host a third of the time or less; auto = if the GPU often waits for it",
         choices=("auto", "true", "false"))

@@ -28,6 +28,7 @@ from launch.signals import signals_blocked_for_children
 from models.dora import without_norm_reuse
 from models.family import Family
 from quantization.layer import Linear4bit
+from quantization.stacked import StackedModule
 
 ops = torch.ops
 ALWAYS_SAVED = {ops.fsdp_finetune.mark_saved.default}
@@ -42,7 +43,17 @@ ATTENTION = {
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
 SAVE_OUTPUT = 11  # the index of its argument that asks for its result to be saved
-MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
+MATMULS = {
+    LINEAR,
+    ops.fsdp_finetune.grouped_linear4bit.default,
+    ops.fsdp_finetune.grouped_linear.default,
+    ops.fsdp_finetune.project4bit.default,
+    ops.aten.mm.default,
+    ops.aten.addmm.default,
+}
+# A compiled layer's recomputation may round otherwise than its forward. The experts of a token must be the
+# same in both. Not compiled, both are the same kernels, and routers change the result of topk in place.
+ROUTING = {ops.aten.topk.default}
 
 
 class SavedActivations(enum.Enum):
@@ -106,7 +117,8 @@ def run_layer(layer: nn.Module, saved: SavedActivations, *args, **kwargs):
     if saved is SavedActivations.INPUT and not compiling:
         return checkpoint(layer, *args, use_reentrant=False, **kwargs)
     make_contexts = _checkpoint_contexts if compiling else _eager_checkpoint_contexts
-    contexts = partial(make_contexts, _SAVED_OPERATORS[saved])
+    saved_operators = _SAVED_OPERATORS[saved] | (ROUTING if compiling else set())
+    contexts = partial(make_contexts, saved_operators)
     return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
@@ -227,10 +239,11 @@ class ActivationBudget:
         tokens: int,
         itemsize: int,
     ):
+        experts = getattr(family.text_model(model).config, "num_experts_per_tok", 0)
         in_layers = family.decoder_layers(model).modules()  # a vision tower's blocks save other widths
         modules = [m for m in in_layers if isinstance(m, CheckpointedModule)]
         self.layers = [m for m in modules if m.saved is SavedActivations.INPUT]
-        self.layer_bytes = [tokens * itemsize * _saved_elements(m, family) for m in self.layers]
+        self.layer_bytes = [tokens * itemsize * _saved_elements(m, family, experts) for m in self.layers]
         self.device, self.automatic, self.steps = device, gib == -1, 0
         if gib > 0:
             self._assign(int(gib * 2**30))
@@ -260,8 +273,10 @@ class ActivationBudget:
             layer.saved = SavedActivations.MATMULS
 
 
-def _saved_elements(layer: nn.Module, family: Family) -> int:
+def _saved_elements(layer: nn.Module, family: Family, experts_per_token: int) -> int:
     """Return how many elements per token the results of a layer's linears and attention have."""
     linears = [m for m in layer.modules() if isinstance(m, (nn.Linear, Linear4bit))]
     attention = next(m for m in layer.get_submodule(family.outputs[0]).modules() if m in linears)
-    return sum(m.out_features for m in linears) + attention.in_features
+    stacks = [m for m in layer.modules() if isinstance(m, StackedModule)]
+    of_experts = experts_per_token * sum(m.parts * m.out_features for m in stacks)
+    return sum(m.out_features for m in linears) + of_experts + attention.in_features

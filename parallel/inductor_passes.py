@@ -28,6 +28,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node, map_arg
 
+from quantization import grouped_operators
 from quantization import operators as linear4bit
 
 ops = torch.ops
@@ -55,7 +56,7 @@ class JointGraphPass(CustomGraphPass):
 
     def uuid(self) -> bytes:
         # The operators' file too: a cached graph has its operators' gradients, as they were then.
-        return get_hash_for_files((__file__, linear4bit.__file__))
+        return get_hash_for_files((__file__, linear4bit.__file__, grouped_operators.__file__))
 
 
 class PartitionedGraphPass(CustomGraphPass):
@@ -73,7 +74,7 @@ class PartitionedGraphPass(CustomGraphPass):
             node.target = linear4bit.WITHOUT_GRADIENT.get(node.target, node.target)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__, linear4bit.__file__))
+        return get_hash_for_files((__file__, linear4bit.__file__, grouped_operators.__file__))
 
 
 def hoist_sum(graph: Graph, total: Node) -> None:

@@ -19,7 +19,9 @@ GROUPS = 256  # groups of a program
 LOADED = {8: (tl.uint32, 32), 4: (tl.uint32, 32), 3: (tl.uint8, 8), 2: (tl.uint16, 16)}
 
 
-# As `dequantize`, with n_groups of the weight, groups_of_row, and gap: elements between the rows of out.
+# As `dequantize`, with n_groups of the weight, groups_of_row, and gap: elements between the rows of out. Of a
+# stack, a program's second index is its weight; code_stride (bytes) and scale_stride (elements) lead from one
+# weight to the next.
 @triton.jit
 def _dequantize(
     codes,
@@ -30,14 +32,23 @@ def _dequantize(
     n_groups,
     groups_of_row,
     gap,
+    code_stride,
+    scale_stride,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOADED: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_GAP: tl.constexpr,
+    IS_STACK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    if IS_STACK:
+        member = tl.program_id(1).to(tl.int64)
+        codes += member * code_stride
+        scales += member * scale_stride
+        zeros += member * scale_stride
+        out += member * n_groups * GROUP
     first, group = tl.program_id(0).to(tl.int64) * GROUPS, tl.arange(0, GROUPS)
     inside = first + group < n_groups
     LOADS: tl.constexpr = BITS * 8 // WIDTH
@@ -91,12 +102,52 @@ def dequantize(
         n_groups,
         max(1, out.shape[1] // 8),
         out.stride(0) - out.shape[1],
+        0,
+        0,
         BITS=n_bits,
         BLOCK=block,
         LOADED=loaded,
         WIDTH=width,
         HAS_ROW_SCALE=row_scale is not None,
         HAS_GAP=out.stride(0) != out.shape[1],
+        IS_STACK=False,
+        GROUPS=GROUPS,
+        num_warps=2,
+    )
+    return out
+
+
+def dequantize_stack(
+    codes: torch.Tensor, scales: torch.Tensor, n_bits: int, block: int, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill `out` [M, O, I] with M dequantized weights, each packed alone, and return it.
+
+    Args:
+        codes: [M, bytes] uint8, each weight's as for `dequantize`, aligned to four bytes.
+        scales: [M, bytes] uint8: each weight's scales, then its zero points, in fp16.
+        n_bits, block: as for `dequantize`.
+        out: [M, O, I], contiguous. O I must be a multiple of 8.
+    """
+    n_groups, halves = out[0].numel() // 8, scales.view(torch.float16)
+    loaded, width = LOADED[n_bits]
+    _dequantize[(triton.cdiv(n_groups, GROUPS), len(out))](
+        codes,
+        halves,
+        halves[:, out[0].numel() // block :],
+        halves,
+        out,
+        n_groups,
+        max(1, out.shape[2] // 8),
+        0,
+        codes.stride(0),
+        halves.stride(0),
+        BITS=n_bits,
+        BLOCK=block,
+        LOADED=loaded,
+        WIDTH=width,
+        HAS_ROW_SCALE=False,
+        HAS_GAP=False,
+        IS_STACK=True,
         GROUPS=GROUPS,
         num_warps=2,
     )

@@ -14,6 +14,8 @@ Shapes: O output features, I input features, R rank, T tokens (all leading dimen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,11 +33,25 @@ def to_storage(data: torch.Tensor) -> torch.Tensor:
     return F.pad(raw, (0, -raw.numel() % STORAGE.itemsize)).view(STORAGE)
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of a parameter that one tensor of the checkpoint fills: a range of its flattened elements.
+
+    Attributes:
+        begin: first element.
+        numel: number of elements.
+    """
+
+    begin: int
+    numel: int
+
+
 class ConvertingModule(nn.Module):
     """A module that converts the checkpoint's tensors into its parameters, or initializes these itself.
 
     The streaming load calls these methods. The defaults convert nothing: tensors are parameters of the same
-    name. Names are relative to this module.
+    name. Names are relative to this module. A tensor's name has dots if its module in the checkpoint is below
+    this one, and not built (`locate_tensor`).
     """
 
     def parameters_from(self, name: str) -> tuple[str, ...]:
@@ -46,10 +62,18 @@ class ConvertingModule(nn.Module):
         """Return the quantizer that packs the checkpoint's tensor `name`, if any does."""
         return None
 
+    def part_of(self, name: str, parameter: str) -> Part | None:
+        """Return the part of the parameter that the tensor `name` fills; None if that is all of it."""
+        return None
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the checkpoint's tensor `name`, which fills a part of a parameter."""
+        raise NotImplementedError
+
     def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         """Return {parameter: full contents} from the full tensor `name`, packed already or not.
 
-        The keys are those of `parameters_from`.
+        The keys are those of `parameters_from`. The contents of a part are of any shape.
         """
         assert isinstance(tensor, torch.Tensor)
         return {name: tensor}
@@ -63,6 +87,32 @@ class ConvertingModule(nn.Module):
 
     def fill_buffers(self, device: torch.device) -> None:
         """Set this module's buffers, which no checkpoint holds, on the device. By default there are none."""
+
+
+def locate_tensor(model: nn.Module, name: str) -> tuple[str, nn.Module, str]:
+    """Return (path, module, name there) of the module that the checkpoint's tensor `name` belongs to.
+
+    That is the lowest module on the tensor's path that the model has. The path is without wrappers, whose
+    attributes are those of the modules in them.
+    """
+    segments, module, depth = name.split("."), model, 0
+    while depth < len(segments) - 1:
+        below = getattr(module, segments[depth], None)
+        if not isinstance(below, nn.Module):
+            break
+        module, depth = below, depth + 1
+    return ".".join(segments[:depth]), module, ".".join(segments[depth:])
+
+
+def part_of(module: nn.Module, name: str, parameter: str) -> Part | None:
+    """Return the part of the parameter that the checkpoint's tensor `name` fills; None if it is all of it."""
+    return module.part_of(name, parameter) if isinstance(module, ConvertingModule) else None
+
+
+def stored_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of the checkpoint's tensor `name`, which fills a part of a parameter."""
+    assert isinstance(module, ConvertingModule)
+    return module.stored_shape(name)
 
 
 def parameters_from(module: nn.Module, name: str) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ class NF4:
             table: [256] fp32, the values of the 8-bit codes in doubly quantized scales.
             shape, dtype, row_scale, out: as for `Quantizer.dequantize`.
         """
-        if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
+        if self._has_kernel(shape, codes.device):
             from quantization.nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
             out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
@@ -107,6 +107,19 @@ class NF4:
     def block_bounds(self, scales, table, shape) -> torch.Tensor:
         _library()
         return self._decode_absmax(scales, table, -(-math.prod(shape) // self.block)).abs()
+
+    def dequantize_stack(self, codes, scales, table, shape, dtype) -> torch.Tensor:
+        """Return the weights as `Quantizer` says, in one Triton kernel where `dequantize` is one."""
+        if self._has_kernel(shape, codes.device):
+            from quantization.nf4_kernel import dequantize_stack
+
+            out = torch.empty(len(codes), *shape, dtype=dtype, device=codes.device)
+            return dequantize_stack(codes, scales, table, out)
+        members = zip(codes, scales, strict=True)
+        return torch.stack([self.dequantize(*member, table, shape, dtype) for member in members])
+
+    def _has_kernel(self, shape: tuple[int, ...], device: torch.device) -> bool:
+        return self.double and math.prod(shape) % self.block == 0 and triton_runs_on(device)
 
     def _decode_absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
         """Return the blocks' absolute maxima, [blocks] fp32, from the bytes `scales`.

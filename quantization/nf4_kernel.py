@@ -21,7 +21,8 @@ WORDS = 256  # words of a program, a part of one group
 
 
 # As `dequantize`, with the values of codes, n_words of the weight, words_of_row, and gap: elements between
-# the rows of out.
+# the rows of out. Of a stack, a program's second index is its weight; code_stride and scale_stride are the
+# bytes from one weight's codes and scales to the next one's.
 @triton.jit
 def _dequantize(
     codes,
@@ -33,10 +34,18 @@ def _dequantize(
     n_words,
     words_of_row,
     gap,
+    code_stride,
+    scale_stride,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_GAP: tl.constexpr,
+    IS_STACK: tl.constexpr,
     WORDS: tl.constexpr,
 ):
+    if IS_STACK:
+        member = tl.program_id(1).to(tl.int64)
+        codes += member * code_stride
+        scales += member * scale_stride
+        out += member * n_words * WORD
     first, word = tl.program_id(0).to(tl.int64) * WORDS, tl.arange(0, WORDS)
     inside = first + word < n_words
     n_groups = tl.cdiv(n_words, GROUP)
@@ -97,8 +106,45 @@ def dequantize(
         n_words,
         max(1, out.shape[1] // 8),
         out.stride(0) - out.shape[1],
+        0,
+        0,
         HAS_ROW_SCALE=row_scale is not None,
         HAS_GAP=out.stride(0) != out.shape[1],
+        IS_STACK=False,
+        WORDS=WORDS,
+        num_warps=2,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def dequantize_stack(
+    codes: torch.Tensor, scales: torch.Tensor, scale_values: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill `out` [M, O, I] with M dequantized weights, each packed alone, and return it.
+
+    Args:
+        codes: [M, bytes] uint8, each weight's aligned to four bytes.
+        scales: [M, bytes] uint8, each weight's in the layout of NF4, aligned to four bytes.
+        scale_values: as for `dequantize`.
+        out: [M, O, I], contiguous. O I must be a multiple of 64.
+    """
+    n_words = out[0].numel() // 8
+    _dequantize[(triton.cdiv(n_words, WORDS), len(out))](
+        codes,
+        scales,
+        scale_values,
+        nf4_values(codes.device),
+        scale_values,
+        out,
+        n_words,
+        max(1, out.shape[2] // 8),
+        0,
+        codes.stride(0),
+        scales.stride(0),
+        HAS_ROW_SCALE=False,
+        HAS_GAP=False,
+        IS_STACK=True,
         WORDS=WORDS,
         num_warps=2,
         enable_fp_fusion=False,

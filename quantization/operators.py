@@ -37,6 +37,11 @@ def register_quantizer(quantizer: Quantizer) -> str:
     return str(quantizer)
 
 
+def quantizer_of(name: str) -> Quantizer:
+    """Return the quantizer that is registered by this name."""
+    return _QUANTIZERS[name]
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that a linear computes in: autocast's within autocast, else x's.
 
@@ -99,7 +104,7 @@ _LIBRARY = torch.library.Library("fsdp_finetune", "FRAGMENT")
 WITHOUT_GRADIENT: dict[OpOverload, OpOverload] = {}
 
 
-def _operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
+def register_operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
     """Return a decorator that registers a function as an operator, and its twin without a gradient.
 
     schema: of arguments and result, in torch's notation. fake: computes the result's shape and dtype, for
@@ -130,7 +135,7 @@ def _fake_round_rows(x, rounding):
     )
 
 
-@_operator("(Tensor x, str rounding) -> (Tensor, Tensor)", _fake_round_rows)
+@register_operator("(Tensor x, str rounding) -> (Tensor, Tensor)", _fake_round_rows)
 def round_rows(x, rounding):
     """Return (x rounded: [T, I]; the scale of each token: [T] fp32). Without a gradient.
 
@@ -151,7 +156,7 @@ def _fake_linear4bit(x, codes, scales, table, quantizer, shape, *_):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-@_operator(
+@register_operator(
     f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool save_output, {_ROUNDED})"
     " -> Tensor",
     _fake_linear4bit,
@@ -224,7 +229,7 @@ def _fake_adapter_backward(grads, x, h, a, b):
     return [h[0].new_empty(*h[0].shape[:-1], rank), grad_a, *(torch.empty_like(each) for each in b)]
 
 
-@_operator(
+@register_operator(
     "(Tensor[] grads, Tensor? x, Tensor[] h, Tensor[] a, Tensor[] b) -> Tensor[]", _fake_adapter_backward
 )
 def adapter_backward(grads, x, h, a, b):
@@ -257,7 +262,7 @@ def _fake_linear4bit_backward(
     return grads[0].new_empty(*grads[0].shape[:-1], shapes[1])
 
 
-@_operator(
+@register_operator(
     "(Tensor[] grads, Tensor[] codes, Tensor[] scales, Tensor?[] tables, str[] quantizers, int[] shapes,"
     " Tensor?[] row_scales, Tensor? grad_h, Tensor[] a, Tensor[] dependencies, str[] roundings) -> Tensor",
     _fake_linear4bit_backward,
@@ -386,7 +391,7 @@ def _fake_project4bit(codes, scales, table, quantizer, shape, a):
     return a.new_empty(shape[0], a.shape[0])
 
 
-@_operator(
+@register_operator(
     "(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor a) -> Tensor",
     _fake_project4bit,
 )
@@ -401,7 +406,7 @@ def project4bit(codes, scales, table, quantizer, shape, a):
     return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
 
 
-@_operator("(Tensor x) -> Tensor", torch.empty_like)
+@register_operator("(Tensor x) -> Tensor", torch.empty_like)
 def mark_saved(x):
     """Return a copy of x, marked by this operator for a checkpointing policy to save. Without a gradient."""
     return x.clone()

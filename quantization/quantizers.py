@@ -84,6 +84,23 @@ class Quantizer(Protocol):
         scales, table, shape: as for `dequantize`.
         """
 
+    def dequantize_stack(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        table: torch.Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Abstract. Return weights that were packed alone, each as `dequantize` does: [M, O, I].
+
+        Args:
+            codes, scales: [M, bytes of one, with padding] uint8.
+            table: as for `dequantize`.
+            shape: (O, I), of one.
+            dtype: of the result.
+        """
+
 
 @dataclass(frozen=True)
 class PackedWeight:

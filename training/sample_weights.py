@@ -10,14 +10,13 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from files.weight_headers import WeightHeaders
 from launch.ranks import RankInfo
 from models.family import Family, unwrapped_name
-from parallel.shards import fill_shard
-from quantization.layer import convert_tensor, quantizer_for
+from parallel.shards import fill_part
+from quantization.layer import convert_tensor, locate_tensor, part_of, quantizer_for
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 from quantize_layers import allocate, fill_initial_values
 
@@ -45,7 +44,7 @@ def fill_with_samples(
     params = {unwrapped_name(name): p for name, p in model.named_parameters()}
     alike: dict[tuple, list[str]] = defaultdict(list)  # tensors that may have the same content
     for name, stored in files.tensors.items():
-        module, attribute = _locate(model, name)
+        path, module, attribute = locate_tensor(model, name)
         is_vector, quantizer = len(stored.shape) == 1, quantizer_for(module, attribute)
         alike[tuple(stored.shape), str(stored.dtype), quantizer, is_vector].append(name)
     filled = set()
@@ -54,22 +53,15 @@ def fill_with_samples(
         dtype = files.tensors[names[0]].dtype
         sample = make_sample(shape, dtype, quantizer, generator)
         for name in names:
-            module, attribute = _locate(model, name)
+            path, module, attribute = locate_tensor(model, name)
             for key, content in convert_tensor(module, attribute, sample).items():
-                parameter = f"{name.rpartition('.')[0]}.{key}"
-                fill_shard(params[parameter], content)
-                filled.add(parameter)
+                fill_part(params[f"{path}.{key}"], part_of(module, attribute, key), content)
+                filled.add(f"{path}.{key}")
         del sample
     filled |= fill_initial_values(model, params, seed)
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
     if rank_info.device.type == "cuda":
         torch.cuda.empty_cache()  # of the samples, which a real load does not make
-
-
-def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return (the module that a file's tensor belongs to, its name there)."""
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
 
 
 def make_sample(

@@ -18,11 +18,13 @@ from transformers import AutoConfig
 import train
 from data.packing import make_sampler
 from models.checkpoint_names import ParameterNames
+from models.experts import member_names
 from models.family import unwrapped_name
 from models.lora import LowRankModule
 from monitoring.tracking import NoTracker
 from options.train import parse
 from parallel.shards import fill_shard, gather_to_cpu
+from quantization.stacked import StackedModule
 from tests.helpers.auto_classes import auto_class, load_transformers_model
 from tests.helpers.spellings import is_of_a_tower
 from tests.helpers.stacks import stack_experts
@@ -108,6 +110,9 @@ def dense_tensors(model) -> dict[str, torch.Tensor]:
     state = {}
     for path, module in model.named_modules():
         tensors = {n: gather_to_cpu(p) for n, p in module.named_parameters(recurse=False)}
+        if isinstance(module, StackedModule):
+            state |= member_tensors(unwrapped_name(path), module, tensors)
+            continue
         if "codes" in tensors:
             device = "cpu" if module.table is None else module.table.device
             packed = (tensors.pop(name).to(device) for name in ("codes", "scales"))
@@ -116,6 +121,38 @@ def dense_tensors(model) -> dict[str, torch.Tensor]:
             if not name.startswith(("lora_", "magnitude", "squared")):
                 state[unwrapped_name(f"{path}.{name}").replace(".base.", ".")] = value.clone()
     return state
+
+
+def member_tensors(path: str, stack, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a stack's members by the checkpoint's names.
+
+    Args:
+        path: the stack's path in the model.
+        stack: the StackedModule.
+        tensors: {parameter: full tensor}, or gradients.
+    """
+    if "codes" in tensors:
+        device = "cpu" if stack.table is None else stack.table.device
+        packed = (tensors.pop(name).to(device) for name in ("codes", "scales"))
+        tensors["weight"] = stack.dequantize(*packed).cpu()
+    experts, _, last = path.rpartition(".")
+    state = {}
+    for i, name in enumerate(member_names(last, stack.experts)):
+        for key, tensor in tensors.items():
+            shape = stack.stored_shape(f"{i}.{key}")
+            state[f"{experts}.{name}.{key}"] = tensor.reshape(-1, *shape)[i].clone()
+    return state
+
+
+def split_members(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return {checkpoint's name: tensor} of dense parameters, or of gradients, by the parameters' names."""
+    split = dict(tensors)
+    for path, module in model.named_modules():
+        if isinstance(module, StackedModule):
+            path = unwrapped_name(path)
+            own = {key: split.pop(f"{path}.{key}") for key in ("weight", "bias") if f"{path}.{key}" in split}
+            split |= member_tensors(path, module, own)
+    return split
 
 
 def transformers_model(folder: Path, state: dict[str, torch.Tensor]):

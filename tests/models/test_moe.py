@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 import train
 from data.batches import Batch
 from data.rows import IGNORE
+from models.experts import StackedExperts
 from models.family import unwrapped_name
 from models.moe import Experts
 from parallel.shards import full_tensor
@@ -19,7 +20,7 @@ from tests.helpers import tiny
 from tests.helpers.adapters import args_for
 from tests.helpers.logits import IDS
 from tests.helpers.parity import arguments, assert_same
-from tests.helpers.runs import outputs, set_up, train_run, transformers_model
+from tests.helpers.runs import outputs, set_up, split_members, train_run, transformers_model
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
 
@@ -30,9 +31,7 @@ def test_every_expert_is_quantized_and_the_router_is_not(checkpoints, alpaca_fil
     projections = [f"{x}_proj" for x in ("gate", "up", "down")]
     expected = {f"model.layers.{i}.{linear}.base" for i in range(3) for linear in ATTENTION}
     expected |= {f"model.layers.0.mlp.{p}" for p in projections}
-    expected |= {
-        f"model.layers.{i}.mlp.experts.{e}.{p}" for i in (1, 2) for e in range(8) for p in projections
-    }
+    expected |= {f"model.layers.{i}.mlp.experts.{stack}" for i in (1, 2) for stack in ("gate_up", "down")}
     assert packed == expected
     assert {n for n in parameters if ".mlp." in n and n.rpartition(".")[0] not in packed} == {
         "model.layers.1.mlp.gate.weight",
@@ -135,7 +134,7 @@ def gradients(rank_info, args):
     rows = slice(rank_info.rank, None, rank_info.world)
     train.loss_sum(model, Batch(IDS[rows], targets()[rows])).backward()
     trained = {unwrapped_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    return {name: full_tensor(p.grad) for name, p in trained.items()}, state
+    return split_members(model, {name: full_tensor(p.grad) for name, p in trained.items()}), state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
@@ -154,12 +153,12 @@ def test_experts_that_are_idle_on_one_rank(kind, train_type, checkpoints, one_ra
 
 def run_and_experts_used(rank_info, args):
     """Return (train_run's result, the experts with tokens in each forward of a routed layer)."""
-    used, original = [], Experts.forward
-    Experts.forward = lambda self, x, index, weights: (
+    used, original = [], StackedExperts.forward
+    StackedExperts.forward = lambda self, x, index, weights: (
         used.append(set(index.unique().tolist())),
         original(self, x, index, weights),
     )[1]
     try:
         return train_run(rank_info, args), used
     finally:
-        Experts.forward = original
+        StackedExperts.forward = original

@@ -23,7 +23,7 @@ from tests.helpers.tiny import save_checkpoint
 # A Llama of 64 hidden features, 4 heads of 16, 2 of them for keys, and an MLP of 160.
 LLAMA = asdict(LayerWidths(hidden=64, query=64, key=32, value=32, result=64, mlp=160, heads=4))
 WIDE = {"query": 128, "key": 64, "value": 64, "result": 128}  # heads of 32
-ROUTED = {"mlp": 96, "experts_per_token": 2, "compiles": False}
+ROUTED = {"mlp": 96, "experts": 8, "experts_per_token": 2}
 # 4 heads of 24 features, of which 16 are in one tensor with the values' 16; 48 and 40 + 8 in the latents.
 LATENT = {"query": 96, "key": 96, "value": 128, "result": 64, "latents": 96}
 NORMS = {"norms_read_outputs": True}
@@ -55,8 +55,8 @@ OLMO = NORMS | {"has_head_norms": True, "widens_product": True, "widens_inputs":
         ("stablelm", {"has_one_norm": True, "has_head_norms": True, "passes_row_bounds": False}),
         # Two experts of 48 for each token and, in Qwen2-MoE and GLM-4.7-Flash, a shared one of 96.
         ("qwen3_moe", WIDE | ROUTED | {"has_head_norms": True}),
-        ("gpt_oss", ROUTED | {"mlp": 64, "window": 16}),
-        ("mixtral", ROUTED),
+        ("gpt_oss", ROUTED | {"experts": 6, "mlp": 64, "window": 16}),
+        ("mixtral", ROUTED | {"experts": 6}),
         ("qwen2_moe", ROUTED | {"mlp": 192, "passes_window": False}),
         ("glm4_moe_lite", ROUTED | LATENT | {"mlp": 192}),
     ],

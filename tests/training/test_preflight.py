@@ -5,6 +5,7 @@ The status is 2, one line on stderr names the error, its location and the remedy
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -519,8 +520,10 @@ def test_verbose_shows_the_traceback(checkpoints, tmp_path, capsys, argv, traced
     assert shown.startswith("Traceback") == traced and (len(shown.splitlines()) == 1) != traced
 
 
-def test_layers_that_do_not_compile(refused, checkpoints):
+def test_layers_that_do_not_compile(refused, checkpoints, monkeypatch):
     folder = checkpoints("qwen3_moe")
+    broken = dataclasses.replace(FAMILIES["qwen3_moe"], compiles=False)
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", broken)
     refused(
         "--compile true", "qwen3_moe does not compile", "auto or false", model_name=folder, compile="true"
     )

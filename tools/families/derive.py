@@ -124,8 +124,8 @@ def _find_linears(model: nn.Module, layers: str, calls: list[Call], draft: Draft
     stacked = [n for n, p in modules[-1].named_parameters() if p.dim() > 2]
     if stacked:
         draft.missing.append(
-            f"routed experts are stacked ({', '.join(stacked)}): write match_checkpoint and select_linears,"
-            " and set compiles=False (models/qwen3_moe.py is an example)"
+            f"routed experts are stacked ({', '.join(stacked)}): write match_checkpoint and select_linears"
+            " (models/qwen3_moe.py is an example)"
         )
     call = next(c for c in calls if c.name == f"{layers}.0")
     inner = {c.name.removeprefix(f"{call.name}."): c for c in calls if c.name.startswith(f"{call.name}.")}

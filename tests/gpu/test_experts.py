@@ -1,0 +1,111 @@
+"""Routed experts on a GPU: grouped matmuls, kernels of stacks, compilation, and a host that never waits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launch.devices import grouped_matmul_runs_on
+from quantization import grouped_operators
+from quantization.hqq import HQQ
+from quantization.layer import to_storage
+from quantization.nf4 import NF4
+from tests.helpers.stacked_experts import ROUTINGS, E, make_list, make_routing, run_experts, stack_like
+
+pytestmark = pytest.mark.gpu
+CUDA = "cuda"
+QUANTIZERS = [NF4(), NF4(double=False), HQQ(4), HQQ(3), HQQ(8, 32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(48, 64), (5, 64), (768, 2048)], ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_a_stack_is_dequantized_like_its_members(quantizer, shape, dtype):
+    """Bit for bit. The weights of 5 x 64 fill neither a group of scales nor whole elements of the storage."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    weights = torch.randn(7, *shape, generator=generator, device=CUDA)
+    packed = [quantizer.quantize(weight) for weight in weights]
+    table = quantizer.table(torch.device(CUDA))
+    alone = [quantizer.dequantize(*each, table, shape, dtype) for each in packed]
+    codes, scales = (
+        torch.stack([to_storage(each[i]) for each in packed]).view(torch.uint8) for i in range(2)
+    )
+    found = quantizer.dequantize_stack(codes, scales, table, shape, dtype)
+    assert torch.equal(found, torch.stack(alone))
+
+
+def grouped_and_looped(module, arguments, monkeypatch) -> list[list[torch.Tensor]]:
+    """Return results and all gradients of a module with grouped matmuls, and with the loop."""
+    results = []
+    for grouped in (True, False):
+        module.zero_grad()
+        with monkeypatch.context() as patch:
+            if not grouped:
+                patch.setattr(grouped_operators, "runs_grouped", lambda *_: False)
+            found = run_experts(module, *arguments)
+        results.append(found + [p.grad.clone() for p in module.parameters() if p.requires_grad])
+    return results
+
+
+@pytest.mark.parametrize("case", ROUTINGS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quantizer", [None, NF4(), HQQ(4)], ids=str)
+def test_grouped_matmuls_are_the_loop(quantizer, biased, case, monkeypatch):
+    """In bf16, up to rounding, with square weights too; None: dense experts that are trained."""
+    if not grouped_matmul_runs_on(torch.device(CUDA)):
+        pytest.skip("torch has no grouped matmul for this GPU")
+    for mlp in (48, 64):
+        experts = make_list(mlp, biased).to(torch.bfloat16)
+        _, stacked = stack_like(experts, quantizer, torch.bfloat16, CUDA)
+        stacked.requires_grad_(quantizer is None)
+        x, index, weights = (t.to(CUDA) for t in make_routing(case))
+        arguments = x.bfloat16(), index, weights.bfloat16()
+        assert grouped_operators.runs_grouped(arguments[0], 2 * mlp, 64)
+        for a, b in zip(*grouped_and_looped(stacked, arguments, monkeypatch), strict=True):
+            assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm() + 1e-6
+
+
+def test_idle_experts_get_zeros():
+    _, stacked = stack_like(make_list().to(torch.bfloat16), None, torch.bfloat16, CUDA)
+    x, index, weights = (t.to(CUDA) for t in make_routing("idle"))
+    run_experts(stacked, x.bfloat16(), index, weights.bfloat16())
+    for stack in (stacked.gate_up, stacked.down):
+        assert not stack.weight.grad[E - 1].any() and stack.weight.grad[: E - 1].any()
+        assert stack.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("quantizer", [None, NF4()], ids=str)
+def test_the_host_does_not_wait(quantizer):
+    _, stacked = stack_like(make_list().to(torch.bfloat16), quantizer, torch.bfloat16, CUDA)
+    x, index, weights = (t.to(CUDA) for t in make_routing("idle"))
+    arguments = x.bfloat16(), index, weights.bfloat16()
+    run_experts(stacked, *arguments)  # kernels are compiled, and constants made
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_experts(stacked, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("quantizer", [None, NF4(), HQQ(4)], ids=str)
+def test_compiled_experts_are_the_same(quantizer):
+    """One graph, and one more for another number of tokens; results up to rounding."""
+    torch.compiler.reset()
+    _, stacked = stack_like(make_list().to(torch.bfloat16), quantizer, torch.bfloat16, CUDA)
+    compiled = torch.compile(stacked, fullgraph=True)
+    for tokens in (40, 24, 56):
+        x, index, weights = (t.to(CUDA) for t in make_routing("random", tokens=tokens))
+        arguments = x.bfloat16(), index, weights.bfloat16()
+        for a, b in zip(run_experts(compiled, *arguments), run_experts(stacked, *arguments), strict=True):
+            assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("kind", ["fp16", "fp32"])
+def test_other_dtypes_take_the_loop(kind):
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}[kind]
+    original, stacked = stack_like(make_list().to(dtype), NF4(), dtype, CUDA)
+    x, index, weights = (t.to(CUDA) for t in make_routing("random"))
+    arguments = x.to(dtype), index, weights.to(dtype)
+    for a, b in zip(run_experts(original, *arguments), run_experts(stacked, *arguments), strict=True):
+        assert (a.float() - b.float()).norm() <= 5e-3 * b.float().norm()

@@ -1,0 +1,99 @@
+"""Stacks of experts compute what a list of experts computes, expert by expert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models.experts import find_stack, stack_experts
+from options.errors import UserError
+from quantization.grouped_operators import sort_by_expert
+from quantization.hqq import HQQ
+from quantization.layer import Part, locate_tensor
+from quantization.nf4 import NF4
+from tests.helpers.stacked_experts import ROUTINGS, E, make_list, make_routing, run_experts, stack_like
+
+QUANTIZERS = [None, NF4(), HQQ(4), HQQ(3)]
+
+
+@pytest.mark.parametrize("case", ROUTINGS)
+def test_every_gradient_is_that_of_the_list(case):
+    """Results and gradients of a dense list: the gradient of an expert without rows is 0, not missing."""
+    original, stacked = stack_like(make_list())
+    arguments = make_routing(case)
+    for a, b in zip(run_experts(original, *arguments), run_experts(stacked, *arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for stack, linears in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+        expected = torch.stack(
+            [torch.cat([getattr(expert, name).weight.grad for name in linears]) for expert in original]
+        )
+        torch.testing.assert_close(getattr(stacked, stack).weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mlp", [64, 48])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_packed_stacks_are_the_packed_list(quantizer, biased, mlp):
+    """With an MLP of 64 the weights are square, so that a transposition would not show in shapes."""
+    original, stacked = stack_like(make_list(mlp, biased), quantizer)
+    arguments = make_routing("random")
+    original.requires_grad_(False)
+    stacked.requires_grad_(False)
+    for a, b in zip(run_experts(original, *arguments), run_experts(stacked, *arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_biases():
+    original, stacked = stack_like(make_list(biased=True))
+    for module in (original, stacked):
+        run_experts(module, *make_routing("idle"))
+    expected = torch.stack([torch.cat([e.gate_proj.bias.grad, e.up_proj.bias.grad]) for e in original])
+    torch.testing.assert_close(stacked.gate_up.bias.grad, expected, rtol=1e-5, atol=1e-5)
+    expected = torch.stack([e.down_proj.bias.grad for e in original])
+    torch.testing.assert_close(stacked.down.bias.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", [NF4(), NF4(double=False), HQQ(3, 8)], ids=str)
+def test_a_member_has_the_bytes_of_a_packed_linear(quantizer):
+    """A weight fills neither a whole group of scales nor whole elements of the storage."""
+    original, stacked = stack_like(make_list(mlp=MLP_OF_ODD_BYTES), quantizer)
+    for i, linear in enumerate(getattr(e, name) for e in original for name in NAMES[:2]):
+        for key in ("codes", "scales"):
+            flat, part = getattr(stacked.gate_up, key), stacked.gate_up.part_of(f"{i}.weight", key)
+            own = flat[part.begin : part.begin + part.numel]
+            assert torch.equal(own.view(torch.uint8), getattr(linear, key).view(torch.uint8))
+
+
+MLP_OF_ODD_BYTES = 5  # 5 x 64 weights have 5 scales
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def test_order_of_rows():
+    """Rows of one expert keep the tokens' order; offsets are the ends of the experts' rows."""
+    index = torch.tensor([[3, 0], [0, 1], [3, 1]])
+    order, inverse, offsets = sort_by_expert(index, 5)
+    assert order.tolist() == [1, 2, 3, 5, 0, 4] and order[inverse].tolist() == list(range(6))
+    assert offsets.tolist() == [2, 4, 4, 6, 6] and offsets.dtype == torch.int32
+
+
+def test_a_tensor_of_an_expert_is_part_of_a_stack():
+    model = nn.Module()
+    model.experts = stack_like(make_list())[1]
+    path, module, attribute = locate_tensor(model, "experts.2.up_proj.weight")
+    assert (path, module, attribute) == ("experts", model.experts, "2.up_proj.weight")
+    assert module.parameters_from(attribute) == ("gate_up.weight",)
+    assert module.part_of(attribute, "gate_up.weight") == Part(5 * 48 * 64, 48 * 64)
+    assert module.stored_shape(attribute) == (48, 64)
+    assert find_stack("a.experts.2.up_proj.weight") == ("a.experts.gate_up.weight", 2)
+    assert find_stack("a.shared_experts.up_proj.weight") is None
+    assert find_stack("a.experts.gate.weight") is None
+
+
+def test_members_that_are_packed_otherwise():
+    model = nn.Module()
+    model.experts = make_list()
+    quantizers = {f"experts.{e}.{name}": NF4() for e in range(E) for name in NAMES}
+    quantizers["experts.4.up_proj"] = NF4(double=False)
+    with pytest.raises(UserError, match=r"experts\.4\.up_proj is packed otherwise than experts\.0\.gate"):
+        stack_experts(model, quantizers, torch.float32)
