@@ -285,13 +285,14 @@ def layer_memory(
     # Latent attention puts its keys together from results of two linears.
     projected = query + value + (latents or key) + widths.result
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
-    if _multiplies_grouped(precision, gpu):  # gate and up of all experts are expanded at once
-        weight *= max(2 * widths.experts, 1)
+    grouped = widths.experts if _multiplies_grouped(precision, gpu) else min(widths.experts, 1)
+    if grouped:  # gate and up of all experts are expanded at once
+        weight *= 2 * grouped
     return LayerMemory(
         input=rows * hidden * stream,
         saved=rows * per_token,
         forward=rows * forward + weight,
-        backward=rows * backward + (weight if widths.experts else 0),
+        backward=rows * backward + (weight / 2 if grouped else 0),  # down, beside the most activations
         last_backward=rows * (hidden * stream + mlp * width),
         matmuls=rows * (projected + 2 * hidden + (widths.mlp_tensors - 1) * mlp) * width,
     )
