@@ -21,7 +21,12 @@ from files.saved_adapter import ADAPTER_DTYPES, PEFT_PREFIX, TensorHeaders, read
 from files.tensors import save_tensors
 from models.family import Family, unwrapped_name
 from models.lora import LowRankModule
-from models.peft_names import peft_exclusions, peft_target_modules, peft_target_parameters
+from models.peft_names import (
+    peft_exclusions,
+    peft_rank_pattern,
+    peft_target_modules,
+    peft_target_parameters,
+)
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import Config
 from options.errors import UserError
@@ -51,9 +56,10 @@ def save_adapter(
     tensors = {}
     for path, module in model.named_modules():
         if isinstance(module, LowRankModule):
+            prefix = f"{PEFT_PREFIX}{module.peft_path(unwrapped_name(path))}"
             for name, full in module.peft_tensors(gather_to_cpu).items():
                 if dist.get_rank() == 0:
-                    tensors[f"{PEFT_PREFIX}{unwrapped_name(path)}.{name}"] = full.contiguous()
+                    tensors[f"{prefix}.{name}"] = full.contiguous()
     if config.train_embeddings:
         tensors |= _gather_vocabulary(model, family)
     if dist.get_rank() != 0:
@@ -77,7 +83,7 @@ def zero_rows_remark(tensors: Mapping[str, Tensor]) -> str:
     """
     rows = 0
     for name, magnitude in tensors.items():
-        if name.endswith(MAGNITUDE):
+        if name.endswith(MAGNITUDE) and magnitude.dim() == 1:  # PEFT has no DoRA on experts
             b = tensors[name.removesuffix(MAGNITUDE) + "lora_B.weight"]
             rows += int(((magnitude.square() <= 2 * TINY) & (b == 0).all(1)).sum())
     if not rows:
@@ -103,7 +109,7 @@ def _gather_vocabulary(model: PreTrainedModel, family: Family) -> dict[str, Tens
 
 def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, family: Family) -> dict:
     """Return the contents of adapter_config.json."""
-    alpha, embeddings, matrices = config.lora_alpha, {}, peft_target_parameters(family, config)
+    alpha, embeddings, parameters = config.lora_alpha, {}, peft_target_parameters(family, config)
     if config.train_embeddings:
         # PEFT makes a tied head anew, without a bias. Apart, it loads both modules with all of their tensors.
         has_bias = model.get_submodule(family.head).bias is not None
@@ -125,7 +131,9 @@ def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, fam
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        **({"target_parameters": matrices} if matrices else {}),  # older versions of PEFT do not know it
+        # Older versions of PEFT do not know target_parameters.
+        **({"target_parameters": parameters} if parameters else {}),
+        **({"rank_pattern": pattern} if (pattern := peft_rank_pattern(config)) else {}),
         # PEFT ignores it, with a warning. What the adapter was trained against is not the base's own matmuls.
         **({"base_matmul": config.base_matmul} if config.base_matmul not in (None, "16bit") else {}),
     } | embeddings
@@ -154,7 +162,7 @@ def check_adapter_tensors(
         optional: names of tensors that may be missing.
     """
     expected = {
-        f"{PEFT_PREFIX}{name}.{suffix}": list(tensor.shape)
+        f"{PEFT_PREFIX}{module.peft_path(name)}.{suffix}": list(tensor.shape)
         for name, module in model.named_modules()
         if isinstance(module, LowRankModule)
         for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
@@ -201,6 +209,8 @@ def load_adapter(
         set_parameters: set_parameters(module, {name: full tensor}), called for the embedding and the head.
     """
     modules = {unwrapped_name(name): module for name, module in model.named_modules()}
+    adapters = {name: module for name, module in modules.items() if isinstance(module, LowRankModule)}
+    modules |= {module.peft_path(name): module for name, module in adapters.items()}
     for name, tensors in read_adapter_modules(path):
         module = modules[name]
         if isinstance(module, LowRankModule):

@@ -1,4 +1,4 @@
-"""Names of files in a RUN and in a Hugging Face model folder, some as Path.glob patterns; names of models."""
+"""Names of files in a RUN and in a Hugging Face model folder, some as Path.glob patterns; other names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 OPTIONS, METRICS = "config.yaml", "metrics.jsonl"  # all options of a run; one line per step
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's description of an adapter
+# PEFT's target_parameters for adapters on routed experts: transformers' stacked parameters.
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and its file that names the step
 EVENTS = "tensorboard"  # the folder of events for TensorBoard
 SAMPLE_IMAGES = "sample_images"  # the folder of small copies of the images in samples

@@ -21,7 +21,14 @@ from safetensors import SafetensorError, safe_open
 from files.finite import is_finite
 from files.links import points_outside
 from files.model_folder import download
-from files.names import ADAPTER, ADAPTER_CONFIG, OPTIONS, TOKENIZER_TEXTS, split_revision
+from files.names import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    EXPERT_PARAMETERS,
+    OPTIONS,
+    TOKENIZER_TEXTS,
+    split_revision,
+)
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
 
@@ -105,6 +112,8 @@ def check_settings(settings: dict, path: Path) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{path}: peft_type {kind} is not supported; only LORA, which DoRA has too")
+    if expert_rank(settings):
+        settings = {name: value for name, value in settings.items() if name != "rank_pattern"}
     changed = next((name for name in FOREIGN_SETTINGS if settings.get(name) not in UNSET), None)
     if changed:
         raise UserError(f"{path}: {changed} {settings[changed]} is not supported here")
@@ -118,6 +127,20 @@ def check_settings(settings: dict, path: Path) -> None:
             f"{path}: init_lora_weights {start} is not supported here: PEFT changes the base's weights for"
             " it; save the adapter with path_initial_model_for_weight_conversion"
         )
+
+
+def expert_rank(settings: dict) -> int:
+    """Return the rank of an adapter on routed experts by its settings; 0 without one, or if they are foreign.
+
+    settings: contents of adapter_config.json. rank_pattern may name only EXPERT_PARAMETERS, with one rank.
+    """
+    targets, pattern = settings.get("target_parameters") or [], settings.get("rank_pattern") or {}
+    if not isinstance(targets, list) or not isinstance(pattern, dict):
+        return 0
+    if not all(name in targets for name in EXPERT_PARAMETERS) or not pattern.keys() <= {*EXPERT_PARAMETERS}:
+        return 0
+    rank, other = (pattern.get(name, settings.get("r")) for name in EXPERT_PARAMETERS)
+    return rank if type(rank) is int and rank == other and rank > 0 else 0
 
 
 def read_adapter_header(path: Path) -> tuple[dict[str, str], TensorHeaders]:

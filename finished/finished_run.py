@@ -47,7 +47,7 @@ from models.adapters import apply_method, check_quantization
 from models.experts import stack_experts
 from models.family import Family
 from models.llama_pro import new_layers
-from models.peft_names import peft_exclusions, peft_target_parameters
+from models.peft_names import peft_exclusions, peft_rank_pattern, peft_target_parameters
 from models.registry import build_on_meta, open_weights, read_config
 from models.vocabulary import (
     peft_modules_to_save,
@@ -255,6 +255,7 @@ def _check_adapter_config(path: Path, run: Run) -> None:
         "modules_to_save": peft_modules_to_save(run.family) if config.train_embeddings else None,
         "exclude_modules": peft_exclusions(model, run.family, config),
         "target_parameters": peft_target_parameters(run.family, config),
+        "rank_pattern": peft_rank_pattern(config),
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_rslora": bool(config.use_rslora),
@@ -329,7 +330,9 @@ def set_adapter(model: PreTrainedModel, run: Run) -> None:
 def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Select one linear's tensors from `read_adapter`'s: {PEFT's name below the module: tensor}."""
     prefix = f"{PEFT_PREFIX}{module}."
-    return {name.removeprefix(prefix): t for name, t in adapter.items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): t for name, t in adapter.items() if name.startswith(prefix)}
+    # PEFT puts a second adapter of a module, on another parameter, below the first.
+    return {name: t for name, t in found.items() if not name.startswith("base_layer.")}
 
 
 def find_stop_ids(run: Run, tokenizer) -> list[int]:

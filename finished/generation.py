@@ -284,7 +284,8 @@ class AnsweringModels:
 
 def _adapter_options(run: Run) -> tuple:
     c = run.config
-    return c.method.adapter, c.lora_rank, c.lora_scaling, c.lora_target_modules, c.vision_targets
+    experts = c.lora_expert_rank, c.expert_scaling
+    return c.method.adapter, c.lora_rank, c.lora_scaling, c.lora_target_modules, experts, c.vision_targets
 
 
 def _make_generation_config(

@@ -191,7 +191,7 @@ def _load_submodule(
                 filled.add(key)
     for name, module in submodule.named_modules(prefix=path):
         if isinstance(module, LowRankModule):
-            module.set_peft_tensors(select_module_tensors(name, adapter), fill_shard)
+            module.set_peft_tensors(select_module_tensors(module.peft_path(name), adapter), fill_shard)
             filled |= {
                 f"{name}.{key}".removeprefix(prefix)
                 for key in ("lora_A", "lora_B", "magnitude_change")

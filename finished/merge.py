@@ -25,6 +25,8 @@ from files.tensors import PinnedBuffers
 from finished.finished_run import Run
 from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
+from models.expert_adapters import PEFT_PATHS, split_peft_tensors
+from models.moe import MEMBERS, member_names
 from models.registry import build_on_meta
 from models.vision_parts import vision_matrices
 from options.errors import UserError
@@ -51,6 +53,38 @@ def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scalin
         norm = torch.linalg.vector_norm(weight, dim=1).square_().clamp_min_(TINY).sqrt_()
         weight *= (tensors["lora_magnitude_vector"].to(weight.device, torch.float32) / norm)[:, None]
     return weight
+
+
+def _take_expert_adapters(
+    adapter: dict[str, torch.Tensor], rank: int
+) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
+    """Yield {weight's name: tensors of its own adapter} for each stack of experts, and take these out.
+
+    Args:
+        adapter: {PEFT's name: tensor}, changed.
+        rank: --lora_expert_rank; 0: there are none.
+    """
+    stacks: dict[str, dict[str, torch.Tensor]] = {}
+    for name in list(adapter) if rank else ():
+        module, key = split_name(name)
+        if module.removesuffix(".base_layer").endswith(".experts"):
+            stacks.setdefault(module, {})[key] = adapter.pop(name)
+    for module, tensors in stacks.items():
+        experts = module.removesuffix(".base_layer")
+        stack = next(name for name, below in PEFT_PATHS.items() if f"{experts}{below}" == module)
+        count = len(tensors["lora_A.weight"]) // rank
+        a, b = split_peft_tensors(tensors, count)
+        rows = b.shape[1] // len(MEMBERS[stack])
+        own = {}
+        for i, member in enumerate(member_names(stack, count)):
+            expert, part = divmod(i, len(MEMBERS[stack]))
+            chosen = slice(part * rows, (part + 1) * rows)
+            own[f"{experts}.{member}.weight"] = {
+                "lora_A.weight": a[expert],
+                "lora_B.weight": b[expert, chosen],
+                **{name: tensor[expert, chosen] for name, tensor in tensors.items()},
+            }
+        yield own
 
 
 def find_training_quantizers(run: Run) -> dict[str, Quantizer]:
@@ -80,6 +114,11 @@ def make_merged_entries(
         device: device that merges the weights.
     """
     adapters: dict[str, dict[str, torch.Tensor]] = {}
+    scalings: dict[str, float] = {}  # of weights of experts
+    adapter = dict(adapter)
+    for stack in _take_expert_adapters(adapter, run.config.lora_expert_rank):
+        adapters |= stack
+        scalings |= dict.fromkeys(stack, run.config.expert_scaling)
     matrices = {name.rpartition(".")[0]: name for name in vision_matrices(run.family, run.config)}
     for name, tensor in adapter.items():
         module, key = split_name(name)
@@ -89,7 +128,7 @@ def make_merged_entries(
         adapters.pop(f"{run.family.head}.weight", None)
     quantizers = find_training_quantizers(run) if dequantized else {}
     assert not run.files.packed or dequantized
-    scaling = run.config.lora_scaling if adapter else 0.0
+    default = run.config.lora_scaling if adapter else 0.0
     buffers = PinnedBuffers(device.type) if device.type == "cuda" else None
     entries = file_entries(run.files)
     for name, entry in entries.items():
@@ -101,6 +140,7 @@ def make_merged_entries(
             make_trained = partial(_yield_trained_chunks, trained, name, dtype)
             entries[name] = TensorEntry(dtype, entry.shape, make_trained)
         elif quantizer or tensors:
+            scaling = scalings.get(name, default)
             make = partial(_read_merged_weight, run.files, name, quantizer, tensors, scaling, device, buffers)
             entries[name] = TensorEntry(dtype, entry.shape, partial(_yield_merged_chunk, make, name, dtype))
         elif dtype != entry.dtype:

@@ -18,6 +18,7 @@ from files.quantized_releases import packed_expansion_error, suggest_original
 from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
+from models.expert_adapters import EXPERT_ADAPTERS, StackedDoRA
 from models.experts import expert_prefixes, stack_experts
 from models.family import Family
 from models.llama_pro import new_layers
@@ -38,6 +39,7 @@ from options.errors import UserError
 from quantization.layer import Linear4bit, quantize_linears, round_matmuls
 from quantization.quantizers import Quantizer
 from quantization.registry import make_quantizer
+from quantization.stacked import StackedLinear, StackedLinear4bit
 
 # Keys are the adapter names of METHODS.
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
@@ -77,12 +79,45 @@ def adapted_linears(model: nn.Module, family: Family, config: Config) -> list[st
     return target_linears(model, family, config.lora_target_modules) + vision_targets(model, family, config)
 
 
-def check_rank(model: nn.Module, names: list[str], rank: int) -> None:
-    """Raise UserError if --lora_rank exceeds both in_features and out_features of every named linear."""
+def check_rank(model: nn.Module, names: list[str], rank: int, option: str = "lora_rank") -> None:
+    """Raise UserError if a rank exceeds both in_features and out_features of every named linear.
+
+    option: the rank's option.
+    """
     linears = dict(_dense_linears(model, names))
     widest = max(max(linear.in_features, linear.out_features) for linear in linears.values())
     if rank > widest:
-        raise UserError(f"--lora_rank {rank}: no linear has more than {widest} features")
+        raise UserError(f"--{option} {rank}: no linear has more than {widest} features")
+
+
+def check_expert_adapters(model: nn.Module, family: Family, config: Config) -> None:
+    """Raise UserError if the model cannot have the adapters of --lora_expert_rank."""
+    rank = config.lora_expert_rank
+    if not rank:
+        return
+    if not expert_prefixes(model):
+        raise UserError(f"--lora_expert_rank {rank}: the model has no routed experts; leave it out")
+    if family.stacks_experts:
+        raise UserError(
+            f"--lora_expert_rank {rank}: experts of this family get no adapter: in its files gate and up"
+            " alternate; leave it out"
+        )
+    if config.lora_dropout:
+        raise UserError(
+            f"--lora_dropout {config.lora_dropout}: adapters on experts have no dropout, as in PEFT; leave"
+            " one of --lora_dropout and --lora_expert_rank out"
+        )
+    check_rank(model, [f"{prefix}0.gate_proj" for prefix in expert_prefixes(model)], rank, "lora_expert_rank")
+
+
+def describe_expert_dora(config: Config) -> str:
+    """Return a line if the run's adapter has DoRA on experts, which PEFT has not; else ""."""
+    if not config.lora_expert_rank or config.method.adapter != "dora":
+        return ""
+    return (
+        f"--lora_expert_rank {config.lora_expert_rank}: PEFT has no DoRA on experts, and refuses this run's"
+        " adapter; generate.py takes it, and `export.py --to merged` merges it"
+    )
 
 
 def _dense_linears(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Linear]]:
@@ -231,7 +266,10 @@ def round_base_matmuls(
 
 
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:
-    """Wrap the run's `adapted_linears` in the train type's adapters; `dtype`: of A, B, magnitude."""
+    """Wrap the run's `adapted_linears`, and stacks of experts, in the train type's adapters.
+
+    dtype: of A, B and magnitudes.
+    """
     name = config.method.adapter
     assert name is not None
     for path in adapted_linears(model, family, config):
@@ -240,6 +278,10 @@ def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch
         size = (base.out_features, base.in_features)
         options = (size, config.lora_rank, config.lora_scaling, config.lora_dropout, dtype)
         model.set_submodule(path, ADAPTERS[name](base, *options))
+    for path, module in list(model.named_modules()) if config.lora_expert_rank else ():
+        if isinstance(module, StackedLinear | StackedLinear4bit):
+            rank, scaling = config.lora_expert_rank, config.expert_scaling
+            model.set_submodule(path, EXPERT_ADAPTERS[name](module, rank, scaling, dtype))
     vision = family.built_vision()
     for matrix in vision_matrices(family, config):
         assert vision is not None
@@ -263,3 +305,6 @@ def replace_adapters(model: nn.Module, family: Family, config: Config) -> None:
             module.eval().requires_grad_(False)
         if isinstance(module, DoRALinear):
             module.squared_norm.copy_(module.compute_squared_norm(module.base.weight))
+        if isinstance(module, StackedDoRA):
+            norms = module.compute_squared_norm(module.base.members())
+            module.squared_norm.copy_(norms.view_as(module.squared_norm))

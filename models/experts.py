@@ -8,13 +8,13 @@ Shapes: T tokens, K experts per token, E experts, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from models.moe import Experts
+from models.moe import MEMBERS, STACK_OF, Experts, member_names
 from options.errors import UserError
 from quantization.grouped_operators import gather_rows, sort_by_expert
 from quantization.layer import (
@@ -29,10 +29,6 @@ from quantization.layer import (
 from quantization.operators import compute_dtype
 from quantization.quantizers import PackedWeight, Quantizer
 from quantization.stacked import StackedLinear, StackedLinear4bit
-
-# A stack -> the linears of one expert that are its members.
-MEMBERS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-_STACK_OF = {linear: stack for stack, linears in MEMBERS.items() for linear in linears}
 
 
 class GatedProduct(nn.Module):
@@ -79,7 +75,7 @@ class StackedExperts(ConvertingModule):
     def _locate(self, name: str) -> tuple[str, nn.Module, str]:
         """Return (stack, its module, name there) of a tensor, such as `3.up_proj.weight`."""
         expert, linear, last = name.split(".")
-        stack = _STACK_OF[linear]
+        stack = STACK_OF[linear]
         member = int(expert) * len(MEMBERS[stack]) + MEMBERS[stack].index(linear)
         return stack, self.get_submodule(stack), f"{member}.{last}"
 
@@ -102,25 +98,6 @@ class StackedExperts(ConvertingModule):
     def quantizer_for(self, name: str) -> Quantizer | None:
         _, module, below = self._locate(name)
         return quantizer_for(module, below)
-
-
-def find_stack(tensor: str) -> tuple[str, int] | None:
-    """Return (the stacked tensor's name, members of an expert) for a checkpoint's tensor of an expert.
-
-    None for any other tensor. Of `mlp.experts.3.up_proj.weight` it is (`mlp.experts.gate_up.weight`, 2).
-    """
-    path, _, below = tensor.rpartition(".experts.")
-    match below.split("."):
-        case [expert, linear, parameter] if path and expert.isdecimal() and linear in _STACK_OF:
-            stack = _STACK_OF[linear]
-            return f"{path}.experts.{stack}.{parameter}", len(MEMBERS[stack])
-    return None
-
-
-def member_names(stack: str, experts: int) -> Iterator[str]:
-    """Yield the names of a stack's members below the experts, in order, such as `3.up_proj`."""
-    for expert in range(experts):
-        yield from (f"{expert}.{linear}" for linear in MEMBERS[stack])
 
 
 def expert_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -30,17 +30,24 @@ class LowRankModule(ConvertingModule):
         scaling: s.
         dtype: of A and B for the optimizer.
         device: of A and B.
+        stack: leading dimensions of A and B; () = one matrix.
     """
 
     def __init__(
-        self, features: tuple[int, int], rank: int, scaling: float, dtype: torch.dtype, device: torch.device
+        self,
+        features: tuple[int, int],
+        rank: int,
+        scaling: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        stack: tuple[int, ...] = (),
     ):
         super().__init__()
         out_features, in_features = features
         self.scaling = scaling
         self.active = True  # switched by `adapters_off`
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(*stack, rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(*stack, out_features, rank, dtype=dtype, device=device))
 
     def unwrap_base(self) -> nn.Module:
         """Return the module as it was before it got this adapter."""
@@ -48,9 +55,13 @@ class LowRankModule(ConvertingModule):
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Return {lora_A: Kaiming-uniform values, lora_B: zeros}, both on the CPU."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        bound = 1 / math.sqrt(self.lora_A.shape[-1])
         a = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         return {"lora_A": a, "lora_B": torch.zeros(self.lora_B.shape)}
+
+    def peft_path(self, path: str) -> str:
+        """Return the path of PEFT's module for this one, whose path is `path`."""
+        return path
 
     def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return {PEFT's name below the module: full tensor}. Collective: every rank must call it.

@@ -10,13 +10,17 @@ Shapes: T tokens, K experts per token, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from models.family import ATTENTION, GATED_MLP
+
+# A stack -> the linears of one expert that are its members.
+MEMBERS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+STACK_OF = {linear: stack for stack, linears in MEMBERS.items() for linear in linears}
 
 
 class Experts(nn.ModuleList):
@@ -85,3 +89,22 @@ def mlp_linears(layer: nn.Module, shared: str = "") -> tuple[str, ...]:
     projections = [linear.removeprefix("mlp.") for linear in GATED_MLP]
     routed = tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in projections)
     return routed + tuple(f"mlp.{shared}.{p}" for p in projections if shared)
+
+
+def find_stack(tensor: str) -> tuple[str, int] | None:
+    """Return (the stacked tensor's name, members of an expert) for a checkpoint's tensor of an expert.
+
+    None for any other tensor. Of `mlp.experts.3.up_proj.weight` it is (`mlp.experts.gate_up.weight`, 2).
+    """
+    path, _, below = tensor.rpartition(".experts.")
+    match below.split("."):
+        case [expert, linear, parameter] if path and expert.isdecimal() and linear in STACK_OF:
+            stack = STACK_OF[linear]
+            return f"{path}.experts.{stack}.{parameter}", len(MEMBERS[stack])
+    return None
+
+
+def member_names(stack: str, experts: int) -> Iterator[str]:
+    """Yield the names of a stack's members below the experts, in order, such as `3.up_proj`."""
+    for expert in range(experts):
+        yield from (f"{expert}.{linear}" for linear in MEMBERS[stack])

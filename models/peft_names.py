@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from files.names import EXPERT_PARAMETERS
 from models.family import Family, unwrapped_name
 from models.vision_parts import vision_matrices, vision_targets
 from options.config import Config
@@ -46,12 +47,19 @@ def peft_target_modules(model: nn.Module, family: Family, config: Config) -> lis
 
 
 def peft_target_parameters(family: Family, config: Config) -> list[str] | None:
-    """Return PEFT's target_parameters: the projector's bare matrices with adapters; None without any.
+    """Return PEFT's target_parameters: bare matrices and experts with adapters; None without any.
 
-    The names are those of their module and of the parameter, as PEFT's documentation has them.
+    The names of the projector's matrices are those of their module and of the parameter, as PEFT's
+    documentation has them.
     """
-    names = vision_matrices(family, config)
-    return [".".join(name.split(".")[-2:]) for name in names] or None
+    names = [".".join(name.split(".")[-2:]) for name in vision_matrices(family, config)]
+    return names + list(EXPERT_PARAMETERS if config.lora_expert_rank else ()) or None
+
+
+def peft_rank_pattern(config: Config) -> dict[str, int] | None:
+    """Return PEFT's rank_pattern: the rank of adapters on experts; None without any."""
+    rank = config.lora_expert_rank
+    return dict.fromkeys(EXPERT_PARAMETERS, rank) if rank else None
 
 
 def peft_exclusions(model: nn.Module, family: Family, config: Config) -> str | None:

@@ -249,6 +249,8 @@ def layer_memory(
         saved += 2 * query - 2 * key  # keys and values, expanded to the query heads
     if widths.experts_per_token:
         saved += (widths.experts_per_token + 1) * hidden  # the result of each expert
+        if config.lora_expert_rank:  # x of each expert, and A x of gate and up, and of down
+            saved += widths.experts_per_token * (hidden + 2 * config.lora_expert_rank)
     elif not compiled:
         saved += mlp  # the activation function's result
     if not compiled:
@@ -271,6 +273,8 @@ def layer_memory(
     backward += per_token
     if widths.experts_per_token:
         backward += (mlp + 2 * widths.experts_per_token * hidden) * width
+        if config.lora_expert_rank:  # results of base and branch, apart: of gate and up
+            backward += 2 * mlp * width
     else:
         backward += mlp * width * (2 if widths.has_fused_gate or not compiled else 1)
     if adapter and not config.method.quantizer:  # results of base and branch, apart

@@ -22,9 +22,9 @@ from launch.memory import format_bytes
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import adapted_linears, quantizer_from_config
-from models.experts import find_stack
 from models.family import Family
 from models.llama_pro import new_layers
+from models.moe import find_stack
 from models.vision_parts import packed_vision_linears, vision_linears, vision_matrices
 from monitoring.sizes import WeightBytes
 from options.config import Config
@@ -119,6 +119,28 @@ def plan_parameters(
         if method.adapter == "dora":
             # The squared norms are always fp32.
             planned.append(PlannedParameter(name, "unquantized", (rows,), itemsize=4))
+    if config.lora_expert_rank:
+        planned += _plan_expert_adapters(config, precision, files)
+    return planned
+
+
+def _plan_expert_adapters(
+    config: Config, precision: Precision, files: WeightHeaders
+) -> list[PlannedParameter]:
+    """Return the parameters of adapters on stacks of experts. Arguments as for `plan_parameters`."""
+    members: dict[tuple[str, int], list[str]] = {}
+    for name in files.tensors:
+        if found := find_stack(name):
+            members.setdefault(found, []).append(name)
+    planned, rank, is_dora = [], config.lora_expert_rank, config.method.adapter == "dora"
+    for (_, parts), names in members.items():
+        (rows, columns), experts = files.tensors[names[0]].shape, len(names) // parts
+        shapes: list[tuple[int, ...]] = [(experts, rank, columns), (experts, parts * rows, rank)]
+        shapes += [(experts, parts * rows)] * is_dora
+        itemsize = precision.trained.itemsize
+        planned += [PlannedParameter(names[0], "trained", shape, itemsize) for shape in shapes]
+        if is_dora:  # the squared norms are always fp32
+            planned.append(PlannedParameter(names[0], "unquantized", shapes[-1], itemsize=4))
     return planned
 
 
@@ -172,12 +194,14 @@ class ExpectedMemory:
     Attributes:
         total_weights: bytes of the whole model.
         trained: trained parameters of the whole model.
+        on_experts: those of them that are adapters on routed experts.
         on_gpu, on_host: bytes of this rank.
         n_tensors: parameters of this rank.
     """
 
     total_weights: WeightBytes
     trained: int
+    on_experts: int
     on_gpu: int
     on_host: int
     n_tensors: int
@@ -188,7 +212,8 @@ class ExpectedMemory:
         on_host = f", of which {format_bytes(self.on_host)} in host memory" if has_both else ""
         weights, local = self.total_weights, format_bytes(self.on_gpu + self.on_host)
         total = f"{weights} = {format_bytes(weights.total)}"
-        return f"model: {self.trained:,} trained parameters; {total}, {local} on this rank{on_host}"
+        experts = f", {self.on_experts:,} of them on experts" if self.on_experts else ""
+        return f"model: {self.trained:,} trained parameters{experts}; {total}, {local} on this rank{on_host}"
 
 
 def expected_memory(
@@ -217,8 +242,10 @@ def expected_memory(
     shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(rank_info.world, config.hybrid_shard_size)
     index = rank_info.rank % shards  # the ranks of a copy are consecutive
     total, host = (sum(p.nbytes(shards, index) for p in group) for group in (planned, on_host))
-    trained = sum(math.prod(p.shape) for p in planned if p.kind == "trained")
-    return ExpectedMemory(weight_bytes(planned), trained, total - host, host, len(planned))
+    trained = [p for p in planned if p.kind == "trained"]
+    on_experts = [p for p in trained if config.lora_expert_rank and find_stack(p.name)]
+    n_trained, n_experts = (sum(math.prod(p.shape) for p in group) for group in (trained, on_experts))
+    return ExpectedMemory(weight_bytes(planned), n_trained, n_experts, total - host, host, len(planned))
 
 
 def check_loaded(model: nn.Module, expected: ExpectedMemory, gpu_bytes_before: int) -> None:

@@ -47,7 +47,7 @@ PRESETS = ("instruct", "chat", "code", "summarize", "classify", "domain")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
 ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "use_rslora", "lora_target_modules", "vision_targets",
-                   "train_embeddings")  # fmt: skip
+                   "train_embeddings", "lora_expert_rank")  # fmt: skip
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
 
@@ -80,7 +80,8 @@ class Config:
         f" {', '.join(PRESETS)}; --help_presets shows them (docs/recipes.md)", needs="adapter")
     adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
         " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha, --use_rslora,"
-        " --lora_target_modules, --vision_targets and --train_embeddings are the adapter's", needs="adapter")
+        " --lora_target_modules, --lora_expert_rank, --vision_targets and --train_embeddings are the"
+        " adapter's", needs="adapter")
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", ge=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter", gt=0)
@@ -91,6 +92,9 @@ class Config:
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers (of"
         " attention only, in models with routed experts); default = PEFT's choice for the model family; or"
         " comma-separated names: q_proj,v_proj", needs="adapter", commas=True)
+    lora_expert_rank: int = option(0, "Method", "rank of LoRA or DoRA on each routed expert's gate, up and"
+        " down, scaled by lora_alpha / lora_expert_rank; 0 = none (docs/design/experts.md)", needs="adapter",
+        ge=0)
     vision_targets: str | None = option("none", "Method", "adapters on the vision parts of a model that is"
         " trained on images: projector = the linears between tower and text model, of Gemma 3 a matrix, which"
         " only LoRA adapts; all = also the linears of the tower's blocks", needs="adapter",
@@ -311,7 +315,15 @@ class Config:
 
         With --use_rslora the divisor is the root of the rank (Kalajdzievski, arXiv 2312.03732, section 3).
         """
-        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
+        return self._scaling(self.lora_rank)
+
+    @property
+    def expert_scaling(self) -> float:
+        """Scale of the low-rank branch on experts, by the same rule; 0 without one."""
+        return self._scaling(self.lora_expert_rank) if self.lora_expert_rank else 0.0
+
+    def _scaling(self, rank: int) -> float:
+        return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
     def has_images(self) -> bool:

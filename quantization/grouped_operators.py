@@ -35,7 +35,7 @@ def _row_slices(offsets: Tensor) -> list[slice]:
     return [slice(*ends) for ends in pairwise([0, *offsets.tolist()])]
 
 
-def _experts_of_rows(offsets: Tensor, rows: int) -> Tensor:
+def experts_of_rows(offsets: Tensor, rows: int) -> Tensor:
     """Return the expert of each row: [N]."""
     return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device), right=True)
 
@@ -66,10 +66,10 @@ def _multiply(
 
 def _add_bias(y: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """Add each row's bias [E, O] to y [N, O], in place. The product is rounded before, as in transformers."""
-    return y if bias is None else y.add_(bias[_experts_of_rows(offsets, len(y))])
+    return y if bias is None else y.add_(bias[experts_of_rows(offsets, len(y))])
 
 
-def _unpack(
+def _unpack_stack(
     codes: Tensor, scales: Tensor, table: Tensor | None, quantizer: str, shape: Sequence[int], x: Tensor
 ) -> Callable[[slice], Tensor]:
     """Return the function that dequantizes the weights of a slice of experts, for `_multiply`.
@@ -115,7 +115,7 @@ def grouped_linear4bit(x, offsets, codes, scales, table, quantizer, shape, bias)
         shape: (E, P, O / P, I).
         bias: [E, O], frozen, or None.
     """
-    weights = _unpack(codes, scales, table, quantizer, shape, x)
+    weights = _unpack_stack(codes, scales, table, quantizer, shape, x)
     return _add_bias(_multiply(x, offsets, _features(shape), weights, True), offsets, bias)
 
 
@@ -126,7 +126,7 @@ def _fake_grouped_linear4bit_backward(grad, offsets, codes, scales, table, quant
 @register_operator(f"(Tensor grad, Tensor offsets, {_PACKED}) -> Tensor", _fake_grouped_linear4bit_backward)
 def grouped_linear4bit_backward(grad, offsets, codes, scales, table, quantizer, shape):
     """Return the gradient of x [N, I] through `grouped_linear4bit`; grad: that of its result, [N, O]."""
-    weights = _unpack(codes, scales, table, quantizer, shape, grad)
+    weights = _unpack_stack(codes, scales, table, quantizer, shape, grad)
     return _multiply(grad, offsets, _features(shape), weights, False)
 
 
@@ -143,6 +143,24 @@ def _backward4bit(ctx, grad):
 
 
 grouped_linear4bit.register_autograd(_backward4bit, setup_context=_setup_context4bit)
+
+
+def _fake_grouped_project4bit(codes, scales, table, quantizer, shape, a):
+    return a.new_empty(shape[0], shape[1] * shape[2], a.shape[1])
+
+
+@register_operator(f"({_PACKED}, Tensor a) -> Tensor", _fake_grouped_project4bit)
+def grouped_project4bit(codes, scales, table, quantizer, shape, a):
+    """Return W a^T of each expert of a packed stack: [E, O, R] in a's dtype. Without a gradient.
+
+    Args:
+        codes, scales, table, quantizer, shape: as for `grouped_linear4bit`.
+        a: [E, R, I].
+    """
+    weights = _unpack_stack(codes, scales, table, quantizer, shape, a)
+    if runs_grouped(a[0], shape[1] * shape[2], shape[3]):  # where a whole stack is expanded in forward, too
+        return torch.bmm(weights(slice(None)), a.mT)
+    return torch.cat([torch.bmm(weights(slice(e, e + 1)), a[e : e + 1].mT) for e in range(shape[0])])
 
 
 def _fake_grouped_linear(x, offsets, weight, bias):
@@ -196,6 +214,14 @@ def grouped_weight_backward(grad, offsets, x):
     return weight_grad
 
 
+def sum_rows(x: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of each expert's rows of x [N, O]: [E, O]. A matmul: its order of additions is fixed."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    begins = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+    is_own = (begins[:, None] <= rows) & (rows < offsets[:, None])  # [E, N]
+    return is_own.to(x.dtype) @ x
+
+
 def _setup_context(ctx, inputs, output) -> None:
     """Save the inputs of `grouped_linear` for backward; x only for the gradient of the weights."""
     x, offsets, weight, bias = inputs
@@ -210,10 +236,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         grad_weight = grouped_weight_backward(grad, offsets, x)
     if ctx.has_bias and ctx.needs_input_grad[3]:
-        rows = torch.arange(grad.shape[0], device=grad.device)
-        begins = torch.cat([offsets.new_zeros(1), offsets[:-1]])
-        is_own = (begins[:, None] <= rows) & (rows < offsets[:, None])  # [E, N]
-        grad_bias = is_own.to(grad.dtype) @ grad
+        grad_bias = sum_rows(grad, offsets)
     if ctx.needs_input_grad[0]:
         grad_x = grouped_linear_backward(grad, offsets, weight)
     return grad_x, None, grad_weight, grad_bias

@@ -367,7 +367,7 @@ linear4bit.register_autograd(_backward, setup_context=_setup_context)
 
 
 def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squared_norm: Tensor) -> Tensor:
-    """Return ||W + s B A|| of each row: [O], fp32, without a gradient.
+    """Return ||W + s B A|| of each row: [O], fp32, without a gradient. All may have leading dimensions.
 
     W + s B A is never materialised, which would round it to W's dtype:
 
@@ -382,8 +382,8 @@ def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squar
     exact_a, b = a.float(), b.float()
     # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes. s/2 is not the
     # sum's alpha: on a CPU the compiler would make an addmm of that and drop s/2 (similar to pytorch#167313).
-    half = projected + b @ (exact_a @ exact_a.t() * (scaling / 2))
-    norm = torch.add(squared_norm, (half * b).sum(1), alpha=2 * scaling)
+    half = projected + b @ (exact_a @ exact_a.mT * (scaling / 2))
+    norm = torch.add(squared_norm, (half * b).sum(-1), alpha=2 * scaling)
     return norm.clamp_min(TINY).sqrt()  # rounding may give less than 0 where W = -s B A
 
 

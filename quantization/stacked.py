@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from quantization.grouped_operators import grouped_linear, grouped_linear4bit
+from quantization.grouped_operators import grouped_linear, grouped_linear4bit, grouped_project4bit
 from quantization.layer import STORAGE, ConvertingModule, Part, to_storage
 from quantization.operators import compute_dtype, register_quantizer
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
@@ -96,6 +96,18 @@ class StackedLinear(StackedModule):
         dtype = compute_dtype(x)
         return grouped_linear(x.to(dtype), offsets, self.weight.to(dtype), self.cast_bias(dtype))
 
+    def project(self, a: torch.Tensor) -> torch.Tensor:
+        """Return W a^T of each expert: [E, P O, R] in the weights' dtype. a: [E, R, I]."""
+        return torch.bmm(self.weight, a.to(self.weight.dtype).mT)
+
+    def member_weight(self, converted: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return a member's weight [O, I] as forward uses it, of the contents from `convert_tensor`."""
+        return converted["weight"].to(self.weight.dtype)
+
+    def members(self) -> torch.Tensor:
+        """Return the members' weights: [M, O, I]. Needs parameters that are gathered."""
+        return self.weight.view(-1, self.out_features, self.in_features)
+
 
 class StackedLinear4bit(StackedModule):
     """A stack of frozen packed weights in float storage, the members' codes and scales one after another.
@@ -125,9 +137,26 @@ class StackedLinear4bit(StackedModule):
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias of each row's expert: [N, P O]; arguments as for StackedLinear."""
         x = x.to(compute_dtype(x))
-        packed = self.codes, self.scales, self.table, self.quantizer_name
+        return grouped_linear4bit(x, offsets, *self._packed(), self.cast_bias(x.dtype))
+
+    def _packed(self) -> tuple:
+        """Return the operators' arguments for the stack: codes, scales, table, quantizer and shape."""
         shape = [self.experts, self.parts, self.out_features, self.in_features]
-        return grouped_linear4bit(x, offsets, *packed, shape, self.cast_bias(x.dtype))
+        return self.codes, self.scales, self.table, self.quantizer_name, shape
+
+    def project(self, a: torch.Tensor) -> torch.Tensor:
+        """Return W a^T of each expert: [E, P O, R] in the weights' dtype. a: [E, R, I]."""
+        return grouped_project4bit(*self._packed(), a.to(self.dtype))
+
+    def member_weight(self, converted: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return a member's weight [O, I] as forward uses it, of the contents from `convert_tensor`."""
+        codes, scales = (converted[name].view(torch.uint8) for name in ("codes", "scales"))
+        shape = (self.out_features, self.in_features)
+        return self.quantizer.dequantize(codes, scales, self.table, shape, self.dtype)
+
+    def members(self) -> torch.Tensor:
+        """Return the members' weights: [M, O, I]. Needs parameters that are gathered."""
+        return self.dequantize(self.codes, self.scales)
 
     def parameters_from(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name.endswith(".weight") else super().parameters_from(name)

@@ -13,7 +13,7 @@ from files.saved_adapter import open_adapter
 from launch.gpus import Gpu
 from launch.precision import Precision, choose_precision
 from launch.ranks import resolve_group_size, resolve_strategy
-from models.adapters import adapted_linears, check_quantization, check_rank
+from models.adapters import adapted_linears, check_expert_adapters, check_quantization, check_rank
 from models.llama_pro import is_expanded, new_layers
 from monitoring.memory_model import MemoryEstimate, estimate_memory
 from monitoring.run_sizes import run_sizes
@@ -83,6 +83,7 @@ def check_model(config: Config, planned: PlannedModel) -> None:
     check_quantization(model, family, config, planned.files)
     if config.method.adapter:
         check_rank(model, adapted_linears(model, family, config), config.lora_rank)
+        check_expert_adapters(model, family, config)
 
 
 def precision_on(gpu: Gpu, config: Config) -> Precision:

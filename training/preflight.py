@@ -40,8 +40,10 @@ from launch.program import is_under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
 from models.adapters import (
     adapted_linears,
+    check_expert_adapters,
     check_quantization,
     check_rank,
+    describe_expert_dora,
     packed_linears,
     quantizer_from_config,
 )
@@ -126,7 +128,7 @@ def _make_job(config: Config) -> Job:
             *tokenizer_use.remarks,
             *evaluation.remarks,
             *model_remarks,
-            *filter(None, [describe_left_matrices(model.family, config)]),
+            *filter(None, [describe_left_matrices(model.family, config), describe_expert_dora(config)]),
             *remark_on_matmuls(build_on_meta(model.config, model.family), model.family, config, model.files),
             *(adapter.remarks if adapter else ()),
             *describe_adopted(config, unsettled if saved else []),
@@ -239,6 +241,7 @@ def _check_adapter(config: Config, model: _Model) -> tuple[Config, WarmStart | N
     if config.method.adapter:
         meta = build_on_meta(model.config, model.family)
         check_rank(meta, adapted_linears(meta, model.family, config), config.lora_rank)
+        check_expert_adapters(meta, model.family, config)
     return config, adapter
 
 

@@ -19,12 +19,13 @@ from checkpoints.adapter import check_adapter_tensors
 from files.base_model import STRUCTURE_KEY, check_base, tokenizer_remark
 from files.config_parts import text_config
 from files.model_folder import CheckpointFiles
-from files.names import ADAPTER_CONFIG, BEST
+from files.names import ADAPTER_CONFIG, BEST, EXPERT_PARAMETERS
 from files.output_folder import output_folder
 from files.saved_adapter import (
     PEFT_PREFIX,
     UNSET,
     SavedAdapter,
+    expert_rank,
     open_adapter,
     read_adapter_modules,
     read_adapter_tensors,
@@ -187,6 +188,9 @@ def adopt_options(
     values["vision_targets"] = _adopt_vision(adapter, family)
     if config.vision_targets not in (None, values["vision_targets"]):
         raise _contradiction("vision_targets", config, adapter, values["vision_targets"])
+    values["lora_expert_rank"] = expert_rank(adapter.settings)
+    if config.lora_expert_rank not in (None, values["lora_expert_rank"]):
+        raise _contradiction("lora_expert_rank", config, adapter, values["lora_expert_rank"])
     _check_target_parameters(adapter, config, family)
     targets = _adopt_targets(config, adapter, model_config, family)
     return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
@@ -220,16 +224,18 @@ def _adopt_vision(adapter: SavedAdapter, family: Family) -> str:
 
 
 def _check_target_parameters(adapter: SavedAdapter, config: Config, family: Family) -> None:
-    """Raise UserError if PEFT's target_parameters names others than bare matrices of a projector."""
+    """Raise UserError if PEFT's target_parameters names others than experts, or matrices of a projector."""
     recorded, vision = adapter.settings.get("target_parameters"), family.built_vision()
     if recorded in UNSET:
         return
     known = [f".{name}" for name in vision.matrices] if vision else []
     names = recorded if isinstance(recorded, list) else [recorded]
+    if expert_rank(adapter.settings):
+        names = [name for name in names if name not in EXPERT_PARAMETERS]
     if not all(any(matrix.endswith(f".{name}") for matrix in known) for name in names):
         file = adapter.path.parent / ADAPTER_CONFIG
         raise UserError(f"{file}: target_parameters {recorded} is not supported here")
-    if config.lora_dropout:
+    if config.lora_dropout and names:
         raise UserError(
             f"--lora_dropout {config.lora_dropout}: --adapter {adapter.name} adapts a bare matrix,"
             f" {', '.join(map(str, names))}, for which PEFT has no dropout; leave the option out"

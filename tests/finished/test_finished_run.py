@@ -31,7 +31,9 @@ CPU = torch.device("cpu")
         ("llama_pro --llama_pro_save blocks", "gemma3_wrapper_pro"),
         pytest.param("llama_pro", "mistral3_pro", marks=pytest.mark.slow),
         pytest.param("full", "gemma3_wrapper", marks=pytest.mark.slow),
-        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe")],
+        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3")],
+        ("bnb_dora --lora_expert_rank 3", "qwen3_moe"),
+        pytest.param("full", "qwen3_moe", marks=pytest.mark.slow),
     ],
 )
 def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpaca_file, one_rank, tmp_path):

@@ -18,9 +18,9 @@ from transformers import AutoConfig
 import train
 from data.packing import make_sampler
 from models.checkpoint_names import ParameterNames
-from models.experts import member_names
 from models.family import unwrapped_name
 from models.lora import LowRankModule
+from models.moe import member_names
 from monitoring.tracking import NoTracker
 from options.train import parse
 from parallel.shards import fill_shard, gather_to_cpu

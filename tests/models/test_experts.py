@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.experts import find_stack, stack_experts
+from models.experts import stack_experts
+from models.moe import find_stack
 from options.errors import UserError
 from quantization.grouped_operators import sort_by_expert
 from quantization.hqq import HQQ

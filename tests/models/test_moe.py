@@ -18,8 +18,9 @@ from models.moe import Experts
 from parallel.shards import full_tensor
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
+from tests.helpers.compiled import CHECKPOINTED, compiled_run
 from tests.helpers.logits import IDS
-from tests.helpers.parity import arguments, assert_same
+from tests.helpers.parity import PLAIN, arguments, assert_same
 from tests.helpers.runs import outputs, set_up, split_members, train_run, transformers_model
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
@@ -149,6 +150,15 @@ def test_experts_that_are_idle_on_one_rank(kind, train_type, checkpoints, one_ra
     (first, used), (_, used_by_other) = two_ranks(run_and_experts_used, [*args, "--batch_size", "1"])
     assert all(len(experts) < 8 for experts in used + used_by_other) and used != used_by_other
     assert_same(plain, first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type", ["full", "lora", "hqq_lora"])
+def test_compiled_experts(train_type, checkpoints, even_rows, one_rank):
+    """tests/parallel/test_activation_checkpointing.py compiles each family, with DoRA on NF4."""
+    args = arguments(checkpoints("qwen3_moe"), even_rows, train_type, "--optimizer", "sgd", "--lr", "0.1")
+    plain = one_rank(train_run, [*args, *PLAIN])[0]
+    assert_same(plain, one_rank(compiled_run, [*args, *CHECKPOINTED])[0][0])
 
 
 def run_and_experts_used(rank_info, args):

@@ -1,0 +1,179 @@
+"""LoRA and DoRA on routed experts: a low-rank branch for each expert of a stack (quantization/stacked.py).
+
+    y = W_e x + s B_e A_e x    e: the row's expert; s = `Config.expert_scaling`
+
+Gate and up of an expert have one A, as in PEFT, which adapts transformers' fused parameter gate_up_proj. PEFT
+has no DoRA and no dropout for parameters that are no linear's (target_parameters). DoRA is that of
+models/dora.py, of each expert:
+
+    W_e' = m_e * (W_e + s B_e A_e) / ||W_e + s B_e A_e||_row
+
+Shapes: N rows, sorted by expert; E experts, O output features of a stack, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.lora import LowRankModule
+from quantization.grouped_adapters import scale_rows
+from quantization.grouped_operators import ALIGNMENT, grouped_linear
+from quantization.layer import Part
+from quantization.operators import TINY, compute_dtype, factored_norm, mark_saved
+from quantization.quantizers import PackedWeight, Quantizer
+from quantization.stacked import StackedLinear, StackedLinear4bit
+
+Stack = StackedLinear | StackedLinear4bit
+PEFT_PATHS = {"down": "", "gate_up": ".base_layer"}  # PEFT wraps a module once for each of its parameters
+
+
+class StackedLoRA(LowRankModule):
+    """A frozen stack with a trained low-rank branch for each expert: [N, I] -> [N, O].
+
+    Args:
+        base: the stack; its parameters keep their names.
+        rank: R.
+        scaling: s.
+        dtype: of A and B for the optimizer; forward rounds them to x's dtype.
+    """
+
+    def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype):
+        features = (base.parts * base.out_features, base.in_features)
+        device = next(base.parameters()).device
+        super().__init__(features, rank, scaling, dtype, device, stack=(base.experts,))
+        self.base = base
+
+    def unwrap_base(self) -> nn.Module:
+        return self.base
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Return W x + s B A x of each row's expert: [N, O]; within `adapters_off`, W x.
+
+        Args:
+            x: [N, I].
+            offsets: [E] int32, the end of each expert's rows.
+        """
+        y = self.base(x, offsets)
+        return y + self.branch(x, offsets, self.lora_B * self.scaling) if self.active else y
+
+    def branch(self, x: torch.Tensor, offsets: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return b A x of each row's expert: [N, O]. b [E, O, R]: B, scaled."""
+        x = x.to(compute_dtype(x))
+        a, b = self.lora_A.to(x.dtype), b.to(x.dtype)
+        if x.is_cuda and (missing := -a.shape[1] % ALIGNMENT):  # the grouped matmul needs whole 16 bytes
+            a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+        return grouped_linear(grouped_linear(x, offsets, a, None), offsets, b, None)
+
+    def peft_path(self, path: str) -> str:
+        experts, _, stack = path.rpartition(".")
+        return f"{experts}{PEFT_PATHS[stack]}"
+
+    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return {lora_A.weight [E R, I], lora_B.weight [O, R E]} as PEFT stores them. Collective."""
+        a, b = gather(self.lora_A), gather(self.lora_B)
+        return {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b.permute(1, 2, 0).flatten(1)}
+
+    @torch.no_grad()
+    def set_peft_tensors(
+        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        a, b = split_peft_tensors(tensors, self.base.experts)
+        fill(self.lora_A, a)
+        fill(self.lora_B, b)
+        if tensors:
+            raise KeyError(next(iter(tensors)))
+
+    def parameters_from(self, name: str) -> tuple[str, ...]:
+        return tuple(f"base.{key}" for key in self.base.parameters_from(name))
+
+    def part_of(self, name: str, parameter: str) -> Part | None:
+        return self.base.part_of(name, parameter.removeprefix("base."))
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return self.base.stored_shape(name)
+
+    def quantizer_for(self, name: str) -> Quantizer | None:
+        return self.base.quantizer_for(name)
+
+    def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
+        return {f"base.{key}": value for key, value in self.base.convert_tensor(name, tensor).items()}
+
+
+def split_peft_tensors(tensors: dict[str, torch.Tensor], experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take A [E, R, I] and B [E, O, R] out of the tensors that PEFT stores for a stack of experts."""
+    a, b = tensors.pop("lora_A.weight"), tensors.pop("lora_B.weight")
+    return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+
+
+class StackedDoRA(StackedLoRA):
+    """StackedLoRA with trained magnitudes of each expert's rows. Arguments as there."""
+
+    def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype):
+        super().__init__(base, rank, scaling, dtype)
+        empty = torch.empty(self.lora_B.shape[:2], device=self.lora_B.device)
+        self.magnitude_change = nn.Parameter(empty.to(dtype))
+        self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)  # ||W||^2 of each row, fp32
+
+    @torch.no_grad()
+    def updated_norm(self) -> torch.Tensor:
+        """Return ||W + s B A|| of each row: [E, O], fp32, detached."""
+        update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
+        with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 must stay fp32 here
+            return mark_saved(factored_norm(self.base.project(self.lora_A), *update))
+
+    def magnitude(self) -> torch.Tensor:
+        """Return m = ||W|| + magnitude_change: [E, O], fp32."""
+        return self.squared_norm.sqrt() + self.magnitude_change.float()
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Return m / norm * (W x + s B A x) of each row's expert; within `adapters_off`, W x."""
+        y = self.base(x, offsets)
+        if not self.active:
+            return y
+        g = self.magnitude() / self.updated_norm()
+        b = self.lora_B * (self.scaling * g)[..., None]
+        return scale_rows(y, g, offsets) + self.branch(x, offsets, b)
+
+    def parameters_from(self, name: str) -> tuple[str, ...]:
+        return (*super().parameters_from(name), "squared_norm")
+
+    def part_of(self, name: str, parameter: str) -> Part | None:
+        if parameter != "squared_norm":
+            return super().part_of(name, parameter)
+        rows = self.base.out_features
+        return Part(int(name.partition(".")[0]) * rows, rows)
+
+    def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
+        """Return {parameter: contents} of a member's weight, and the squared norms of its rows."""
+        converted = self.base.convert_tensor(name, tensor)
+        norm = self.compute_squared_norm(self.base.member_weight(converted))
+        return {f"base.{key}": value for key, value in converted.items()} | {"squared_norm": norm}
+
+    def compute_squared_norm(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return ||row||^2, at least TINY, of each row of members' weights [..., I]: fp32."""
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square().clamp_min(TINY)
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        zeros = torch.zeros(self.magnitude_change.shape)
+        return super().initial_values(generator) | {"magnitude_change": zeros}
+
+    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return those of StackedLoRA, and lora_magnitude_vector [E, O], which PEFT does not know."""
+        magnitude = gather(self.squared_norm).sqrt() + gather(self.magnitude_change).float()
+        return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}
+
+    @torch.no_grad()
+    def set_peft_tensors(
+        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        magnitude = torch.empty_like(self.squared_norm)  # fp32, and sharded as magnitude_change is
+        fill(magnitude, tensors.pop("lora_magnitude_vector"))
+        self.magnitude_change.copy_(magnitude - self.squared_norm.sqrt())
+        super().set_peft_tensors(tensors, fill)
+
+
+EXPERT_ADAPTERS: dict[str, type[StackedLoRA]] = {"lora": StackedLoRA, "dora": StackedDoRA}
