@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
+from models.expert_adapters import EXPERT_ADAPTERS
 from models.experts import StackedExperts, stack_experts
 from models.gpt_oss import GptOssExpert
 from models.moe import Experts
@@ -17,6 +18,7 @@ from quantization.quantizers import Quantizer
 from tests.helpers import tiny
 
 E, H, K = 6, 64, 2  # experts, hidden features, experts of a token
+SCALING = 0.7  # of adapters
 
 
 def make_list(mlp: int = 48, biased: bool = False, experts: int = E) -> Experts:
@@ -78,3 +80,35 @@ def run_experts(module: nn.Module, x, index, weights) -> list[torch.Tensor]:
     y = module(inputs[0], index, inputs[1])
     y.float().square().sum().backward()
     return [y.detach(), inputs[0].grad, inputs[1].grad]
+
+
+def add_adapters(
+    kind: str, experts: Experts, quantizer: Quantizer | None = None, device: str = "cpu", rank: int = 3
+) -> StackedExperts:
+    """Return stacks like a list of experts with random adapters, and magnitudes that differ from the norms.
+
+    Args:
+        kind: lora or dora.
+        experts: the list.
+        quantizer: packs the stacks, or None.
+        device: the device of the result.
+        rank: R.
+    """
+    dtype = next(experts.parameters()).dtype
+    _, stacked = stack_like(experts.requires_grad_(False), quantizer, dtype, device)
+    generator = torch.Generator().manual_seed(2)
+
+    def randomize(parameter: nn.Parameter) -> None:
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(device)
+
+    for name in ("gate_up", "down"):
+        base = getattr(stacked, name)
+        module = EXPERT_ADAPTERS[kind](base, rank, SCALING, torch.float32)
+        randomize(module.lora_A)
+        randomize(module.lora_B)
+        if kind == "dora":
+            norms = module.compute_squared_norm(base.members())
+            module.squared_norm.data = norms.view_as(module.squared_norm)
+            randomize(module.magnitude_change)
+        setattr(stacked, name, module)
+    return stacked

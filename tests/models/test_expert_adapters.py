@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import export
-from models.expert_adapters import EXPERT_ADAPTERS
 from options.errors import UserError
 from options.train import parse
 from quantization.nf4 import NF4
@@ -22,27 +21,16 @@ from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.parity import PLAIN, arguments, assert_same
 from tests.helpers.runs import set_up, train_run
-from tests.helpers.stacked_experts import ROUTINGS, make_list, make_routing, run_experts, stack_like
+from tests.helpers.stacked_experts import (
+    ROUTINGS,
+    SCALING,
+    add_adapters,
+    make_list,
+    make_routing,
+    run_experts,
+)
 
-R, SCALING = 3, 0.7
 EXPERT_RANK = ["--lora_expert_rank", "4"]
-
-
-def adapted(kind: str, quantizer) -> nn.Module:
-    """Return stacked experts with random adapters, and magnitudes that differ from the rows' norms."""
-    _, experts = stack_like(make_list().requires_grad_(False), quantizer)
-    generator = torch.Generator().manual_seed(2)
-    for name in ("gate_up", "down"):
-        base = getattr(experts, name)
-        module = EXPERT_ADAPTERS[kind](base, R, SCALING, torch.float32)
-        module.lora_A.data = torch.randn(module.lora_A.shape, generator=generator) * 0.1
-        module.lora_B.data = torch.randn(module.lora_B.shape, generator=generator) * 0.1
-        if kind == "dora":
-            norms = module.compute_squared_norm(base.members())
-            module.squared_norm.data = norms.view_as(module.squared_norm)
-            module.magnitude_change.data = torch.randn(module.squared_norm.shape, generator=generator) * 0.1
-        setattr(experts, name, module)
-    return experts
 
 
 def reference(experts: nn.Module, x, index, weights) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -83,7 +71,7 @@ def reference(experts: nn.Module, x, index, weights) -> tuple[list[torch.Tensor]
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_equation(kind, quantizer, case):
     """Results, and gradients of inputs, A, B and magnitudes, in float64; those of an idle expert are 0."""
-    experts = adapted(kind, quantizer)
+    experts = add_adapters(kind, make_list(), quantizer)
     arguments = make_routing(case, tokens=12)
     found = run_experts(experts, *arguments)
     expected, gradients = reference(experts, *arguments)
@@ -97,7 +85,7 @@ def test_the_equation(kind, quantizer, case):
 
 def test_values_at_the_start():
     """A is Kaiming-uniform, as PEFT's of [E R, I]; B and the changes of magnitudes are zeros."""
-    module = adapted("dora", None).gate_up
+    module = add_adapters("dora", make_list()).gate_up
     values = module.initial_values(torch.Generator().manual_seed(0))
     bound = 1 / math.sqrt(module.base.in_features)
     assert values["lora_A"].abs().max() <= bound and values["lora_A"].std() > bound / 2

@@ -9,11 +9,20 @@ from torch import nn
 from models.experts import stack_experts
 from models.moe import find_stack
 from options.errors import UserError
+from quantization import grouped_operators
 from quantization.grouped_operators import sort_by_expert
 from quantization.hqq import HQQ
 from quantization.layer import Part, locate_tensor
 from quantization.nf4 import NF4
-from tests.helpers.stacked_experts import ROUTINGS, E, make_list, make_routing, run_experts, stack_like
+from tests.helpers.stacked_experts import (
+    ROUTINGS,
+    E,
+    add_adapters,
+    make_list,
+    make_routing,
+    run_experts,
+    stack_like,
+)
 
 QUANTIZERS = [None, NF4(), HQQ(4), HQQ(3)]
 
@@ -68,6 +77,21 @@ def test_a_member_has_the_bytes_of_a_packed_linear(quantizer):
 
 MLP_OF_ODD_BYTES = 5  # 5 x 64 weights have 5 scales
 NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("quantizer", [None, NF4()], ids=str)
+@pytest.mark.parametrize("case", ROUTINGS)
+def test_torchs_grouped_matmul_is_the_loop(case, quantizer, monkeypatch):
+    """By its kernel for CPUs; tests/gpu/test_experts.py has that for GPUs."""
+    results = []
+    for grouped in (True, False):
+        monkeypatch.setattr(grouped_operators, "runs_grouped", lambda *_, grouped=grouped: grouped)
+        experts = add_adapters("dora", make_list(64), quantizer, rank=8)
+        experts.requires_grad_(quantizer is None)
+        found = run_experts(experts, *make_routing(case))
+        results.append(found + [p.grad for p in experts.parameters() if p.requires_grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_order_of_rows():
