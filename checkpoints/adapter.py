@@ -23,11 +23,13 @@ from models.family import Family, unwrapped_name
 from models.lora import LowRankModule
 from models.peft_names import (
     peft_exclusions,
+    peft_full_modules,
     peft_rank_pattern,
     peft_target_modules,
     peft_target_parameters,
 )
-from models.vocabulary import peft_modules_to_save, vocabulary_parameters
+from models.routers import router_parameters
+from models.vocabulary import vocabulary_parameters
 from options.config import Config
 from options.errors import UserError
 from parallel.shards import fill_shard, full_tensor, gather_to_cpu
@@ -62,6 +64,10 @@ def save_adapter(
                     tensors[f"{prefix}.{name}"] = full.contiguous()
     if config.train_embeddings:
         tensors |= _gather_vocabulary(model, family)
+    for name, parameter in router_parameters(model).items() if config.train_router else ():
+        full = gather_to_cpu(parameter)
+        if dist.get_rank() == 0:
+            tensors[f"{PEFT_PREFIX}{name}"] = full.contiguous()
     if dist.get_rank() != 0:
         return ""
     check_free_space(folder, sum(t.nbytes for t in tensors.values()))
@@ -109,12 +115,14 @@ def _gather_vocabulary(model: PreTrainedModel, family: Family) -> dict[str, Tens
 
 def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, family: Family) -> dict:
     """Return the contents of adapter_config.json."""
-    alpha, embeddings, parameters = config.lora_alpha, {}, peft_target_parameters(family, config)
+    alpha, parameters = config.lora_alpha, peft_target_parameters(family, config)
+    in_full = peft_full_modules(model, family, config)
+    embeddings: dict = {"modules_to_save": in_full} if in_full else {}
     if config.train_embeddings:
         # PEFT makes a tied head anew, without a bias. Apart, it loads both modules with all of their tensors.
         has_bias = model.get_submodule(family.head).bias is not None
         tied = model.config.tie_word_embeddings and not has_bias
-        embeddings = {"modules_to_save": peft_modules_to_save(family), "ensure_weight_tying": tied}
+        embeddings["ensure_weight_tying"] = tied
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -169,7 +177,7 @@ def check_adapter_tensors(
     }
     expected |= {
         f"{PEFT_PREFIX}{name}": list(parameter.shape)
-        for name, parameter in vocabulary_parameters(model, family).items()
+        for name, parameter in (vocabulary_parameters(model, family) | router_parameters(model)).items()
         if parameter.requires_grad
     }
     expected = {name: shape for name, shape in expected.items() if name in found or name not in optional}
@@ -190,8 +198,9 @@ def check_adapter_tensors(
 
 def fill_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy this rank's shards of full tensors into a module's parameters of these names."""
+    parameters = dict(module.named_parameters(recurse=False))
     for name, tensor in tensors.items():
-        fill_shard(module.get_parameter(name), tensor)
+        fill_shard(parameters[name], tensor)
 
 
 def load_adapter(

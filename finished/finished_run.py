@@ -47,10 +47,10 @@ from models.adapters import apply_method, check_quantization
 from models.experts import stack_experts
 from models.family import Family
 from models.llama_pro import new_layers
-from models.peft_names import peft_exclusions, peft_rank_pattern, peft_target_parameters
+from models.peft_names import peft_exclusions, peft_full_modules, peft_rank_pattern, peft_target_parameters
 from models.registry import build_on_meta, open_weights, read_config
+from models.routers import find_routers
 from models.vocabulary import (
-    peft_modules_to_save,
     use_base_parameters,
     use_trained_parameters,
     vocabulary_modules,
@@ -252,7 +252,7 @@ def _check_adapter_config(path: Path, run: Run) -> None:
     """
     config, model = run.config, build_on_meta(run.model_config, run.family)
     expected = {
-        "modules_to_save": peft_modules_to_save(run.family) if config.train_embeddings else None,
+        "modules_to_save": peft_full_modules(model, run.family, config),
         "exclude_modules": peft_exclusions(model, run.family, config),
         "target_parameters": peft_target_parameters(run.family, config),
         "rank_pattern": peft_rank_pattern(config),
@@ -305,8 +305,8 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
     precision, rank_info = Precision(dtype, dtype), RankInfo(0, 1, 0, 1, device)
     model = build_on_meta(run.model_config, run.family)
     if run.adapter:
-        # The base's embedding and head are loaded first; `set_adapter` adds those that were trained.
-        config = dataclasses.replace(run.config, train_embeddings=False)
+        # The base's embedding, head and routers are loaded first; `set_adapter` adds those that were trained.
+        config = dataclasses.replace(run.config, train_embeddings=False, train_router=False)
         precision = dataclasses.replace(precision, trained=torch.float32)
         apply_method(model, run.family, config, precision, run.files)
     else:
@@ -322,7 +322,7 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
 def set_adapter(model: PreTrainedModel, run: Run) -> None:
     """Load the run's adapter into `model`, which has an adapter of the same base and adapter options."""
     assert run.adapter is not None
-    for module in vocabulary_modules(model, run.family).values():
+    for module in (*vocabulary_modules(model, run.family).values(), *find_routers(model).values()):
         use_base_parameters(module)
     load_adapter(model, run.adapter, use_trained_parameters)
 

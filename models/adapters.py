@@ -24,6 +24,7 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear, LowRankModule
 from models.peft_names import peft_targets
+from models.routers import cast_in_forward, find_routers
 from models.vision_parts import (
     check_vision_options,
     freeze_vision,
@@ -91,8 +92,10 @@ def check_rank(model: nn.Module, names: list[str], rank: int, option: str = "lor
 
 
 def check_expert_adapters(model: nn.Module, family: Family, config: Config) -> None:
-    """Raise UserError if the model cannot have the adapters of --lora_expert_rank."""
+    """Raise UserError if the model cannot have the adapters of --lora_expert_rank, or has no routers."""
     rank = config.lora_expert_rank
+    if config.train_router and not expert_prefixes(model):
+        raise UserError("--train_router: the model has no routed experts, and so no router; leave it out")
     if not rank:
         return
     if not expert_prefixes(model):
@@ -227,12 +230,16 @@ def apply_method(
     trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
     if not method.adapter and not method.expansion:
         trained = [model]
+    routers = list(find_routers(model).values()) if config.train_router else []
     if config.train_embeddings:
         trained = list(vocabulary_modules(model, family).values())
+    trained += routers
     model.to(precision.frozen).requires_grad_(False)  # type: ignore[arg-type]
     for module in trained:
         module.to(precision.trained).requires_grad_(True)
     family.set_fixed_parameters(model, torch.Tensor.float)
+    for router in routers:
+        cast_in_forward(router, precision.frozen)
     freeze_vision(model, family, precision)
     quantizers: dict[str, Quantizer] = {}
     if method.quantizer:

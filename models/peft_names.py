@@ -13,7 +13,9 @@ from torch import nn
 
 from files.names import EXPERT_PARAMETERS
 from models.family import Family, unwrapped_name
+from models.routers import peft_routers
 from models.vision_parts import vision_matrices, vision_targets
+from models.vocabulary import peft_modules_to_save
 from options.config import Config
 
 
@@ -44,6 +46,15 @@ def peft_target_modules(model: nn.Module, family: Family, config: Config) -> lis
         others = {name for name in names if _matches(name, [last])} - {*adapted}
         targets += [name for name in missing if _matches(name, [last])] if others else [last]
     return targets
+
+
+def peft_full_modules(model: nn.Module, family: Family, config: Config) -> list[str] | None:
+    """Return PEFT's modules_to_save: the modules that are trained in full; None without any.
+
+    Args: as for `peft_target_modules`.
+    """
+    vocabulary = peft_modules_to_save(family) if config.train_embeddings else []
+    return vocabulary + (peft_routers(model) if config.train_router else []) or None
 
 
 def peft_target_parameters(family: Family, config: Config) -> list[str] | None:

@@ -4,9 +4,8 @@ mlp_only_layers and decoder_sparse_step of the config name the layers with a pla
 
 - All linears of all experts are quantized. transformers' own 4-bit models keep experts dense, so they are not
   the base of training here.
-- Adapters go on attention only (`all`): PEFT has no module for a single expert under transformers 5, so it
-  could not load an adapter there.
-- The router stays dense, and frozen under adapters.
+- Adapters go on attention only (`all`); those of experts have an option of their own, --lora_expert_rank.
+- The router stays dense, and frozen under adapters without --train_router.
 - `full` trains everything, with the tokens' loss alone, as transformers does unless output_router_logits is
   set.
 - PEFT has no default targets for this family; ours are those of Qwen3.

@@ -25,6 +25,7 @@ from models.adapters import adapted_linears, quantizer_from_config
 from models.family import Family
 from models.llama_pro import new_layers
 from models.moe import find_stack
+from models.routers import router_parameters
 from models.vision_parts import packed_vision_linears, vision_linears, vision_matrices
 from monitoring.sizes import WeightBytes
 from options.config import Config
@@ -86,7 +87,8 @@ def plan_parameters(
     of_vision = packed_vision_linears(model, family, config, files.prequantized)
     linears = {f"{name}.weight" for name in (*family.layer_linear_names(model), *of_vision)}
     tower = {*vision_linears(model, family)}
-    vocabulary = vocabulary_tensors(family) if config.train_embeddings else ()
+    in_full = {*vocabulary_tensors(family)} if config.train_embeddings else set()
+    in_full |= router_parameters(model).keys() if config.train_router else set()
     chosen = quantizer_from_config(config) if method.quantizer else None
     for name, stored in files.tensors.items():
         is_new = bool(added) and family.locate_layer(name)[0] in added
@@ -102,7 +104,7 @@ def plan_parameters(
                 planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
         elif family.is_fixed(name):
             planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize=4, is_sharded=False))
-        elif is_new or name in vocabulary or (trains_all and not family.is_of_vision(name)):
+        elif is_new or name in in_full or (trains_all and not family.is_of_vision(name)):
             planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
             is_padded = name not in vocabulary_weights(family)

@@ -47,7 +47,7 @@ PRESETS = ("instruct", "chat", "code", "summarize", "classify", "domain")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
 ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "use_rslora", "lora_target_modules", "vision_targets",
-                   "train_embeddings", "lora_expert_rank")  # fmt: skip
+                   "train_embeddings", "lora_expert_rank", "train_router")  # fmt: skip
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
 
@@ -80,8 +80,8 @@ class Config:
         f" {', '.join(PRESETS)}; --help_presets shows them (docs/recipes.md)", needs="adapter")
     adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
         " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha, --use_rslora,"
-        " --lora_target_modules, --lora_expert_rank, --vision_targets and --train_embeddings are the"
-        " adapter's", needs="adapter")
+        " --lora_target_modules, --lora_expert_rank, --vision_targets, --train_embeddings and --train_router"
+        " are the adapter's", needs="adapter")
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", ge=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter", gt=0)
@@ -103,6 +103,8 @@ class Config:
         " 4 = packed as the decoder layers' are", needs="quantizer", choices=(16, 4))
     train_embeddings: bool = option(False, "Method", "train the embedding and the head in full beside the"
         " adapter, for tokens that the base has not learned (PEFT's modules_to_save); only for LoRA and DoRA")
+    train_router: bool = option(False, "Method", "train the routers of experts in full beside the adapter"
+        " (PEFT's modules_to_save); only for LoRA and DoRA")
     n_bits: int | None = option(None, "Method", "bits per weight; unset = 4", needs="hqq", choices=HQQ_BITS)
     group_size: int | None = option(None, "Method", "number of weights that share a scale and a zero point;"
         " unset = 64", needs="hqq", ge=8)

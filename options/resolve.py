@@ -115,11 +115,12 @@ def _check_values(config: Config) -> None:
         raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
     if config.group_size is not None and config.group_size % 8:
         raise UserError(f"--group_size {config.group_size}: must be a multiple of 8")
-    if config.train_embeddings and not config.method.adapter:
-        raise UserError(
-            f"--train_embeddings has no effect with --train_type {config.train_type}: it is for"
-            f" {NEEDS['adapter']}; leave it out"
-        )
+    for name in ("train_embeddings", "train_router"):
+        if getattr(config, name) and not config.method.adapter:
+            raise UserError(
+                f"--{name} has no effect with --train_type {config.train_type}: it is for"
+                f" {NEEDS['adapter']}; leave it out"
+            )
     if config.vision_bits == 4 and config.n_bits not in (None, 4):
         raise UserError(
             f"--vision_bits 4: the vision tower is packed as the decoder layers are, with --n_bits"

@@ -43,7 +43,7 @@ DEEPSPEED_TUNING = ("zero_optimization", "zero_allow_untested_optimizer", "fp16"
 DEEPSPEED_FEATURES = ("amp", "curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity",
                       "sparse_attention", "compression_training", "tensor_parallel", "pipeline")  # fmt: skip
 LORA = ("adapter", "train_embeddings", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout",
-        "lora_target_modules", "lora_expert_rank", "lora_plus_ratio")  # fmt: skip
+        "lora_target_modules", "lora_expert_rank", "train_router", "lora_plus_ratio")  # fmt: skip
 UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
 WIDTH = 100  # columns of a line of the command
 

@@ -28,8 +28,8 @@ MEMORY_OPTIONS = frozenset({
     "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
     "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",
     "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size", "save_every",
-    "lora_expert_rank", "save_minutes", "wd", "images", "image_size", "images_per_pack", "vision_bits",
-    "vision_targets",
+    "lora_expert_rank", "train_router", "save_minutes", "wd", "images", "image_size", "images_per_pack",
+    "vision_bits", "vision_targets",
 })  # fmt: skip
 
 # Options that take some memory, which the model of memory does not count: for the input of dropout (it reads

@@ -36,6 +36,7 @@ from models.adapters import apply_method, target_linears
 from models.family import Family
 from models.peft_names import exclude_parts
 from models.registry import build_on_meta
+from models.routers import NAMES as ROUTER_NAMES
 from models.vision_parts import all_vision_linears, vision_matrices
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
 from options.config import ADAPTER_OPTIONS, FIELDS, Config
@@ -44,6 +45,8 @@ from options.errors import UserError
 from options.methods import METHODS
 from training.adapter_template import adopt_template
 from training.recorded_base import check_recorded_base
+
+ROUTERS = tuple(f"mlp.{name}" for name in ROUTER_NAMES)  # in modules_to_save
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,10 @@ def adopt_options(
     values["use_rslora"] = bool(adapter.settings.get("use_rslora"))
     if config.use_rslora not in (None, values["use_rslora"]):
         raise _contradiction("use_rslora", config, adapter, values["use_rslora"])
+    saved = adapter.settings.get("modules_to_save")
+    values["train_router"] = isinstance(saved, list) and any(name in ROUTERS for name in saved)
+    if config.train_router not in (None, values["train_router"]):
+        raise _contradiction("train_router", config, adapter, values["train_router"])
     values["train_embeddings"] = bool(_saved_vocabulary(adapter, family)) or bool(config.train_embeddings)
     if config.train_embeddings is False and values["train_embeddings"]:
         raise _contradiction("train_embeddings", config, adapter, True)
@@ -256,6 +263,8 @@ def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:
     Raises UserError if it trained other modules in full.
     """
     names = adapter.settings.get("modules_to_save") or []
+    if isinstance(names, list):
+        names = [name for name in names if name not in ROUTERS]
     file, paths = adapter.path.parent / ADAPTER_CONFIG, (family.embedding, family.head)
     known = ", ".join(peft_modules_to_save(family))
     if not isinstance(names, list) or not all(any(f".{p}".endswith(f".{n}") for p in paths) for n in names):
