@@ -43,6 +43,8 @@ from tests.helpers.runs import full_run
 from tests.helpers.tiny import OTHERS
 from tests.helpers.wandb_files import wandb_records
 
+MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe_lite")  # whose experts may have adapters
+
 
 @pytest.fixture(scope="module")
 def undisturbed(source, two_ranks, tmp_path_factory):
@@ -74,11 +76,14 @@ def test_a_resumed_run_is_bitwise_equal(source, two_ranks, tmp_path):
     assert repeatable_metrics(folder) == repeatable_metrics(whole)
 
 
-@pytest.mark.parametrize("kind", slow(OTHERS))
-def test_a_resumed_run_of_each_family(kind, checkpoints, short_rows, two_ranks, tmp_path):
+@pytest.mark.parametrize(
+    "given", [*slow(OTHERS), *slow([f"{kind} --lora_expert_rank 3 --train_router" for kind in MIXTURES])]
+)
+def test_a_resumed_run_of_each_family(given, checkpoints, short_rows, two_ranks, tmp_path):
     """Bitwise, with packing."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    model = ["--model_name", str(checkpoints(kind)), "--dataset", str(short_rows)]
+    kind, *more = given.split()
+    model = ["--model_name", str(checkpoints(kind)), "--dataset", str(short_rows), *more]
     argv = [*model, *RUN, *"--lora_target_modules all --packing --max_steps 4 --output_dir".split()]
     two_ranks(run, [*argv, str(whole)])
     again = [*argv, str(folder), "--resume", "auto"]

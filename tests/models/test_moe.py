@@ -161,6 +161,17 @@ def test_compiled_experts(train_type, checkpoints, even_rows, one_rank):
     assert_same(plain, one_rank(compiled_run, [*args, *CHECKPOINTED])[0][0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [train_run, compiled_run])
+def test_saved_results_of_experts(run, checkpoints, even_rows, one_rank):
+    """--activation_budget saves the results of the experts' matmuls, and recomputes the rest."""
+    args = arguments(checkpoints("qwen3_moe"), even_rows, "bnb_dora", "--lora_expert_rank", "4")
+    args += ["--optimizer", "sgd", "--lr", "0.1"]
+    plain = one_rank(train_run, [*args, *PLAIN])[0]
+    found = one_rank(run, [*args, *CHECKPOINTED, "--activation_budget", "1"])[0]
+    assert_same(plain, found if run is train_run else found[0])
+
+
 def run_and_experts_used(rank_info, args):
     """Return (train_run's result, the experts with tokens in each forward of a routed layer)."""
     used, original = [], StackedExperts.forward
