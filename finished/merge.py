@@ -56,13 +56,14 @@ def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scalin
 
 
 def _take_expert_adapters(
-    adapter: dict[str, torch.Tensor], rank: int
+    adapter: dict[str, torch.Tensor], rank: int, alternates: bool
 ) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
     """Yield {weight's name: tensors of its own adapter} for each stack of experts, and take these out.
 
     Args:
         adapter: {PEFT's name: tensor}, changed.
         rank: --lora_expert_rank; 0: there are none.
+        alternates: whether gate and up alternate in B, as `StackedLoRA` says.
     """
     stacks: dict[str, dict[str, torch.Tensor]] = {}
     for name in list(adapter) if rank else ():
@@ -73,7 +74,7 @@ def _take_expert_adapters(
         experts = module.removesuffix(".base_layer")
         stack = next(name for name, below in PEFT_PATHS.items() if f"{experts}{below}" == module)
         count = len(tensors["lora_A.weight"]) // rank
-        a, b = split_peft_tensors(tensors, count)
+        a, b = split_peft_tensors(tensors, count, alternates and len(MEMBERS[stack]) > 1)
         rows = b.shape[1] // len(MEMBERS[stack])
         own = {}
         for i, member in enumerate(member_names(stack, count)):
@@ -116,7 +117,7 @@ def make_merged_entries(
     adapters: dict[str, dict[str, torch.Tensor]] = {}
     scalings: dict[str, float] = {}  # of weights of experts
     adapter = dict(adapter)
-    for stack in _take_expert_adapters(adapter, run.config.lora_expert_rank):
+    for stack in _take_expert_adapters(adapter, run.config.lora_expert_rank, run.family.stacks_experts):
         adapters |= stack
         scalings |= dict.fromkeys(stack, run.config.expert_scaling)
     matrices = {name.rpartition(".")[0]: name for name in vision_matrices(run.family, run.config)}

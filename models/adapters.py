@@ -100,11 +100,6 @@ def check_expert_adapters(model: nn.Module, family: Family, config: Config) -> N
         return
     if not expert_prefixes(model):
         raise UserError(f"--lora_expert_rank {rank}: the model has no routed experts; leave it out")
-    if family.stacks_experts:
-        raise UserError(
-            f"--lora_expert_rank {rank}: experts of this family get no adapter: in its files gate and up"
-            " alternate; leave it out"
-        )
     if config.lora_dropout:
         raise UserError(
             f"--lora_dropout {config.lora_dropout}: adapters on experts have no dropout, as in PEFT; leave"
@@ -288,7 +283,8 @@ def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch
     for path, module in list(model.named_modules()) if config.lora_expert_rank else ():
         if isinstance(module, StackedLinear | StackedLinear4bit):
             rank, scaling = config.lora_expert_rank, config.expert_scaling
-            model.set_submodule(path, EXPERT_ADAPTERS[name](module, rank, scaling, dtype))
+            alternates = family.stacks_experts and module.parts > 1
+            model.set_submodule(path, EXPERT_ADAPTERS[name](module, rank, scaling, dtype, alternates))
     vision = family.built_vision()
     for matrix in vision_matrices(family, config):
         assert vision is not None

@@ -21,7 +21,7 @@ from torch import nn
 
 from models.lora import LowRankModule
 from quantization.grouped_adapters import scale_rows
-from quantization.grouped_operators import ALIGNMENT, grouped_linear
+from quantization.grouped_operators import ALIGNMENT, experts_of_rows, grouped_linear
 from quantization.layer import Part
 from quantization.operators import TINY, compute_dtype, factored_norm, mark_saved
 from quantization.quantizers import PackedWeight, Quantizer
@@ -39,19 +39,21 @@ class StackedLoRA(LowRankModule):
         rank: R.
         scaling: s.
         dtype: of A and B for the optimizer; forward rounds them to x's dtype.
+        alternates: whether transformers' parameter has gate and up in alternate rows (GPT-OSS), not one after
+            the other.
     """
 
-    def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype):
+    def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype, alternates: bool = False):
         features = (base.parts * base.out_features, base.in_features)
         device = next(base.parameters()).device
         super().__init__(features, rank, scaling, dtype, device, stack=(base.experts,))
-        self.base = base
+        self.base, self.alternates = base, alternates
 
     def unwrap_base(self) -> nn.Module:
         return self.base
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Return W x + s B A x of each row's expert: [N, O]; within `adapters_off`, W x.
+        """Return W x + s B A x + bias of each row's expert: [N, O]; within `adapters_off`, W x + bias.
 
         Args:
             x: [N, I].
@@ -75,13 +77,15 @@ class StackedLoRA(LowRankModule):
     def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return {lora_A.weight [E R, I], lora_B.weight [O, R E]} as PEFT stores them. Collective."""
         a, b = gather(self.lora_A), gather(self.lora_B)
+        if self.alternates:
+            b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b.permute(1, 2, 0).flatten(1)}
 
     @torch.no_grad()
     def set_peft_tensors(
         self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
     ) -> None:
-        a, b = split_peft_tensors(tensors, self.base.experts)
+        a, b = split_peft_tensors(tensors, self.base.experts, self.alternates)
         fill(self.lora_A, a)
         fill(self.lora_B, b)
         if tensors:
@@ -103,17 +107,25 @@ class StackedLoRA(LowRankModule):
         return {f"base.{key}": value for key, value in self.base.convert_tensor(name, tensor).items()}
 
 
-def split_peft_tensors(tensors: dict[str, torch.Tensor], experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take A [E, R, I] and B [E, O, R] out of the tensors that PEFT stores for a stack of experts."""
+def split_peft_tensors(
+    tensors: dict[str, torch.Tensor], experts: int, alternates: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take A [E, R, I] and B [E, O, R] out of the tensors that PEFT stores for a stack of experts.
+
+    alternates: as for StackedLoRA.
+    """
     a, b = tensors.pop("lora_A.weight"), tensors.pop("lora_B.weight")
-    return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+    b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    if alternates:
+        b = b.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return a.unflatten(0, (experts, -1)), b.contiguous()
 
 
 class StackedDoRA(StackedLoRA):
     """StackedLoRA with trained magnitudes of each expert's rows. Arguments as there."""
 
-    def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype):
-        super().__init__(base, rank, scaling, dtype)
+    def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype, alternates: bool = False):
+        super().__init__(base, rank, scaling, dtype, alternates)
         empty = torch.empty(self.lora_B.shape[:2], device=self.lora_B.device)
         self.magnitude_change = nn.Parameter(empty.to(dtype))
         self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)  # ||W||^2 of each row, fp32
@@ -130,16 +142,19 @@ class StackedDoRA(StackedLoRA):
         return self.squared_norm.sqrt() + self.magnitude_change.float()
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Return m / norm * (W x + s B A x) of each row's expert; within `adapters_off`, W x."""
-        y = self.base(x, offsets)
+        """Return m / norm * (W x + s B A x) + bias of each row's expert, as StackedLoRA.forward does."""
         if not self.active:
-            return y
+            return self.base(x, offsets)
+        y = self.base(x, offsets, has_bias=False)
         g = self.magnitude() / self.updated_norm()
         b = self.lora_B * (self.scaling * g)[..., None]
-        return scale_rows(y, g, offsets) + self.branch(x, offsets, b)
+        y = scale_rows(y, g, offsets) + self.branch(x, offsets, b)
+        bias = self.base.cast_bias(y.dtype)
+        return y if bias is None else y + bias[experts_of_rows(offsets, len(y))]
 
     def parameters_from(self, name: str) -> tuple[str, ...]:
-        return (*super().parameters_from(name), "squared_norm")
+        norms = ("squared_norm",) if name.endswith(".weight") else ()
+        return (*super().parameters_from(name), *norms)
 
     def part_of(self, name: str, parameter: str) -> Part | None:
         if parameter != "squared_norm":
@@ -148,7 +163,9 @@ class StackedDoRA(StackedLoRA):
         return Part(int(name.partition(".")[0]) * rows, rows)
 
     def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
-        """Return {parameter: contents} of a member's weight, and the squared norms of its rows."""
+        """Return {parameter: contents} of a member's tensor; of a weight also its rows' squared norms."""
+        if not name.endswith(".weight"):
+            return super().convert_tensor(name, tensor)
         converted = self.base.convert_tensor(name, tensor)
         norm = self.compute_squared_norm(self.base.member_weight(converted))
         return {f"base.{key}": value for key, value in converted.items()} | {"squared_norm": norm}

@@ -132,7 +132,7 @@ def _plan_expert_adapters(
     """Return the parameters of adapters on stacks of experts. Arguments as for `plan_parameters`."""
     members: dict[tuple[str, int], list[str]] = {}
     for name in files.tensors:
-        if found := find_stack(name):
+        if name.endswith(".weight") and (found := find_stack(name)):
             members.setdefault(found, []).append(name)
     planned, rank, is_dora = [], config.lora_expert_rank, config.method.adapter == "dora"
     for (_, parts), names in members.items():

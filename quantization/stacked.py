@@ -86,15 +86,17 @@ class StackedLinear(StackedModule):
         data = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, has_bias: bool = True) -> torch.Tensor:
         """Return x W^T + bias of each row's expert: [N, P O].
 
         Args:
             x: [N, I].
             offsets: [E] int32, the end of each expert's rows.
+            has_bias: whether to add the bias.
         """
         dtype = compute_dtype(x)
-        return grouped_linear(x.to(dtype), offsets, self.weight.to(dtype), self.cast_bias(dtype))
+        bias = self.cast_bias(dtype) if has_bias else None
+        return grouped_linear(x.to(dtype), offsets, self.weight.to(dtype), bias)
 
     def project(self, a: torch.Tensor) -> torch.Tensor:
         """Return W a^T of each expert: [E, P O, R] in the weights' dtype. a: [E, R, I]."""
@@ -134,10 +136,11 @@ class StackedLinear4bit(StackedModule):
             self.bias.requires_grad_(False)  # the operator has no gradient for it
         self.register_buffer("table", None, persistent=False)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, has_bias: bool = True) -> torch.Tensor:
         """Return x W^T + bias of each row's expert: [N, P O]; arguments as for StackedLinear."""
         x = x.to(compute_dtype(x))
-        return grouped_linear4bit(x, offsets, *self._packed(), self.cast_bias(x.dtype))
+        bias = self.cast_bias(x.dtype) if has_bias else None
+        return grouped_linear4bit(x, offsets, *self._packed(), bias)
 
     def _packed(self) -> tuple:
         """Return the operators' arguments for the stack: codes, scales, table, quantizer and shape."""

@@ -43,7 +43,7 @@ from tests.helpers.runs import full_run
 from tests.helpers.tiny import OTHERS
 from tests.helpers.wandb_files import wandb_records
 
-MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe_lite")  # whose experts may have adapters
+MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe_lite", "gpt_oss")
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3
             "gemma3_wrapper lora --images true --precision bf16_autocast",
             *(pytest.param(given, marks=pytest.mark.slow) for given in (
                 "phi full --precision bf16_autocast", "phi bnb_dora --train_embeddings --precision bf16",
-                "qwen2_moe qlora", "mixtral qlora", "qwen3_moe qlora --lora_expert_rank 3",
+                "qwen2_moe qlora", "mixtral qlora", "gpt_oss bnb_dora --lora_expert_rank 3",
                 "glm4_moe_lite bnb_dora"))]  # fmt: skip
 
 
