@@ -19,7 +19,7 @@ from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
 from models.expert_adapters import EXPERT_ADAPTERS, StackedDoRA
-from models.experts import expert_prefixes, stack_experts
+from models.experts import check_packed_alike, expert_prefixes, stack_experts
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear, LowRankModule
@@ -159,6 +159,9 @@ def check_quantization(model: PreTrainedModel, family: Family, config: Config, f
                 f"{files.folder}: {files.stored_name(name)} is packed; only weights of decoder layers{tower}"
                 f" can be: {suggest_original(files.folder)}"
             )
+    if files.prequantized:
+        packed = choose_quantizers(packed_linears(model, family, config, files), config, files)
+        check_packed_alike(model, packed, str(files.folder))
     if not config.method.quantizer or files.prequantized:
         return
     quantizer = quantizer_from_config(config)

@@ -106,15 +106,33 @@ def expert_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
 
 
+def check_packed_alike(model: nn.Module, quantizers: Mapping[str, Quantizer], where: str) -> None:
+    """Raise UserError if linears that get stacked have different quantizers.
+
+    Args:
+        model: from `build_on_meta`.
+        quantizers: {linear's name: its quantizer}; the others stay dense.
+        where: begins the message.
+    """
+    for path, experts in model.named_modules():
+        for stack in MEMBERS if isinstance(experts, Experts) else ():
+            first, *others = (f"{path}.{name}" for name in member_names(stack, len(experts)))
+            for name in others:
+                if quantizers.get(name) != quantizers.get(first):
+                    raise UserError(
+                        f"{where}: {name} is packed otherwise than {first}; the experts of a layer must be"
+                        " packed alike"
+                    )
+
+
 def stack_experts(
     model: nn.Module, quantizers: Mapping[str, Quantizer], dtype: torch.dtype
 ) -> dict[str, Quantizer]:
     """Replace each list of experts in a meta model by StackedExperts; return the quantizers of the rest.
 
-    Raises UserError if members of a stack have different quantizers.
-
     Args:
-        model: changed in place. Stacks have the dtypes of the lists' parameters, and are trained if they are.
+        model: changed in place; `check_packed_alike` holds. Stacks have the dtypes of the lists' parameters,
+            and are trained if they are.
         quantizers: {linear's name: its quantizer}; the others stay dense.
         dtype: of the dequantized weights.
     """
@@ -134,13 +152,7 @@ def _make_stack(
     """Return a stack of the linears of experts, and remove these from `quantizers`."""
     linears = [experts[0].get_submodule(linear) for linear in MEMBERS[stack]]
     names = [f"{path}.{name}" for name in member_names(stack, len(experts))]
-    found = [quantizers.pop(name, None) for name in names]
-    for name, quantizer in zip(names, found, strict=True):
-        if quantizer != found[0]:
-            raise UserError(
-                f"the model's weights: {name} is packed otherwise than {names[0]}; experts of a layer must be"
-                " packed alike"
-            )
-    if found[0] is None:
+    (quantizer,) = {quantizers.pop(name, None) for name in names}
+    if quantizer is None:
         return StackedLinear(linears, len(experts))  # type: ignore[arg-type]
-    return StackedLinear4bit(linears, len(experts), dtype, found[0])  # type: ignore[arg-type]
+    return StackedLinear4bit(linears, len(experts), dtype, quantizer)  # type: ignore[arg-type]

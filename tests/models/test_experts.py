@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.experts import stack_experts
+from models.experts import check_packed_alike
 from models.moe import find_stack
 from options.errors import UserError
 from quantization import grouped_operators
@@ -120,5 +120,9 @@ def test_members_that_are_packed_otherwise():
     model.experts = make_list()
     quantizers = {f"experts.{e}.{name}": NF4() for e in range(E) for name in NAMES}
     quantizers["experts.4.up_proj"] = NF4(double=False)
-    with pytest.raises(UserError, match=r"experts\.4\.up_proj is packed otherwise than experts\.0\.gate"):
-        stack_experts(model, quantizers, torch.float32)
+    with pytest.raises(UserError, match=r"^x: experts\.4\.up_proj is packed otherwise than experts\.0\.gate"):
+        check_packed_alike(model, quantizers, "x")
+    del quantizers["experts.4.up_proj"]
+    with pytest.raises(UserError, match=r"^x: experts\.4\.up_proj is packed otherwise"):
+        check_packed_alike(model, quantizers, "x")
+    check_packed_alike(model, {}, "x")
