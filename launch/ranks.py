@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,24 @@ def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = No
     return values
 
 
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the element-wise maximum of all ranks' values, on the host. Collective.
+
+    In round k each rank sends to the rank 2^k after it (a dissemination barrier: Hensgen, Finkel and Manber,
+    1988). That is log2(world) messages, one after the other. gloo's all-reduce is a ring of 2 (world - 1)
+    messages, one after the other, and every step of a run would wait for them.
+    """
+    world, distance = dist.get_world_size(), 1
+    while distance < world:
+        rank, received = dist.get_rank(), torch.empty_like(values)
+        sent = dist.isend(values, (rank + distance) % world)
+        dist.recv(received, (rank - distance) % world)
+        assert sent is not None
+        sent.wait()
+        values, distance = torch.maximum(values, received), 2 * distance
+    return values
+
+
 @contextlib.contextmanager
 def errors_on_all_ranks(world: int, remark: str = "") -> Iterator[None]:
     """Within the context, let all ranks raise the UserError of the first rank that raises one. Collective.
@@ -223,6 +242,16 @@ def read_env_int(name: str) -> int:
     return int(text)
 
 
+def raise_file_limit() -> None:
+    """Let this process open as many files as the system allows. Call before the first process group.
+
+    gloo opens a socket for every other rank and group, and many systems begin with a limit of 1,024.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # macOS reports a limit that it does not accept
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
     """Join the default process group, set this rank's device and threads, return its RankInfo. Collective.
 
@@ -237,6 +266,7 @@ def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store
 
     Raises UserError if LOCAL_RANK does not fit.
     """
+    raise_file_limit()
     local_world = local_world_size(world)
     if rank % local_world != local_rank:
         raise UserError(

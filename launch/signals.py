@@ -23,7 +23,7 @@ from multiprocessing import resource_tracker
 import torch
 import torch.distributed as dist
 
-from launch.ranks import gather_from_ranks
+from launch.ranks import gather_from_ranks, max_over_ranks
 from options.errors import UserError, describe
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -143,9 +143,7 @@ class StopRequests(NoStopRequests):
             self.error = self.next_error()
         flags = (received.save, *self._check_clock(), self.error is not None)
         requests = torch.tensor([received.stop or 0, *flags], dtype=torch.int64)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(requests, dist.ReduceOp.MAX)
-        stop, save, out_of_time, save_due, failed = requests.tolist()
+        stop, save, out_of_time, save_due, failed = max_over_ranks(requests).tolist()
         if save:
             received.acknowledge_save()
         if save_due:

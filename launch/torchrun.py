@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from launch.apart import TorchrunLauncher
 from launch.nccl import explain_nccl_error
-from launch.ranks import join_process_group, read_env_int
+from launch.ranks import join_process_group, raise_file_limit, read_env_int
 from options.errors import DONE, FAILED, UserError, describe, exit_status
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # for all ranks to arrive: the nodes of a job do not start at once
@@ -41,6 +41,7 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False, preload: 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # not for ranks started by hand, whose parent may end before them
         threading.Thread(target=_exit_with_agent, args=(os.getppid(),), daemon=True).start()
     checking = True
+    raise_file_limit()
     try:
         # Each group needs its own prefix in the store: with a common one the second group would find the
         # addresses of the first, which are closed by then.
