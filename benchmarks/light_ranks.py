@@ -287,6 +287,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="file to append the rows to")
     options = parser.parse_args(argv)
     exit_on_signals()  # so that `measure` ends its agents
+    # torch looks up the name of each connection's other end. Without a DNS that takes 1 s then, not 5.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     for nodes in map(int, options.nodes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             work = Work(nodes, options.ranks_per_node, options.tokens, folder, options.lose)
