@@ -40,7 +40,8 @@ from quantization.layer import (
     part_of,
     quantizer_for,
 )
-from quantization.quantizers import PackedWeight, pack_weight
+from quantization.packing import pack_weight
+from quantization.quantizers import PackedWeight
 
 
 def load_weights(

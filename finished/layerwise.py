@@ -34,7 +34,7 @@ from quantization.layer import (
     quantize_linears,
     quantizer_for,
 )
-from quantization.quantizers import pack_weight
+from quantization.packing import pack_weight
 
 FP32_PRECISION = Precision(torch.float32, torch.float32)
 

@@ -31,7 +31,8 @@ from models.registry import build_on_meta
 from models.vision_parts import vision_matrices
 from options.errors import UserError
 from quantization.operators import TINY
-from quantization.quantizers import PackedWeight, Quantizer, pack_weight
+from quantization.packing import pack_weight
+from quantization.quantizers import PackedWeight, Quantizer
 
 WHOLE = ("weight", "bias")  # ends of the names of an adapter's tensors that were trained in full
 

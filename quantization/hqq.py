@@ -46,6 +46,9 @@ class HQQ:
     def has_4bit_blocks_of_64(self) -> bool:
         return self.n_bits == 4 and self.block == 64
 
+    def code_values(self, device: torch.device) -> None:
+        return None
+
     def can_pack(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) % self.block == 0
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantization.operators import compute_dtype, dequantize, linear4bit, register_quantizer, round_rows
-from quantization.quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
+from quantization.packing import pack_weight
+from quantization.quantizers import PackedWeight, Quantizer, flat_bytes
 from quantization.rounded import fits
 
 STORAGE = torch.float32

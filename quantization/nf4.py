@@ -58,6 +58,11 @@ class NF4:
     def has_4bit_blocks_of_64(self) -> bool:
         return self.double
 
+    def code_values(self, device: torch.device) -> torch.Tensor:
+        from quantization.nf4_kernel import nf4_values
+
+        return nf4_values(device)
+
     def can_pack(self, shape: tuple[int, ...]) -> bool:
         return True  # the last block may be a part of one
 

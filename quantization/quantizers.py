@@ -15,8 +15,6 @@ from typing import Protocol
 
 import torch
 
-from options.errors import UserError
-
 
 class Quantizer(Protocol):
     """The abstract interface: a frozen value. Equal quantizers pack equal weights into equal bytes."""
@@ -36,6 +34,9 @@ class Quantizer(Protocol):
     @property
     def has_4bit_blocks_of_64(self) -> bool:
         """Whether quantization/rounded_kernel.py can read its format."""
+
+    def code_values(self, device: torch.device) -> torch.Tensor | None:
+        """Abstract. Return what the codes stand for before scaling, [16] fp32; None if that is the code."""
 
     def can_pack(self, shape: tuple[int, ...]) -> bool:
         """Abstract. Return whether a weight of this shape can be packed."""
@@ -111,21 +112,6 @@ class PackedWeight:
 
     def to(self, device: torch.device) -> PackedWeight:
         return PackedWeight(self.codes.to(device), self.scales.to(device))
-
-
-def pack_weight(
-    origin: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
-) -> torch.Tensor | PackedWeight:
-    """Return the tensor packed by `quantizer`, or unchanged if that is None or the tensor is packed already.
-
-    origin: the tensor's file and name, for messages. Raises UserError if `quantize` raises ValueError.
-    """
-    if quantizer is None or isinstance(tensor, PackedWeight):
-        return tensor
-    try:
-        return PackedWeight(*quantizer.quantize(tensor))
-    except ValueError as e:
-        raise UserError(f"{origin} {e}") from None
 
 
 def flat_bytes(*tensors: torch.Tensor) -> torch.Tensor:

@@ -110,8 +110,8 @@ class RoundedWeight:
         if self._has_kernel:
             from quantization.rounded_kernel import expand
 
-            packed = self.codes, self.scales, self.table, self.shape
-            return expand(*packed, self.row_scale, self.rounding.largest)
+            packed = self.codes, self.scales, self.table, self.quantizer.code_values(self.codes.device)
+            return expand(*packed, self.shape, self.row_scale, self.rounding.largest)
         scale, inverse = self.find_scales()
         return self._round_by(inverse), scale
 
@@ -133,7 +133,8 @@ class RoundedWeight:
         if self._has_kernel:
             from quantization.rounded_kernel import expand_transposed
 
-            return expand_transposed(self.codes, self.scales, self.table, self.shape, inverse)
+            packed = self.codes, self.scales, self.table, self.quantizer.code_values(self.codes.device)
+            return expand_transposed(*packed, self.shape, inverse)
         return self._round_by(inverse).t().contiguous()
 
     def _round_by(self, inverse: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantization.nf4_kernel import nf4_values
-
 BLOCK = tl.constexpr(64)  # weights that share a scale
 WORDS = tl.constexpr(64 // 8)  # words of a block: eight codes are 32 bits
 GROUP = tl.constexpr(256)  # blocks whose NF4 scales share a second-level scale
@@ -297,12 +295,6 @@ def round_rows(x: Tensor, largest: float, column_scale: Tensor | None) -> tuple[
     return out, scale
 
 
-def _arguments(codes: Tensor | None, scales: Tensor, table: Tensor | None) -> list[Tensor]:
-    """Return the kernels' first arguments: codes, scales, values of scales, and values of codes."""
-    tables = [scales, scales] if table is None else [table, nf4_values(scales.device)]
-    return [scales if codes is None else codes, scales, *tables]
-
-
 def find_scales(
     scales: Tensor, table: Tensor | None, shape: tuple[int, int], row_scale: Tensor | None, largest: float
 ) -> tuple[Tensor, Tensor]:
@@ -339,6 +331,7 @@ def expand(
     codes: Tensor,
     scales: Tensor,
     table: Tensor | None,
+    values: Tensor | None,
     shape: tuple[int, int],
     row_scale: Tensor | None,
     largest: float,
@@ -347,6 +340,7 @@ def expand(
 
     Args:
         codes: uint8, aligned to four bytes.
+        values: [16] fp32 with NF4, what the codes stand for before scaling; None with HQQ.
         scales, table, shape, row_scale, largest: as for `find_scales`.
     """
     blocks = triton.cdiv(shape[1], BLOCK.value)
@@ -354,7 +348,10 @@ def expand(
     scale = torch.empty(shape[0], dtype=torch.float32, device=codes.device)
     padded = triton.next_power_of_2(blocks)
     _expand[(shape[0],)](
-        *_arguments(codes, scales, table),
+        codes,
+        scales,
+        scales if table is None else table,
+        scales if values is None else values,
         scales if row_scale is None else row_scale,
         out,
         scale,
@@ -371,18 +368,26 @@ def expand(
 
 
 def expand_transposed(
-    codes: Tensor, scales: Tensor, table: Tensor | None, shape: tuple[int, int], inverse: Tensor
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor | None,
+    values: Tensor | None,
+    shape: tuple[int, int],
+    inverse: Tensor,
 ) -> Tensor:
     """Return W8^T in e4m3, contiguous: [I, O].
 
     Args:
-        codes, scales, table, shape: as for `expand`; O a multiple of 16.
+        codes, scales, table, values, shape: as for `expand`; O a multiple of 16.
         inverse: the second result of `find_scales`.
     """
     blocks = triton.cdiv(shape[1], BLOCK.value)
     out = torch.empty(shape[::-1], dtype=torch.float8_e4m3fn, device=codes.device)
     _expand_transposed[(blocks, triton.cdiv(shape[0], 4 * 32))](
-        *_arguments(codes, scales, table),
+        codes,
+        scales,
+        scales if table is None else table,
+        scales if values is None else values,
         inverse,
         out,
         shape[0] * blocks,

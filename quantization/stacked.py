@@ -19,7 +19,8 @@ from torch import nn
 from quantization.grouped_operators import grouped_linear, grouped_linear4bit, grouped_project4bit
 from quantization.layer import STORAGE, ConvertingModule, Part, to_storage
 from quantization.operators import compute_dtype, register_quantizer
-from quantization.quantizers import PackedWeight, Quantizer, pack_weight
+from quantization.packing import pack_weight
+from quantization.quantizers import PackedWeight, Quantizer
 
 
 class StackedModule(ConvertingModule):

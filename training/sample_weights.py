@@ -17,7 +17,8 @@ from launch.ranks import RankInfo
 from models.family import Family, unwrapped_name
 from parallel.shards import fill_part
 from quantization.layer import convert_tensor, locate_tensor, part_of, quantizer_for
-from quantization.quantizers import PackedWeight, Quantizer, pack_weight
+from quantization.packing import pack_weight
+from quantization.quantizers import PackedWeight, Quantizer
 from quantize_layers import allocate, fill_initial_values
 
 STD = 0.02  # of a weight, as pretraining begins with
