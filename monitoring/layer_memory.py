@@ -286,8 +286,10 @@ def layer_memory(
     if config.wrap_policy == "sublayer":
         backward += 2 * mlp * width
     forward = (((2 if compiled else 4) + 2 * widens) * mlp + 3 * hidden) * width
+    forward += 2 * widths.experts_per_token * hidden * width  # x and the result of each expert
     # Latent attention puts its keys together from results of two linears.
     projected = query + value + (latents or key) + widths.result
+    outputs = hidden + max(widths.experts_per_token, 1) * hidden  # of attention, and of each expert
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
     grouped = widths.experts if _multiplies_grouped(precision, gpu) else min(widths.experts, 1)
     if grouped:  # gate and up of all experts are expanded at once
@@ -298,7 +300,7 @@ def layer_memory(
         forward=rows * forward + weight,
         backward=rows * backward + (weight / 2 if grouped else 0),  # down, beside the most activations
         last_backward=rows * (hidden * stream + mlp * width),
-        matmuls=rows * (projected + 2 * hidden + (widths.mlp_tensors - 1) * mlp) * width,
+        matmuls=rows * (projected + outputs + (widths.mlp_tensors - 1) * mlp) * width,
     )
 
 
