@@ -255,7 +255,7 @@ def _check_adapter_config(path: Path, run: Run) -> None:
         "modules_to_save": peft_full_modules(model, run.family, config),
         "exclude_modules": peft_exclusions(model, run.family, config),
         "target_parameters": peft_target_parameters(run.family, config),
-        "rank_pattern": peft_rank_pattern(config),
+        **({"rank_pattern": pattern} if (pattern := peft_rank_pattern(config)) else {}),
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_rslora": bool(config.use_rslora),
