@@ -37,7 +37,8 @@ def _row_slices(offsets: Tensor) -> list[slice]:
 
 def experts_of_rows(offsets: Tensor, rows: int) -> Tensor:
     """Return the expert of each row: [N]."""
-    return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device), right=True)
+    row = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets, row, right=True)
 
 
 def _multiply(
