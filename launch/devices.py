@@ -6,7 +6,8 @@ from functools import cache
 
 import torch
 
-# Compute capabilities with a kernel of torch._grouped_mm. On other GPUs it loops, and the host waits.
+# Compute capabilities with a kernel of torch._grouped_mm. On other GPUs it loops, and the host waits; there
+# quantization/grouped_kernel.py takes its place.
 GROUPED_CAPABILITIES = (9, 10)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.devices import GROUPED_CAPABILITIES
 from launch.memory import GIB
 from options.errors import UserError, join_names
 
@@ -43,11 +42,6 @@ class Gpu:
     def runs_triton(self) -> bool:
         """Whether Triton, and so torch.compile, supports it (launch/devices.py)."""
         return self.capability >= (8, 0)
-
-    @property
-    def multiplies_grouped(self) -> bool:
-        """Whether torch has a grouped matmul for it, in bf16 (launch/devices.py)."""
-        return self.capability[0] in GROUPED_CAPABILITIES
 
 
 # Memory: torch's total_memory on Linux, the least of public reports: (A) "GPU 0 has a total capacity of ...",

@@ -305,8 +305,8 @@ def layer_memory(
 
 
 def _multiplies_grouped(precision: Precision, gpu: Gpu | None) -> bool:
-    """Return whether torch's grouped matmul runs for experts (quantization/grouped_operators.py)."""
-    return gpu is not None and gpu.multiplies_grouped and precision.matmul_dtype == torch.bfloat16
+    """Return whether grouped matmuls run for experts (quantization/grouped_operators.py)."""
+    return gpu is not None and gpu.runs_triton and precision.matmul_dtype.itemsize == 2
 
 
 def _takes_grouped_heads(precision: Precision, gpu: Gpu | None) -> bool:

@@ -1,8 +1,8 @@
 """Matmuls of rows with the weights of their experts, as operators that are opaque to torch.compile.
 
-The rows are sorted by expert, and `offsets` holds the end of each expert's rows. On a GPU with a grouped
-matmul these numbers stay on the device: the host does not wait for them, and an operator is a few kernels for
-any number of experts. Elsewhere the host reads them, and multiplies expert by expert.
+The rows are sorted by expert, and `offsets` holds the end of each expert's rows. In 16 bits on a GPU that
+Triton supports, these numbers stay on the device: the host does not wait for them, and an operator is a few
+kernels for any number of experts. Elsewhere the host reads them, and multiplies expert by expert.
 
 An expert without rows gets the gradient 0.
 
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from launch.devices import grouped_matmul_runs_on
+from launch.devices import grouped_matmul_runs_on, triton_runs_on
 from quantization.operators import quantizer_of, register_operator
 
 ALIGNMENT = 8  # elements of 16 bits: the kernel loads 16 bytes at a time
@@ -28,6 +28,11 @@ def runs_grouped(x: Tensor, out_features: int, in_features: int) -> bool:
     """Return whether torch's grouped matmul takes rows like x and weights of these features."""
     is_aligned = out_features % ALIGNMENT == 0 and in_features % ALIGNMENT == 0
     return is_aligned and x.dtype == torch.bfloat16 and len(x) > 1 and grouped_matmul_runs_on(x.device)
+
+
+def runs_in_triton(x: Tensor) -> bool:
+    """Return whether our kernel (quantization/grouped_kernel.py) takes rows like x."""
+    return x.dtype in (torch.bfloat16, torch.float16) and triton_runs_on(x.device)
 
 
 def _row_slices(offsets: Tensor) -> list[slice]:
@@ -57,6 +62,11 @@ def _multiply(
     if runs_grouped(x, *shape):
         all_weights = weights(slice(None))
         return torch._grouped_mm(x, all_weights.mT if transposed else all_weights, offs=offsets)
+    if runs_in_triton(x):
+        from quantization.grouped_kernel import multiply  # Triton comes with torch's CUDA builds only
+
+        all_weights = weights(slice(None))
+        return multiply(x, all_weights.mT if transposed else all_weights, offsets)
     y = x.new_empty(len(x), shape[0] if transposed else shape[1])
     for expert, rows in enumerate(_row_slices(offsets)):
         if rows.start < rows.stop:
@@ -159,7 +169,7 @@ def grouped_project4bit(codes, scales, table, quantizer, shape, a):
         a: [E, R, I].
     """
     weights = _unpack_stack(codes, scales, table, quantizer, shape, a)
-    if runs_grouped(a[0], shape[1] * shape[2], shape[3]):  # where a whole stack is expanded in forward, too
+    if runs_in_triton(a):  # where a whole stack is expanded in forward, too
         return torch.bmm(weights(slice(None)), a.mT)
     return torch.cat([torch.bmm(weights(slice(e, e + 1)), a[e : e + 1].mT) for e in range(shape[0])])
 
@@ -208,6 +218,10 @@ def grouped_weight_backward(grad, offsets, x):
     grad, x = grad.contiguous(), x.contiguous()
     if runs_grouped(x, grad.shape[1], x.shape[1]):
         return torch._grouped_mm(grad.t(), x, offs=offsets)
+    if runs_in_triton(x):
+        from quantization.grouped_kernel import multiply_transposed
+
+        return multiply_transposed(grad, x, offsets)
     weight_grad = x.new_zeros(len(offsets), grad.shape[1], x.shape[1])
     for expert, rows in enumerate(_row_slices(offsets)):
         if rows.start < rows.stop:

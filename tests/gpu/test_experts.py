@@ -28,6 +28,32 @@ CUDA = "cuda"
 QUANTIZERS = [NF4(), NF4(double=False), HQQ(4), HQQ(3), HQQ(8, 32)]
 
 
+def test_the_kernel_takes_any_sizes():
+    """Rows, features and experts that fill no block, experts without rows, and transposed weights."""
+    from quantization.grouped_kernel import multiply, multiply_transposed
+
+    generator = torch.Generator(CUDA).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=CUDA).half()
+
+    for rows, inner, columns, counts in (
+        (200, 48, 96, [70, 0, 64, 66, 0]),
+        (3, 64, 64, [3]),
+        (300, 33, 7, [100, 100, 100]),
+        (5000, 256, 384, [0, 4999, 1, *[0] * 125]),
+    ):
+        offsets = torch.tensor(counts, device=CUDA).cumsum(0).int()
+        x, grad, weights = random(rows, inner), random(rows, columns), random(len(counts), inner, columns)
+        groups = zip(x.split(counts), grad.split(counts), weights, strict=True)
+        expected = [(a.float() @ w.float(), b.float().t() @ a.float()) for a, b, w in groups]
+        y, transposed = torch.cat([each[0] for each in expected]), torch.stack([each[1] for each in expected])
+        for found in (multiply(x, weights, offsets), multiply(x, weights.mT.contiguous().mT, offsets)):
+            torch.testing.assert_close(found.float(), y, rtol=2e-3, atol=2e-2)
+        found = multiply_transposed(grad, x, offsets)
+        torch.testing.assert_close(found.float(), transposed, rtol=2e-3, atol=2e-1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(48, 64), (5, 64), (768, 2048)], ids=str)
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
@@ -45,34 +71,37 @@ def test_a_stack_is_dequantized_like_its_members(quantizer, shape, dtype):
     assert torch.equal(found, torch.stack(alone))
 
 
-def grouped_and_looped(module, arguments, monkeypatch) -> list[list[torch.Tensor]]:
-    """Return results and all gradients of a module with grouped matmuls, and with the loop."""
+KERNELS = {"torch": (True, True), "triton": (False, True), "loop": (False, False)}
+
+
+def by_kernel_and_looped(kernel: str, module, arguments, monkeypatch) -> list[list[torch.Tensor]]:
+    """Return results and all gradients of a module by one of KERNELS, and by the loop."""
+    if kernel == "torch" and not grouped_matmul_runs_on(torch.device(CUDA)):
+        pytest.skip("torch has no grouped matmul for this GPU")
     results = []
-    for grouped in (True, False):
+    for by_torch, by_triton in (KERNELS[kernel], KERNELS["loop"]):
         module.zero_grad()
         with monkeypatch.context() as patch:
-            if not grouped:
-                patch.setattr(grouped_operators, "runs_grouped", lambda *_: False)
+            patch.setattr(grouped_operators, "runs_grouped", lambda *_, runs=by_torch: runs)
+            patch.setattr(grouped_operators, "runs_in_triton", lambda *_, runs=by_triton: runs)
             found = run_experts(module, *arguments)
         results.append(found + [p.grad.clone() for p in module.parameters() if p.requires_grad])
     return results
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("case", ROUTINGS)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("quantizer", [None, NF4(), HQQ(4)], ids=str)
-def test_grouped_matmuls_are_the_loop(quantizer, biased, case, monkeypatch):
+def test_grouped_matmuls_are_the_loop(quantizer, biased, case, kernel, monkeypatch):
     """In bf16, up to rounding, with square weights too; None: dense experts that are trained."""
-    if not grouped_matmul_runs_on(torch.device(CUDA)):
-        pytest.skip("torch has no grouped matmul for this GPU")
     for mlp in (48, 64):
         experts = make_list(mlp, biased).to(torch.bfloat16)
         _, stacked = stack_like(experts, quantizer, torch.bfloat16, CUDA)
         stacked.requires_grad_(quantizer is None)
         x, index, weights = (t.to(CUDA) for t in make_routing(case))
         arguments = x.bfloat16(), index, weights.bfloat16()
-        assert grouped_operators.runs_grouped(arguments[0], 2 * mlp, 64)
-        for a, b in zip(*grouped_and_looped(stacked, arguments, monkeypatch), strict=True):
+        for a, b in zip(*by_kernel_and_looped(kernel, stacked, arguments, monkeypatch), strict=True):
             assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm() + 1e-6
 
 
@@ -113,7 +142,8 @@ def test_compiled_experts_are_the_same(quantizer):
 
 
 @pytest.mark.parametrize("kind", ["fp16", "fp32"])
-def test_other_dtypes_take_the_loop(kind):
+def test_other_dtypes(kind):
+    """fp16 takes the Triton kernel, and fp32 the loop."""
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[kind]
     original, stacked = stack_like(make_list().to(dtype), NF4(), dtype, CUDA)
     x, index, weights = (t.to(CUDA) for t in make_routing("random"))
@@ -122,17 +152,16 @@ def test_other_dtypes_take_the_loop(kind):
         assert (a.float() - b.float()).norm() <= 5e-3 * b.float().norm()
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("quantizer", [None, NF4()], ids=str)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_of_grouped_matmuls_are_those_of_the_loop(kind, quantizer, rank, monkeypatch):
+def test_adapters_of_grouped_matmuls_are_those_of_the_loop(kind, quantizer, rank, kernel, monkeypatch):
     """In bf16, up to rounding; the operators take a rank of 3 after padding."""
-    if not grouped_matmul_runs_on(torch.device(CUDA)):
-        pytest.skip("torch has no grouped matmul for this GPU")
     experts = add_adapters(kind, make_list().to(torch.bfloat16), quantizer, CUDA, rank)
     x, index, weights = (t.to(CUDA) for t in make_routing("idle"))
     arguments = x.bfloat16(), index, weights.bfloat16()
-    for a, b in zip(*grouped_and_looped(experts, arguments, monkeypatch), strict=True):
+    for a, b in zip(*by_kernel_and_looped(kernel, experts, arguments, monkeypatch), strict=True):
         assert (a.float() - b.float()).norm() <= 2e-2 * b.float().norm()
     for stack in (experts.gate_up, experts.down):
         assert not stack.lora_B.grad[E - 1].any() and stack.lora_B.grad[: E - 1].any()
