@@ -57,7 +57,7 @@ def are_close(replayed: Sequence[Tensor | None], gradients: Sequence[Tensor | No
     """Return whether gradients of a replay are those of the layer, but for rounding."""
     if [each is None for each in replayed] != [each is None for each in gradients]:
         return False
-    own = [each.float() for each in gradients if each is not None]
+    own = [each for each in gradients if each is not None]
     if not own:
         return True
     others = [each for each in replayed if each is not None]
@@ -68,5 +68,5 @@ def are_close(replayed: Sequence[Tensor | None], gradients: Sequence[Tensor | No
 
 
 def _size(tensor: Tensor) -> Tensor:
-    """Return the root mean square of a tensor; 0 for one without elements."""
-    return tensor.norm() / max(tensor.numel(), 1) ** 0.5
+    """Return the root mean square of a tensor, without an fp32 copy of it; 0 for one without elements."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32) / max(tensor.numel(), 1) ** 0.5
