@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.library import CustomOpDef
 
+from launch.devices import triton_runs_on
 from quantization.quantizers import Quantizer
 from quantization.rounded import ROUNDINGS, RoundedWeight, multiply
 from quantization.rounded import round_rows as round_rows_of
@@ -200,7 +201,7 @@ def linear4bit(
         weight = _rounded_weight((codes, scales, table), quantizer, shape, row_scale, rounding)
         y = multiply(rounded.flatten(0, -2), rounded_scale.flatten(), *weight.expand(), x.dtype, bias)
         if h is not None:
-            y.addmm_(h.flatten(0, -2), b.t())
+            _add_low_rank(y, h.flatten(0, -2), b.t())
         return y.view(*x.shape[:-1], shape[0])
     packed = (codes, scales, table), quantizer, shape, x.dtype, row_scale
     if h is None:
@@ -300,8 +301,17 @@ def linear4bit_backward(
         del dense  # before the next one is made
     assert grad_x is not None
     if a_rows is not None:
-        grad_x.addmm_(grad_h.flatten(0, -2), a_rows)
+        _add_low_rank(grad_x, grad_h.flatten(0, -2), a_rows)
     return grad_x.view(*grads[0].shape[:-1], shapes[1])
+
+
+def _add_low_rank(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a b to `total` in place and return it: [T, N], for a [T, R] and b [R, N] in total's dtype."""
+    if triton_runs_on(total.device) and total.itemsize == 2:
+        from quantization.low_rank_kernel import add_product  # Triton comes with torch's CUDA builds only
+
+        return add_product(total, a, b)
+    return total.addmm_(a, b)
 
 
 def _add_rounded_product(total: Tensor | None, grad: Tensor, weight: RoundedWeight) -> Tensor:

@@ -88,6 +88,23 @@ def test_rows_are_rounded_as_on_a_cpu(columns, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(5, 16, 8), (300, 272, 64), (128, 512, 100)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_rank_product_is_added_and_rounded_once(sizes, dtype):
+    from quantization.low_rank_kernel import add_product  # needs Triton
+
+    rows, columns, rank = sizes
+    total = torch.randn(rows, columns, device="cuda", dtype=dtype)
+    a = torch.randn(rows, rank + 8, device="cuda", dtype=dtype)[:, :rank]
+    for b in (
+        torch.randn(columns, rank, device="cuda").to(dtype).t(),
+        torch.randn(rank, columns).cuda().to(dtype),
+    ):
+        expected = (total.double() + a.double() @ b.double()).to(dtype)
+        torch.testing.assert_close(add_product(total.clone(), a, b), expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("quantizer", [NF4(), HQQ(4), HQQ(3)], ids=str)
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 @pytest.mark.parametrize("o, i", [(256, 512), (1024, 256)])
