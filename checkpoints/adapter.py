@@ -33,7 +33,7 @@ from models.vocabulary import vocabulary_parameters
 from options.config import Config
 from options.errors import UserError
 from parallel.shards import fill_shard, full_tensor, gather_to_cpu
-from quantization.operators import TINY
+from quantization.dora_operators import TINY
 
 MAGNITUDE = "lora_magnitude_vector"  # the end of a tensor's name
 

@@ -30,7 +30,7 @@ from models.moe import MEMBERS, member_names
 from models.registry import build_on_meta
 from models.vision_parts import vision_matrices
 from options.errors import UserError
-from quantization.operators import TINY
+from quantization.dora_operators import TINY
 from quantization.packing import pack_weight
 from quantization.quantizers import PackedWeight, Quantizer
 

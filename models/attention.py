@@ -40,7 +40,7 @@ from models.family import CAUSAL, CAUSAL_VARLEN, FUSED, VARLEN, Family
 from models.sinks import attend_with_sinks, takes_sinks
 from models.varlen import VARLEN_OPTIONS, attend_images, has_varlen
 from models.wide_linears import power_of_two_below
-from quantization.operators import compute_dtype
+from quantization.operator_registry import compute_dtype
 
 # What transformers' attention reads of a module whose keys and values have as many heads as its queries.
 _UNGROUPED = nn.Module()

@@ -4,9 +4,9 @@ The norm is detached (section 4.3). m starts as ||W||_row of the weight that tra
 weight: the dequantized one), so step 0 is the base model. A bias is added after the scaling; dropout acts on
 the low-rank branch only. Equal to PEFT's DoRA on the same weights.
 
-The norm is `factored_norm` in quantization/operators.py; its ||W||^2 is computed once, in fp32, at load. The
-trained parameter is m - ||W||, not m: bf16 adapters (--precision bf16) would round m by up to 0.4%, more than
-it moves in most runs. The difference is rounded by 0.4% of the difference only.
+The norm is `factored_norm` in quantization/dora_operators.py; its ||W||^2 is computed once, in fp32, at load.
+The trained parameter is m - ||W||, not m: bf16 adapters (--precision bf16) would round m by up to 0.4%, more
+than it moves in most runs. The difference is rounded by 0.4% of the difference only.
 
 Shapes: O output features, I input features, R rank, T tokens.
 """
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.lora import LoRALinear
+from quantization.dora_operators import TINY, factored_norm, mark_saved, project4bit
 from quantization.layer import Linear4bit
-from quantization.operators import TINY, factored_norm, mark_saved, project4bit
 from quantization.quantizers import PackedWeight
 
 _reuses_norms = True  # switched by `without_norm_reuse`

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.lora import LowRankModule
+from quantization.dora_operators import TINY, factored_norm, mark_saved
 from quantization.grouped_adapters import scale_rows
 from quantization.grouped_operators import ALIGNMENT, experts_of_rows, grouped_linear
 from quantization.layer import Part
-from quantization.operators import TINY, compute_dtype, factored_norm, mark_saved
+from quantization.operator_registry import compute_dtype
 from quantization.quantizers import PackedWeight, Quantizer
 from quantization.stacked import StackedLinear, StackedLinear4bit
 

@@ -26,7 +26,7 @@ from quantization.layer import (
     quantizer_for,
     stored_shape,
 )
-from quantization.operators import compute_dtype
+from quantization.operator_registry import compute_dtype
 from quantization.quantizers import PackedWeight, Quantizer
 from quantization.stacked import StackedLinear, StackedLinear4bit
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from data.rows import IGNORE
 from launch.devices import triton_runs_on
-from quantization.operators import compute_dtype
+from quantization.operator_registry import compute_dtype
 
 # torch 2.13 has new names for them, and warns about the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

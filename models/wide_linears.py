@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from models.family import Family
-from quantization.operators import compute_dtype
+from quantization.operator_registry import compute_dtype
 
 EXPONENT_BITS = 0x7F800000  # of an fp32 number
 

@@ -28,8 +28,9 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node, map_arg
 
-from quantization import grouped_operators
+from quantization import dora_operators, grouped_operators
 from quantization import operators as linear4bit
+from quantization.operator_registry import WITHOUT_GRADIENT
 
 ops = torch.ops
 SUM, MULTIPLY = ops.aten.sum.dim_IntList, ops.aten.mul.Tensor
@@ -40,6 +41,12 @@ LINEAR_BACKWARD = ops.fsdp_finetune.linear4bit_backward.default
 VIEWS = {ops.aten.view.default, ops.aten._unsafe_view.default, ops.aten.reshape.default}
 COPIES = {ops.aten.clone.default, ops.aten.alias.default}  # Inductor removes most of them later
 CASTS = {ops.prims.convert_element_type.default, ops.aten._to_copy.default}
+
+
+def _hash_files() -> bytes:
+    """Return a hash of this file and the operators': a cached graph has their gradients as of then."""
+    modules = linear4bit, dora_operators, grouped_operators
+    return get_hash_for_files((__file__, *(module.__file__ for module in modules)))
 
 
 class JointGraphPass(CustomGraphPass):
@@ -55,8 +62,7 @@ class JointGraphPass(CustomGraphPass):
             merge_adapter_backwards(graph, backwards)
 
     def uuid(self) -> bytes:
-        # The operators' file too: a cached graph has its operators' gradients, as they were then.
-        return get_hash_for_files((__file__, linear4bit.__file__, grouped_operators.__file__))
+        return _hash_files()
 
 
 class PartitionedGraphPass(CustomGraphPass):
@@ -71,10 +77,10 @@ class PartitionedGraphPass(CustomGraphPass):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         for node in graph.nodes:
-            node.target = linear4bit.WITHOUT_GRADIENT.get(node.target, node.target)
+            node.target = WITHOUT_GRADIENT.get(node.target, node.target)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__, linear4bit.__file__, grouped_operators.__file__))
+        return _hash_files()
 
 
 def hoist_sum(graph: Graph, total: Node) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from quantization.grouped_operators import experts_of_rows, sum_rows
-from quantization.operators import register_operator
+from quantization.operator_registry import register_operator
 
 
 def _fake_scale_rows(y, scale, offsets):

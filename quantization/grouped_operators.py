@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from launch.devices import grouped_matmul_runs_on, triton_runs_on
-from quantization.operators import quantizer_of, register_operator
+from quantization.operator_registry import quantizer_of, register_operator
 
 ALIGNMENT = 8  # elements of 16 bits: the kernel loads 16 bytes at a time
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantization.operators import compute_dtype, dequantize, linear4bit, register_quantizer, round_rows
+from quantization.operator_registry import compute_dtype, register_quantizer
+from quantization.operators import dequantize, linear4bit, round_rows
 from quantization.packing import pack_weight
 from quantization.quantizers import PackedWeight, Quantizer, flat_bytes
 from quantization.rounded import fits

@@ -12,44 +12,18 @@ Shapes: O output features, I input features, R rank, T tokens (all leading dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.library import CustomOpDef
 
 from launch.devices import triton_runs_on
-from quantization.quantizers import Quantizer
+from quantization.operator_registry import quantizer_of, register_operator
 from quantization.rounded import ROUNDINGS, RoundedWeight, multiply
 from quantization.rounded import round_rows as round_rows_of
 
-TINY = torch.finfo(torch.float32).tiny
 ROUNDED_AT_ONCE = 2**26  # elements of a gradient
-
-# Operators take numbers, strings and tensors, so a quantizer is passed by name.
-_QUANTIZERS: dict[str, Quantizer] = {}
-
-
-def register_quantizer(quantizer: Quantizer) -> str:
-    """Register a quantizer for this module's operators; return its name there, one for equal quantizers."""
-    _QUANTIZERS[str(quantizer)] = quantizer
-    return str(quantizer)
-
-
-def quantizer_of(name: str) -> Quantizer:
-    """Return the quantizer that is registered by this name."""
-    return _QUANTIZERS[name]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a linear computes in: autocast's within autocast, else x's.
-
-    For operators that autocast does not handle.
-    """
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def dequantize(
@@ -69,7 +43,7 @@ def dequantize(
     """
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
-    return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
+    return quantizer_of(quantizer).dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
 
 
 def _rounded_weight(
@@ -84,7 +58,7 @@ def _rounded_weight(
     packed, quantizer, shape, row_scale: as for `dequantize`; rounding: name of one of ROUNDINGS.
     """
     codes, scales, table = packed
-    raw = codes.view(torch.uint8), scales.view(torch.uint8), table, _QUANTIZERS[quantizer]
+    raw = codes.view(torch.uint8), scales.view(torch.uint8), table, quantizer_of(quantizer)
     return RoundedWeight(*raw, (shape[0], shape[1]), row_scale, ROUNDINGS[rounding])
 
 
@@ -93,38 +67,9 @@ def _concatenates_branch(x: Tensor, quantizer: str, shape: Sequence[int], rank: 
 
     If the output is several times as wide as x, copying x costs less than writing the output a second time.
     """
-    whole_blocks = shape[1] % _QUANTIZERS[quantizer].block == 0
+    whole_blocks = shape[1] % quantizer_of(quantizer).block == 0
     aligned = (shape[1] + rank) % 8 == 0  # to 16 bytes, which fast matmuls need
     return x.is_cuda and shape[0] >= 2 * shape[1] and whole_blocks and aligned
-
-
-_LIBRARY = torch.library.Library("fsdp_finetune", "FRAGMENT")
-
-# Autograd-free twins of the operators, for compiled graphs that are not differentiated any more. The
-# dispatcher calls Python for the gradient too, even without one: 70 of a call's 263 us on the host.
-WITHOUT_GRADIENT: dict[OpOverload, OpOverload] = {}
-
-
-def register_operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
-    """Return a decorator that registers a function as an operator, and its twin without a gradient.
-
-    schema: of arguments and result, in torch's notation. fake: computes the result's shape and dtype, for
-    tensors without contents.
-    """
-
-    def register(compute: Callable) -> CustomOpDef:
-        name = f"fsdp_finetune::{compute.__name__}"
-        operator = torch.library.custom_op(name, compute, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        twin = f"{compute.__name__}_without_gradient"
-        _LIBRARY.define(twin + schema)
-        _LIBRARY.impl(twin, compute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fsdp_finetune::{twin}", fake, lib=_LIBRARY)
-        ops = torch.ops.fsdp_finetune
-        WITHOUT_GRADIENT[getattr(ops, compute.__name__).default] = getattr(ops, twin).default
-        return operator
-
-    return register
 
 
 _PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor? row_scale"
@@ -374,49 +319,3 @@ def _backward(ctx, grad):
 
 
 linear4bit.register_autograd(_backward, setup_context=_setup_context)
-
-
-def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squared_norm: Tensor) -> Tensor:
-    """Return ||W + s B A|| of each row: [O], fp32, without a gradient. All may have leading dimensions.
-
-    W + s B A is never materialised, which would round it to W's dtype:
-
-        ||W + s B A||^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
-
-    Args:
-        projected: W A^T [O, R].
-        a, b: A [R, I] and B [O, R], in the dtype that they are trained in.
-        scaling: s.
-        squared_norm: ||W||^2 of each row, [O] fp32.
-    """
-    exact_a, b = a.float(), b.float()
-    # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes. s/2 is not the
-    # sum's alpha: on a CPU the compiler would make an addmm of that and drop s/2 (similar to pytorch#167313).
-    half = projected + b @ (exact_a @ exact_a.mT * (scaling / 2))
-    norm = torch.add(squared_norm, (half * b).sum(-1), alpha=2 * scaling)
-    return norm.clamp_min(TINY).sqrt()  # rounding may give less than 0 where W = -s B A
-
-
-def _fake_project4bit(codes, scales, table, quantizer, shape, a):
-    return a.new_empty(shape[0], a.shape[0])
-
-
-@register_operator(
-    "(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor a) -> Tensor",
-    _fake_project4bit,
-)
-def project4bit(codes, scales, table, quantizer, shape, a):
-    """Return W a^T for a packed W: [O, R] in a's dtype. Without a gradient.
-
-    Args:
-        codes, scales, table, quantizer: the packed W and its format, as for `dequantize`.
-        shape: (O, I).
-        a: [R, I].
-    """
-    return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
-
-
-@register_operator("(Tensor x) -> Tensor", torch.empty_like)
-def mark_saved(x):
-    """Return a copy of x, marked by this operator for a checkpointing policy to save. Without a gradient."""
-    return x.clone()

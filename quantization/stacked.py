@@ -18,7 +18,7 @@ from torch import nn
 
 from quantization.grouped_operators import grouped_linear, grouped_linear4bit, grouped_project4bit
 from quantization.layer import STORAGE, ConvertingModule, Part, to_storage
-from quantization.operators import compute_dtype, register_quantizer
+from quantization.operator_registry import compute_dtype, register_quantizer
 from quantization.packing import pack_weight
 from quantization.quantizers import PackedWeight, Quantizer
 

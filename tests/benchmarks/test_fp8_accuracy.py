@@ -195,7 +195,7 @@ def test_runs_differ_only_in_what_is_compared(packages, tmp_path, monkeypatch):
     first, *others = runs.commands
     assert (first.train_type, first.model_name) == ("full", str(tmp_path / "out" / "random"))
     assert first.max_steps == round(0.02e6 / (3 * 1024)) and first.batch_size == 3
-    free = {"train_type", "output_dir", "seed", "vision_bits"}  # the last: None for lora
+    free = {"train_type", "output_dir", "seed", "vision_bits", "base_matmul"}  # the last two: None for lora
     settings = [{k: v for k, v in vars(config).items() if k not in free} for config in others]
     assert all(each == settings[0] for each in settings)
     assert settings[0]["model_name"] == str(tmp_path / "out" / "pretraining")

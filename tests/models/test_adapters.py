@@ -15,6 +15,7 @@ from models.dora import DoRALinear
 from models.lora import LoRALinear
 from options.methods import METHODS
 from quantization import operators
+from quantization.dora_operators import factored_norm
 from quantization.hqq import HQQ
 from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
@@ -72,7 +73,7 @@ def test_compiled_norm_is_the_eager_norm():
     """In fp32, by Inductor, which once dropped s/2. Other tests compare graphs that are not lowered."""
     a, b, projected = torch.randn(R, I) * 0.1, torch.randn(O, R) * 0.1, torch.randn(O, R)
     operands = projected, a, b, ALPHA / R, torch.full((O,), 64.0)
-    expected, compiled = operators.factored_norm(*operands), torch.compile(operators.factored_norm)
+    expected, compiled = factored_norm(*operands), torch.compile(factored_norm)
     torch.testing.assert_close(compiled(*operands), expected, rtol=1e-6, atol=0)
 
 

@@ -34,7 +34,7 @@ from parallel.inductor_passes import (
     PartitionedGraphPass,
 )
 from quantization import operators as linear4bit
-from quantization.operators import WITHOUT_GRADIENT
+from quantization.operator_registry import WITHOUT_GRADIENT
 from tests.helpers.compiled import CHECKPOINTED, loss_compiled_with, two_step_args
 from tests.helpers.distributed import cache_results
 from tests.helpers.parity import PLAIN, arguments, assert_same
