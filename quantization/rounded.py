@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -147,14 +148,10 @@ class RoundedWeight:
         return is_float and self.quantizer.has_4bit_blocks_of_64 and triton_runs_on(self.codes.device)
 
 
-_ONES: dict[torch.device, Tensor] = {}
-
-
+@cache
 def _ones(n: int, device: torch.device) -> Tensor:
-    """Return n ones: fp32, on the device (cached)."""
-    if device not in _ONES or len(_ONES[device]) < n:
-        _ONES[device] = torch.ones(n, device=device)
-    return _ONES[device][:n]
+    """Return n ones: fp32, on the device (cached). They are never freed: CUDA graphs hold their address."""
+    return torch.ones(n, device=device)
 
 
 def multiply(

@@ -11,7 +11,7 @@ from torch import nn
 from quantization.hqq import HQQ
 from quantization.layer import round_matmuls
 from quantization.nf4 import NF4
-from quantization.rounded import ROUNDINGS, fits, round_rows
+from quantization.rounded import ROUNDINGS, _ones, fits, round_rows
 from tests.helpers.layers import quantized
 
 ROWS, WIDTH, RANK = 48, 128, 8
@@ -164,3 +164,11 @@ def test_compiled_layer_rounds_an_x_once(rounding):
     torch.testing.assert_close(grads, torch.autograd.grad(both(x).sum(), x))
     roundings = [n for g in graphs for n in g.graph.nodes if "round_rows" in str(n.target)]
     assert len(roundings) == 1
+
+
+def test_cached_ones_keep_their_address():
+    """A CUDA graph that was recorded with them reads it, also after a wider layer has been run."""
+    device = torch.device("cpu")
+    first = _ones(4, device)
+    assert _ones(8, device).sum() == 8
+    assert _ones(4, device) is first and (first == 1).all()
