@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from files.weight_headers import WeightHeaders
 from launch.gpus import Gpu
 from launch.precision import Precision
 from models.adapters import choose_quantizers, packed_linears
+from models.experts import expert_prefixes
 from models.family import Family
+from models.registry import build_on_meta
 from options.config import Config
 from options.errors import UserError
 from quantization.rounded import ROUNDINGS, fits
@@ -42,21 +44,22 @@ def check_base_matmul(base_matmul: str | None, gpu: Gpu | None, precision: Preci
 
 
 def remark_on_matmuls(
-    model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders
+    model_config: PretrainedConfig, family: Family, config: Config, files: WeightHeaders
 ) -> tuple[str, ...]:
-    """Return a line that says which linears stay in 16 bits with --base_matmul; empty if none does.
-
-    model: on meta, as `build_on_meta` returns it.
-    """
+    """Return lines that say which linears stay in 16 bits with --base_matmul; empty if none does."""
     if config.base_matmul in (None, "16bit"):
         return ()
+    model = build_on_meta(model_config, family)  # takes seconds with many experts
     names = [n for n in packed_linears(model, family, config, files) if family.locate_layer(n)[0] is not None]
-    quantizers = choose_quantizers(names, config, files)
+    in_experts, option = expert_prefixes(model), f"--base_matmul {config.base_matmul}"
+    plain = [name for name in names if not name.startswith(in_experts)]
+    remarks = [f"{option}: routed experts multiply in 16 bits"] if len(plain) < len(names) else []
+    quantizers = choose_quantizers(plain, config, files)
     others = [n for n, q in quantizers.items() if not fits(model.get_parameter(f"{n}.weight").shape, q.block)]
-    if not others:
-        return ()
-    shape = " x ".join(str(n) for n in model.get_parameter(f"{others[0]}.weight").shape)
-    return (
-        f"--base_matmul {config.base_matmul}: {len(others)} of {len(names)} linears multiply in 16 bits:"
-        f" sizes that are not multiples of 16, or not of a block; the first is {others[0]}, {shape}",
-    )
+    if others:
+        shape = " x ".join(str(n) for n in model.get_parameter(f"{others[0]}.weight").shape)
+        remarks.append(
+            f"{option}: {len(others)} of {len(plain)} linears multiply in 16 bits: sizes that are not"
+            f" multiples of 16, or not of a block; the first is {others[0]}, {shape}"
+        )
+    return tuple(remarks)

@@ -129,7 +129,7 @@ def _make_job(config: Config) -> Job:
             *evaluation.remarks,
             *model_remarks,
             *filter(None, [describe_left_matrices(model.family, config), describe_expert_dora(config)]),
-            *remark_on_matmuls(build_on_meta(model.config, model.family), model.family, config, model.files),
+            *remark_on_matmuls(model.config, model.family, config, model.files),
             *(adapter.remarks if adapter else ()),
             *describe_adopted(config, unsettled if saved else []),
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -13,7 +12,7 @@ import evaluate
 import train
 from launch.gpus import GPUS
 from launch.precision import choose_precision
-from models.registry import build_on_meta, open_weights, read_config
+from models.registry import open_weights, read_config
 from options.errors import UserError
 from options.train import parse
 from tests.helpers.parity import arguments
@@ -67,16 +66,24 @@ def test_fp8_needs_bf16():
         check_base_matmul("fp8", GPUS["h100"], FP16)
 
 
-def test_linears_that_do_not_fit_are_named_once(checkpoints):
-    """The tiny model's down projection reads 160 features, which are no whole blocks of 64."""
-    config = config_of("--base_matmul", "int8")
-    folder = checkpoints("llama")
+def remarks(folder, *words: str) -> tuple[str, ...]:
     model_config, family = read_config(folder)
     files, _, _ = open_weights(folder, model_config, family)
-    (remark,) = remark_on_matmuls(build_on_meta(model_config, family), family, config, files)
+    return remark_on_matmuls(model_config, family, config_of(*words), files)
+
+
+def test_linears_that_do_not_fit_are_named_once(checkpoints):
+    """The tiny model's down projection reads 160 features, which are no whole blocks of 64."""
+    (remark,) = remarks(checkpoints("llama"), "--base_matmul", "int8")
     assert "3 of 21 linears multiply in 16 bits" in remark and "mlp.down_proj, 64 x 160" in remark
-    plain = dataclasses.replace(config, base_matmul="16bit")
-    assert remark_on_matmuls(build_on_meta(model_config, family), family, plain, files) == ()
+    assert remarks(checkpoints("llama"), "--base_matmul", "16bit") == ()
+
+
+def test_routed_experts_are_named_apart(checkpoints):
+    """They are stacked, whatever their shape. Layer 0 has a plain MLP."""
+    experts, others = remarks(checkpoints("qwen3_moe"), "--base_matmul", "int8")
+    assert experts == "--base_matmul int8: routed experts multiply in 16 bits"
+    assert "1 of 15 linears" in others and "layers.0.mlp.down_proj" in others
 
 
 def close(a: tuple, b: tuple) -> None:
