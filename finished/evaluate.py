@@ -47,7 +47,7 @@ from monitoring.run_facts import EVALUATION, FACTS
 from options.errors import UserError
 from options.evaluate import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
-from training.base_matmul import check_base_matmul
+from training.base_matmul import check_base_matmul, remark_on_matmuls
 from training.run_images import explain_refused_images
 
 
@@ -182,7 +182,12 @@ def evaluate(options: Options) -> dict:
     add_special_tokens = bool(rendered) and rendered[0].add_special_tokens
     encoded = encode(tokenizer, [row.text for row in rendered], add_special_tokens)
     tokens = torch.tensor([token for ids, _ in encoded for token in ids])
-    remarks = (*remarks, *describe_unknown_tokens(tokens, tokenizer))
+    rounded = dataclasses.replace(run.config, base_matmul=options.base_matmul)
+    remarks = (
+        *remarks,
+        *describe_unknown_tokens(tokens, tokenizer),
+        *remark_on_matmuls(run.model_config, run.family, rounded, run.files),
+    )
     for remark in (*remarks, *describe_joined_prompts(rendered, tokenizer)):
         print(remark, flush=True)
     stop_ids = find_stop_ids(run, tokenizer)
@@ -217,6 +222,7 @@ def evaluate(options: Options) -> dict:
         "context_length": run.config.context_length,
         "cut": {"base": base_scores.truncated, "tuned": tuned_scores.truncated},
         "dtype": str(dtype).removeprefix("torch."),
+        "base_matmul": options.base_matmul,
         "scored_with": scored_with(names, [p.answer for p in inputs.prompts]),
         "metrics": {
             name: {"base": base_scores.values[name], "tuned": value}

@@ -125,8 +125,12 @@ def test_a_run_says_what_it_was_trained_against_and_is_evaluated_in_16_bits(
         evaluation = (
             f"--dataset {alpaca_file} --samples 8 --metrics perplexity --base_matmul {way} --out {out}"
         )
+        capsys.readouterr()
         assert evaluate.main([str(run), *evaluation.split()]) == 0
-        scores[way] = json.loads(out.read_text())["metrics"]["perplexity"]["tuned"]
+        assert ("3 of 21 linears multiply in 16 bits" in capsys.readouterr().out) == (way == "int8")
+        results = json.loads(out.read_text())
+        assert results["base_matmul"] == way
+        scores[way] = results["metrics"]["perplexity"]["tuned"]
     assert scores["16bit"] != scores["int8"]
     assert abs(scores["int8"] / scores["16bit"] - 1) < 0.05
     capsys.readouterr()
