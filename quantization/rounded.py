@@ -74,10 +74,11 @@ def round_rows(x: Tensor, rounding: Rounding, column_scale: Tensor | None = None
         rounding: the format.
         column_scale: [K] fp32, or None for ones.
     """
+    x = x.contiguous()  # so that the results are, as compiled code expects
     if triton_runs_on(x.device) and rounding.dtype.is_floating_point:
         from quantization.rounded_kernel import round_rows  # Triton comes with torch's CUDA builds only
 
-        return round_rows(x.contiguous(), rounding.largest, column_scale)
+        return round_rows(x, rounding.largest, column_scale)
     exact = x.float() if column_scale is None else x.float() * column_scale
     largest = exact.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     rounded = exact * (torch.full_like(largest, rounding.largest) / largest)

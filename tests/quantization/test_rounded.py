@@ -11,6 +11,7 @@ from torch import nn
 from quantization.hqq import HQQ
 from quantization.layer import round_matmuls
 from quantization.nf4 import NF4
+from quantization.operators import round_rows as round_operator
 from quantization.rounded import ROUNDINGS, _ones, fits, round_rows
 from tests.helpers.layers import quantized
 
@@ -172,3 +173,10 @@ def test_cached_ones_keep_their_address():
     first = _ones(4, device)
     assert _ones(8, device).sum() == 8
     assert _ones(4, device) is first and (first == 1).all()
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_operator_returns_what_a_compiler_is_told(rounding):
+    """Also the strides, for an x of columns one after the other."""
+    for x in (torch.randn(2, 3, WIDTH), torch.randn(WIDTH, 3).t(), torch.randn(0, WIDTH)):
+        torch.library.opcheck(round_operator._opoverload, (x, rounding))
