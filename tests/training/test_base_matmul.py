@@ -1,4 +1,4 @@
-"""--base_matmul: where it is refused, what it leaves in a run, and that sharding changes nothing under it."""
+"""--base_matmul: where it is refused, what it leaves in a run, and that sharding changes nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import evaluate
 import train
 from launch.gpus import GPUS
 from launch.precision import choose_precision
+from models.family import FUSED
 from models.registry import open_weights, read_config
 from options.errors import UserError
 from options.train import parse
+from tests.helpers.packing import loss_and_gradients, packed_batch, padded_batch
 from tests.helpers.parity import arguments
-from tests.helpers.runs import train_run
+from tests.helpers.runs import set_up, train_run
 from training.base_matmul import check_base_matmul, remark_on_matmuls
 
 BF16, FP16 = (choose_precision(mode, True, True) for mode in ("bf16", "fp16_autocast"))
@@ -93,7 +95,7 @@ def close(a: tuple, b: tuple) -> None:
 
 
 @pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
-def test_sharding_checkpointing_and_packing_change_nothing(
+def test_sharding_offload_and_checkpointing_change_nothing(
     train_type, checkpoints, alpaca_file, plain_run, two_ranks
 ):
     args = [*arguments(checkpoints("llama"), alpaca_file, train_type), "--base_matmul", "int8"]
@@ -106,6 +108,28 @@ def test_sharding_checkpointing_and_packing_change_nothing(
     for options in ("", "--use_cpu_offload"):
         sharded = two_ranks(train_run, [*args, "--batch_size", "2", *options.split()])[0]
         close(sharded, alone)
+
+
+def learn_seven_rows(rank_info, argv) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Return (loss, gradients) of the seven rows, padded and packed."""
+    _, model = set_up(rank_info, argv)
+    model.train().set_attn_implementation(FUSED)
+    return [loss_and_gradients(model, batch) for batch in (padded_batch(), packed_batch())]
+
+
+@pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
+def test_packing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank):
+    args = [*arguments(checkpoints("llama"), alpaca_file, train_type), "--base_matmul"]
+    padded, packed = one_rank(learn_seven_rows, [*args, "int8"])[0]
+    plain, _ = one_rank(learn_seven_rows, [*args, "16bit"])[0]
+    assert packed[0] == pytest.approx(padded[0], rel=1e-4)
+
+    def error(name: str, other: tuple) -> float:
+        """Of a gradient, relative to the padded rows'."""
+        return float((other[1][name] - padded[1][name]).norm() / padded[1][name].norm())
+
+    for name in padded[1]:
+        assert error(name, packed) < 1e-3 < error(name, plain), name
 
 
 def test_a_run_says_what_it_was_trained_against_and_is_evaluated_in_16_bits(
