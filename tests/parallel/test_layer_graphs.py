@@ -21,12 +21,15 @@ from parallel.layer_graphs import (
     MAX_COUNTED,
     MAX_RECORDINGS,
     GpuWaits,
+    describe_kind,
     put_together,
     take_apart,
 )
 from parallel.recorded_layer import NotRecordable
+from quantization.layer import round_matmuls
 from tests.helpers.compiled import EXTRA_GRAPHS, LAYERS
 from tests.helpers.layer_graphs import Graphed, Layer, RepeatedCalls, graphed_run
+from tests.helpers.layers import quantized
 from tests.helpers.parity import arguments, assert_same
 
 STEPS = ["--max_steps", "6", "--num_epochs", "4"]
@@ -95,6 +98,14 @@ def test_a_layer_that_differs_runs_as_ever():
         "--cuda_graphs: a layer differs from the one that is recorded: it runs without graphs"
         in graphed.lines
     )
+
+
+def test_a_rounded_layer_is_of_another_kind():
+    """--base_matmul: a linear whose shape does not fit stays in 16 bits."""
+    layers = [quantized(torch.randn(32, 64), torch.float32) for _ in range(3)]
+    round_matmuls({"": layers[2]}, "int8")
+    kinds = [describe_kind(layer) for layer in layers]
+    assert kinds[0] == kinds[1] != kinds[2]
 
 
 def test_parameters_may_move_and_change():
