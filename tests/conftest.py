@@ -11,6 +11,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import zlib
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
@@ -38,6 +40,15 @@ def pytest_collection_modifyitems(items):
         for marker, needed in (("gpu", 1), ("two_gpus", 2)):
             if item.get_closest_marker(marker) and gpus < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), found {gpus}"))
+
+
+@pytest.fixture(autouse=True)
+def _random_numbers(request):
+    """Give each test random numbers of its own, the same at each run, also within other tests or workers."""
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(scope="session")
