@@ -32,6 +32,7 @@ from torch import Tensor
 from launch.devices import triton_runs_on
 from quantization.quantizers import Quantizer
 
+MULTIPLIED_AT_ONCE = 2**25  # elements of a result, where the sums of its products take 8 bytes each
 SMALLEST = 2.0**-100  # the least that a row's largest value counts as: a row of zeros has no scale
 
 
@@ -185,13 +186,19 @@ def multiply(
         if len(a):
             torch._scaled_mm(*operands, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
         return out
+    step = max(1, MULTIPLIED_AT_ONCE // len(b))
+    for rows, scale, result in zip(a.split(step), a_scale.split(step), out.split(step), strict=True):
+        y = _multiply_exactly(rows, b).mul_(scale[:, None])
+        if b_scale is not None:
+            y *= b_scale
+        result.copy_(y if bias is None else y + bias)
+    return out
+
+
+def _multiply_exactly(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T without the scales: [T, N] fp32. a, b: as for `multiply`."""
     if a.dtype.is_floating_point:
-        y = a.float() @ b.float().t()
-    else:
-        # On GPUs torch._int_mm needs more than 16 rows.
-        rows = torch.nn.functional.pad(a, (0, 0, 0, max(0, 17 - len(a))))
-        y = torch._int_mm(rows, b.t())[: len(a)].float()
-    y *= a_scale[:, None]
-    if b_scale is not None:
-        y *= b_scale
-    return out.copy_(y if bias is None else y + bias)
+        return a.float() @ b.float().t()
+    # On GPUs torch._int_mm needs more than 16 rows.
+    rows = torch.nn.functional.pad(a, (0, 0, 0, max(0, 17 - len(a))))
+    return torch._int_mm(rows, b.t())[: len(a)].float()

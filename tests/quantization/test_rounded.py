@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from quantization import operators, rounded
 from quantization.hqq import HQQ
 from quantization.layer import round_matmuls
 from quantization.nf4 import NF4
-from quantization.operators import round_rows as round_operator
 from quantization.rounded import ROUNDINGS, _ones, fits, round_rows
 from tests.helpers.layers import quantized
 
@@ -167,6 +167,20 @@ def test_compiled_layer_rounds_an_x_once(rounding):
     assert len(roundings) == 1
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_parts_of_a_result_are_those_of_the_whole(rounding, monkeypatch):
+    """Sums in 32 bits, and gradients that are rounded, are in memory for a part of the tokens only."""
+    layer, x = rounded_layer(NF4(), rounding, bias=torch.randn(ROWS)), torch.randn(50, WIDTH).requires_grad_()
+    whole = layer(x)
+    grad = torch.randn_like(whole)
+    (whole_grad,) = torch.autograd.grad(whole, x, grad)
+    monkeypatch.setattr(rounded, "MULTIPLIED_AT_ONCE", 20 * WIDTH)
+    monkeypatch.setattr(operators, "ROUNDED_AT_ONCE", 20 * ROWS)
+    y = layer(x)
+    torch.testing.assert_close(y, whole)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], whole_grad)
+
+
 def test_cached_ones_keep_their_address():
     """A CUDA graph that was recorded with them reads it, also after a wider layer has been run."""
     device = torch.device("cpu")
@@ -179,4 +193,4 @@ def test_cached_ones_keep_their_address():
 def test_operator_returns_what_a_compiler_is_told(rounding):
     """Also the strides, for an x of columns one after the other."""
     for x in (torch.randn(2, 3, WIDTH), torch.randn(WIDTH, 3).t(), torch.randn(0, WIDTH)):
-        torch.library.opcheck(round_operator._opoverload, (x, rounding))
+        torch.library.opcheck(operators.round_rows._opoverload, (x, rounding))
