@@ -29,8 +29,8 @@ from options.presets import describe_preset
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Options that decide the result. The others say where and how fast it was computed.
 CARD_OPTIONS = (
-    "train_type", "preset", "n_bits", "group_size", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout",
-    "lora_target_modules", "lora_expert_rank", "train_embeddings", "train_router",
+    "train_type", "preset", "n_bits", "group_size", "base_matmul", "lora_rank", "lora_alpha", "use_rslora",
+    "lora_dropout", "lora_target_modules", "lora_expert_rank", "train_embeddings", "train_router",
     "dataset_format", "dataset_samples", "context_length", "num_epochs", "max_steps", "batch_size",
     "gradient_accumulation_steps", "world_size", "optimizer", "lr", "lora_plus_ratio", "lr_scheduler",
     "lr_warmup", "wd",

@@ -366,6 +366,8 @@ def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     assert "\nbase_model: meta-llama/Llama-2-7b-hf\ndatasets:\n- yahma/alpaca-cleaned\n" in text
     assert "Final loss: not known" in text
     assert "\npipeline_tag: text-generation\n" in text and "vision" not in text
+    text = render_card(dataclasses.replace(config, base_matmul="fp8"), tmp_path, "x", "t", "w", "peft")
+    assert "\n| base_matmul | fp8 |\n" in text
     config = dataclasses.replace(config, images="true", vision_targets="all", vision_bits=4, image_size=448)
     text = render_card(config, tmp_path, "google/gemma-3-4b-it", "t", "w", "peft")
     assert "\npipeline_tag: image-text-to-text\n" in text
