@@ -218,7 +218,7 @@ LOST = {
     "one sequence stays on one GPU": "sequence_parallel_degree context_parallel_size tensor_parallel_size"
         " sequence_parallel_size parallelism_config dp_shard_size dp_replicate_size tensor_parallel"
         " parallelism_config_cp_size parallelism_config_tp_size",
-    "weights are not trained in fp8 or with fake quantization":
+    "weights are not trained in fp8 or with fake quantization; with a 4-bit base see --base_matmul":
         "fp8 fp8_config qat quantization enable_fp8 fp8_backend",
     "DeepSpeed does not run here; give its file to `python -m tools.migrate`": "deepspeed"
         " deepspeed_config_file deepspeed_config",
