@@ -167,6 +167,29 @@ def test_compiled_layer_rounds_an_x_once(rounding):
     assert len(roundings) == 1
 
 
+@pytest.mark.parametrize("roundings", [("int8", ""), ("", "int8"), ("int8", "fp8")])
+def test_backward_of_several_linears_is_the_sum_of_each(roundings):
+    """The compiler merges those of one x; a linear whose shape does not fit stays in 16 bits among them."""
+    layers = [quantized(torch.randn(ROWS, WIDTH), torch.float32) for _ in roundings]
+    grads, grad_h = [torch.randn(5, ROWS) for _ in layers], torch.randn(5, 2 * RANK)
+    a = [torch.randn(RANK, WIDTH) for _ in layers]
+
+    scales = [torch.randn(ROWS), None]
+
+    def backward(chosen: list[int], h: torch.Tensor) -> torch.Tensor:
+        packed = [[getattr(layers[i], name) for i in chosen] for name in ("codes", "scales", "table")]
+        names = [layers[i].quantizer_name for i in chosen]
+        own_grads, own_scales, own_a, own_roundings = (
+            [values[i] for i in chosen] for values in (grads, scales, a, roundings)
+        )
+        shapes = [*layers[0].shape] * len(chosen)
+        more = own_scales, h, own_a, [], own_roundings
+        return operators.linear4bit_backward(own_grads, *packed, names, shapes, *more)
+
+    each = [backward([i], h) for i, h in enumerate(grad_h.split(RANK, 1))]
+    torch.testing.assert_close(backward([0, 1], grad_h), each[0] + each[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_parts_of_a_result_are_those_of_the_whole(rounding, monkeypatch):
     """Sums in 32 bits, and gradients that are rounded, are in memory for a part of the tokens only."""
