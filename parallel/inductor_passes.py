@@ -174,7 +174,7 @@ def merge_adapter_backwards(graph: Graph, backwards: list[Node]) -> None:
     """Replace the adapter_backward nodes of linears of one x by one, and if possible their x gradients too.
 
     The gradients of x stay apart if their sum contains others: from a linear between them that has no A, or
-    where each linear rounded x for itself. backwards: the nodes.
+    where each linear cast x for itself. backwards: the nodes.
     """
     grads, h_list, a_list, b_list = ([_operand(node, i)[0] for node in backwards] for i in (0, 2, 3, 4))
     results = [{n.args[1]: n for n in node.users} for node in backwards]
