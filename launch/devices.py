@@ -9,6 +9,9 @@ import torch
 # Compute capabilities with a kernel of torch._grouped_mm. On other GPUs it loops, and the host waits; there
 # quantization/grouped_kernel.py takes its place.
 GROUPED_CAPABILITIES = (9, 10)
+# Those of them whose kernel leaves arbitrary numbers in the product of a group without rows: the gradient of
+# an idle expert's weight (pytorch#172439, NVIDIA/cutlass#2674).
+UNFILLED_CAPABILITIES = (10,)
 
 
 @cache
@@ -21,6 +24,12 @@ def triton_runs_on(device: torch.device) -> bool:
 def grouped_matmul_runs_on(device: torch.device) -> bool:
     """Whether torch has a kernel that multiplies groups of rows with a matrix each, on this device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
+
+
+@cache
+def grouped_matmul_fills_all(device: torch.device) -> bool:
+    """Whether that kernel writes zeros as the gradient of the weight of a group without rows."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in UNFILLED_CAPABILITIES
 
 
 def set_current_device(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from launch.devices import grouped_matmul_runs_on, triton_runs_on
+from launch.devices import grouped_matmul_fills_all, grouped_matmul_runs_on, triton_runs_on
 from quantization.operator_registry import quantizer_of, register_operator
 
 ALIGNMENT = 8  # elements of 16 bits: the kernel loads 16 bytes at a time
@@ -38,6 +38,11 @@ def runs_in_triton(x: Tensor) -> bool:
 def _row_slices(offsets: Tensor) -> list[slice]:
     """Return the rows of each expert. The host waits for the device."""
     return [slice(*ends) for ends in pairwise([0, *offsets.tolist()])]
+
+
+def _begins(offsets: Tensor) -> Tensor:
+    """Return the first row of each expert: [E]."""
+    return torch.cat([offsets.new_zeros(1), offsets[:-1]])
 
 
 def experts_of_rows(offsets: Tensor, rows: int) -> Tensor:
@@ -217,7 +222,11 @@ def grouped_weight_backward(grad, offsets, x):
     """
     grad, x = grad.contiguous(), x.contiguous()
     if runs_grouped(x, grad.shape[1], x.shape[1]):
-        return torch._grouped_mm(grad.t(), x, offs=offsets)
+        weight_grad = torch._grouped_mm(grad.t(), x, offs=offsets)
+        if grouped_matmul_fills_all(x.device):
+            return weight_grad
+        is_idle = offsets == _begins(offsets)
+        return weight_grad.masked_fill_(is_idle[:, None, None], 0)  # what it replaces may be NaN
     if runs_in_triton(x):
         from quantization.grouped_kernel import multiply_transposed
 
@@ -232,8 +241,7 @@ def grouped_weight_backward(grad, offsets, x):
 def sum_rows(x: Tensor, offsets: Tensor) -> Tensor:
     """Return the sum of each expert's rows of x [N, O]: [E, O]. A matmul: its order of additions is fixed."""
     rows = torch.arange(x.shape[0], device=x.device)
-    begins = torch.cat([offsets.new_zeros(1), offsets[:-1]])
-    is_own = (begins[:, None] <= rows) & (rows < offsets[:, None])  # [E, N]
+    is_own = (_begins(offsets)[:, None] <= rows) & (rows < offsets[:, None])  # [E, N]
     return is_own.to(x.dtype) @ x
 
 

@@ -94,6 +94,26 @@ def test_torchs_grouped_matmul_is_the_loop(case, quantizer, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_idle_experts_where_the_kernel_leaves_them(monkeypatch):
+    """On GPUs of compute capability 10 torch's kernel does not write the products of empty groups."""
+    compute = torch._grouped_mm
+
+    def leave_empty_groups(a, b, offs):
+        result = compute(a, b, offs=offs)
+        if b.dim() == 2:
+            counts = torch.diff(offs, prepend=offs.new_zeros(1))
+            result[counts == 0] = float("nan")
+        return result
+
+    monkeypatch.setattr(torch, "_grouped_mm", leave_empty_groups)
+    monkeypatch.setattr(grouped_operators, "runs_grouped", lambda *_: True)
+    monkeypatch.setattr(grouped_operators, "grouped_matmul_fills_all", lambda device: False)
+    _, stacked = stack_like(make_list())
+    run_experts(stacked, *make_routing("idle"))
+    for stack in (stacked.gate_up, stacked.down):
+        assert not stack.weight.grad[E - 1].any() and stack.weight.grad[: E - 1].any()
+
+
 def test_order_of_rows():
     """Rows of one expert keep the tokens' order; offsets are the ends of the experts' rows."""
     index = torch.tensor([[3, 0], [0, 1], [3, 1]])
