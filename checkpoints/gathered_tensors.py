@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
@@ -19,15 +20,15 @@ def gathered_entries(
 ) -> dict[str, TensorEntry]:
     """Return {tensor's name: collective entry} of trained tensors, gathered from the model's parameters.
 
-    A parameter that several tensors fill, a stack of experts, is gathered once for those that follow one
-    another.
+    A parameter that several tensors fill, a stack of experts, is gathered once. It is kept until all of these
+    were written: files may have the tensors of one expert after those of another.
 
     Args:
         model: sharded or not.
         names: the tensors' names in the checkpoint.
         dtypes: {name: dtype to convert to}.
     """
-    gathered = _LastGathered()
+    gathered = _GatheredStacks()
     params = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
     entries = {}
     for name in names:
@@ -35,31 +36,36 @@ def gathered_entries(
         (key,) = parameters_from(module, attribute)
         param, part = params[f"{path}.{key}"], part_of(module, attribute, key)
         shape = tuple(param.shape) if part is None else stored_shape(module, attribute)
+        gathered.left[param] += 1
         chunks = partial(_gather_chunks, gathered, param, part, dtypes[name])
         entries[name] = TensorEntry(dtypes[name], shape, chunks, collective=True)
     return entries
 
 
-class _LastGathered:
-    """The full contents, on the CPU, of the parameter that was gathered last."""
+class _GatheredStacks:
+    """The full contents, on the CPU, of the parameters of which some tensors were written, and not all.
+
+    Attributes:
+        left: number of tensors of each parameter that are not written yet.
+    """
 
     def __init__(self):
-        self.param: nn.Parameter | None = None
-        self.full: torch.Tensor | None = None
+        self.left: Counter[nn.Parameter] = Counter()
+        self.full: dict[nn.Parameter, torch.Tensor] = {}
 
-    def gather(self, param: nn.Parameter) -> torch.Tensor:
-        """Return the full contents of a parameter. Collective."""
-        if param is not self.param:
-            self.full = None  # before the next one is made
-            self.param, self.full = param, gather_to_cpu(param)
-        assert self.full is not None
-        return self.full
+    def take(self, param: nn.Parameter) -> torch.Tensor:
+        """Return the full contents of a parameter, for one of its tensors. Collective the first time."""
+        full = self.full.pop(param) if param in self.full else gather_to_cpu(param)
+        self.left[param] -= 1
+        if self.left[param]:
+            self.full[param] = full
+        return full
 
 
 def _gather_chunks(
-    gathered: _LastGathered, param: nn.Parameter, part: Part | None, dtype: torch.dtype
+    gathered: _GatheredStacks, param: nn.Parameter, part: Part | None, dtype: torch.dtype
 ) -> Iterator:
     """Yield the bytes of a parameter, or of a part of it, converted to `dtype`. Collective."""
-    full = gathered.gather(param).view(-1)
+    full = gathered.take(param).view(-1)
     own = full if part is None else full[part.begin : part.begin + part.numel]
     yield own.to(dtype).contiguous().view(torch.uint8).numpy().data
