@@ -290,6 +290,9 @@ def layer_memory(
     # Latent attention puts its keys together from results of two linears.
     projected = query + value + (latents or key) + widths.result
     outputs = hidden + max(widths.experts_per_token, 1) * hidden  # of attention, and of each expert
+    kept = outputs + (widths.mlp_tensors - 1) * mlp
+    if config.lora_expert_rank:  # and of both matmuls of each branch
+        kept += 2 * mlp + widths.experts_per_token * (hidden + 2 * config.lora_expert_rank)
     weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
     grouped = widths.experts if _multiplies_grouped(precision, gpu) else min(widths.experts, 1)
     if grouped:  # gate and up of all experts are expanded at once
@@ -300,7 +303,7 @@ def layer_memory(
         forward=rows * forward + weight,
         backward=rows * backward + (weight / 2 if grouped else 0),  # down, beside the most activations
         last_backward=rows * (hidden * stream + mlp * width),
-        matmuls=rows * (projected + outputs + (widths.mlp_tensors - 1) * mlp) * width,
+        matmuls=rows * (projected + kept) * width,
     )
 
 

@@ -26,6 +26,7 @@ import models.varlen  # noqa: F401 # registers its operators, and imports torch.
 from launch.devices import triton_runs_on
 from launch.signals import signals_blocked_for_children
 from models.dora import without_norm_reuse
+from models.expert_adapters import StackedLoRA
 from models.family import Family
 from quantization.layer import Linear4bit
 from quantization.stacked import StackedModule
@@ -278,5 +279,8 @@ def _saved_elements(layer: nn.Module, family: Family, experts_per_token: int) ->
     linears = [m for m in layer.modules() if isinstance(m, (nn.Linear, Linear4bit))]
     attention = next(m for m in layer.get_submodule(family.outputs[0]).modules() if m in linears)
     stacks = [m for m in layer.modules() if isinstance(m, StackedModule)]
-    of_experts = experts_per_token * sum(m.parts * m.out_features for m in stacks)
-    return sum(m.out_features for m in linears) + of_experts + attention.in_features
+    of_experts = sum(m.parts * m.out_features for m in stacks)
+    branches = [m for m in layer.modules() if isinstance(m, StackedLoRA)]  # two more grouped matmuls each
+    of_experts += sum(m.lora_A.shape[1] + m.lora_B.shape[1] for m in branches)
+    of_linears = sum(m.out_features for m in linears)
+    return of_linears + experts_per_token * of_experts + attention.in_features

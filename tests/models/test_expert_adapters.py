@@ -8,11 +8,14 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import export
+from models.qwen3_moe import FAMILY
 from options.errors import UserError
 from options.train import parse
+from parallel.activation_checkpointing import MATMULS, _saved_elements
 from quantization.nf4 import NF4
 from tests.helpers.adapters import args_for
 from tests.helpers.bnb_checkpoints import make_single_rank_job
@@ -24,6 +27,8 @@ from tests.helpers.runs import set_up, train_run
 from tests.helpers.stacked_experts import (
     ROUTINGS,
     SCALING,
+    H,
+    K,
     add_adapters,
     make_list,
     make_routing,
@@ -179,6 +184,30 @@ def warm_logits(rank_info, args) -> tuple[torch.Tensor, int]:
     job, model = set_up(rank_info, args)
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), job.config.lora_expert_rank
+
+
+class MatmulResults(TorchDispatchMode):
+    """A context that counts the elements of the results that --activation_budget keeps."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.elements += result.numel() if func in MATMULS else 0
+        return result
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_activation_budget_counts_the_branches(kind):
+    layer = nn.Module()
+    layer.self_attn, layer.experts = nn.Module(), add_adapters(kind, make_list(), NF4())
+    layer.self_attn.o_proj = nn.Linear(H, H)
+    x, index, weights = make_routing("random")
+    with torch.no_grad(), MatmulResults() as results:
+        layer.experts(x, index, weights)
+    of_attention = 2 * H  # what attention returns, and o_proj's result
+    found = _saved_elements(layer, FAMILY, K)
+    assert found == results.elements / len(x) + of_attention
 
 
 def test_bad_expert_ranks(checkpoints, alpaca_file):
