@@ -239,7 +239,8 @@ def layer_memory(
     if adapter == "dora" and latents:  # outputs: queries before their rotation, one projection's, latents
         saved += hidden + query + (0 if width == 4 else latents)
     elif adapter == "dora":  # outputs, for the gradients of magnitudes: query, key, and one projection's
-        saved += (0 if keeps_outputs else hidden) + (0 if names_linears_apart else query + key)
+        saved += 0 if keeps_outputs or widths.experts_per_token else hidden
+        saved += 0 if names_linears_apart else query + key
     widens = widths.widens_product and precision.autocast == torch.float16
     if widens:  # up in fp32; and DoRA's output of it in fp16
         saved += (2 if adapter == "dora" else 1) * mlp
@@ -251,6 +252,8 @@ def layer_memory(
         saved += (widths.experts_per_token + 1) * hidden  # the result of each expert
         if config.lora_expert_rank:  # x of each expert, and A x of gate and up, and of down
             saved += widths.experts_per_token * (hidden + 2 * config.lora_expert_rank)
+            if adapter == "dora":  # outputs, for the gradients of magnitudes
+                saved += widths.experts_per_token * hidden + 2 * mlp
     elif not compiled:
         saved += mlp  # the activation function's result
     if not compiled:
@@ -275,6 +278,8 @@ def layer_memory(
         backward += (mlp + 2 * widths.experts_per_token * hidden) * width
         if config.lora_expert_rank:  # results of base and branch, apart: of gate and up
             backward += 2 * mlp * width
+            if adapter == "dora":  # outputs times their gradients in fp32, and not compiled both factors
+                backward += 2 * mlp * 4 * (1 if compiled else 3)
     else:
         backward += mlp * width * (2 if widths.has_fused_gate or not compiled else 1)
     if adapter and not config.method.quantizer:  # results of base and branch, apart

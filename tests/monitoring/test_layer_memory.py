@@ -99,6 +99,9 @@ def test_packed_rows_have_masks_where_scores_are_dropped(dropout, expected, chec
         ("llama", False),
         ("gemma3", False),
         ("glm4_moe_lite", False),
+        ("qwen3_moe --lora_expert_rank 8", False),
+        pytest.param("qwen3_moe", False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe --lora_expert_rank 8", True, marks=pytest.mark.slow),
         *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("olmo2", "glm4", "exaone4")),
         *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("llama", "gemma3", "olmo2")),
     ],
@@ -108,8 +111,9 @@ def test_dora_saves_the_outputs_that_nothing_else_does(kind, compiled, one_rank,
 
     Compiled, in bf16 and by AOTAutograd alone, whose partitioner decides what is saved.
     """
+    kind, *more = kind.split()
     folder = save_checkpoint(kind, tmp_path / kind, hidden_size=256, intermediate_size=768)
-    options = ["--precision", "bf16" if compiled else "fp32", "--compile", str(compiled).lower()]
+    options = ["--precision", "bf16" if compiled else "fp32", "--compile", str(compiled).lower(), *more]
     planned, measured = [], []
     for train_type in ("qlora", "bnb_dora"):
         args = args_for(folder, alpaca_file, train_type, "--use_gradient_checkpointing", "false", *options)
