@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from models.experts import check_packed_alike
 from models.moe import find_stack
 from options.errors import UserError
 from quantization import grouped_operators
-from quantization.grouped_operators import sort_by_expert
+from quantization.grouped_adapters import scale_rows
+from quantization.grouped_operators import (
+    gather_rows,
+    grouped_linear,
+    grouped_linear_backward,
+    grouped_weight_backward,
+    sort_by_expert,
+)
 from quantization.hqq import HQQ
 from quantization.layer import Part, locate_tensor
 from quantization.nf4 import NF4
@@ -112,6 +120,24 @@ def test_gradients_of_idle_experts_where_the_kernel_leaves_them(monkeypatch):
     run_experts(stacked, *make_routing("idle"))
     for stack in (stacked.gate_up, stacked.down):
         assert not stack.weight.grad[E - 1].any() and stack.weight.grad[: E - 1].any()
+
+
+def test_compiled_code_knows_the_strides_of_results():
+    """For rows of other strides, too: compiled code relies on those of the operators' fakes."""
+    x, offsets = torch.randn(8, 10).t(), torch.tensor([4, 4, 10], dtype=torch.int32)
+    order = torch.randperm(10)
+    for operator, *rest in (
+        (scale_rows, torch.rand(3, 8), offsets),
+        (grouped_linear, offsets, torch.randn(3, 16, 8), None),
+        (grouped_linear_backward, offsets, torch.randn(3, 8, 16)),
+        (grouped_weight_backward, offsets, torch.randn(16, 10).t()),
+        (gather_rows, order, order.argsort(), 1),
+    ):
+        real = operator(x, *rest)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
+            fake = operator(*fakes)
+        assert (fake.shape, fake.stride()) == (real.shape, real.stride()), operator
 
 
 def test_order_of_rows():
