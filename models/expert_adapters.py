@@ -26,7 +26,7 @@ from quantization.grouped_operators import ALIGNMENT, experts_of_rows, grouped_l
 from quantization.layer import Part
 from quantization.operator_registry import compute_dtype
 from quantization.quantizers import PackedWeight, Quantizer
-from quantization.stacked import StackedLinear, StackedLinear4bit
+from quantization.stacked import StackedLinear, StackedLinear4bit, StackedModule
 
 Stack = StackedLinear | StackedLinear4bit
 PEFT_PATHS = {"down": "", "gate_up": ".base_layer"}  # PEFT wraps a module once for each of its parameters
@@ -192,6 +192,13 @@ class StackedDoRA(StackedLoRA):
         fill(magnitude, tensors.pop("lora_magnitude_vector"))
         self.magnitude_change.copy_(magnitude - self.squared_norm.sqrt())
         super().set_peft_tensors(tensors, fill)
+
+
+def find_stacked_vectors(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that hold a vector for each expert: biases and magnitudes, [E, O]."""
+    modules = list(model.modules())
+    biases = [m.bias for m in modules if isinstance(m, StackedModule) and m.bias is not None]
+    return biases + [m.magnitude_change for m in modules if isinstance(m, StackedDoRA)]
 
 
 EXPERT_ADAPTERS: dict[str, type[StackedLoRA]] = {"lora": StackedLoRA, "dora": StackedDoRA}

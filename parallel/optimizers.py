@@ -186,6 +186,7 @@ def make_optimizer(
     weight_decay: float,
     lora_b: Iterable[nn.Parameter] = (),
     ratio: float = 1.0,
+    stacked_vectors: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Return the optimizer of --optimizer `name` for the params that require gradients; only matrices decay.
 
@@ -200,16 +201,19 @@ def make_optimizer(
         params: parameters of the model; those without requires_grad are left out.
         name: a key of OPTIMIZERS.
         lr: peak learning rate.
-        weight_decay: of parameters with two or more dimensions.
+        weight_decay: of parameters with two or more dimensions, without `stacked_vectors`.
         lora_b: those that are a B of LoRA or DoRA.
         ratio: learning rate of lora_b and of vectors, relative to lr.
+        stacked_vectors: those with two dimensions that are a vector for each expert.
     """
     params = [p for p in params if p.requires_grad]
-    matrices, faster = [p for p in params if p.dim() >= 2], set(lora_b) if ratio != 1 else set()
+    stacked, faster = set(stacked_vectors), set(lora_b) if ratio != 1 else set()
+    vectors = [p for p in params if p.dim() < 2 or p in stacked]
+    matrices = [p for p in params if p.dim() >= 2 and p not in stacked]
     groups = [
         {"params": [p for p in matrices if p not in faster], "weight_decay": weight_decay, "lr": lr},
         {"params": [p for p in matrices if p in faster], "weight_decay": weight_decay, "lr": ratio * lr},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr": ratio * lr},
+        {"params": vectors, "weight_decay": 0.0, "lr": ratio * lr},
     ]
     return OPTIMIZERS[name]([g for g in groups if g["params"]], lr=lr)
 

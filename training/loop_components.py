@@ -15,6 +15,7 @@ from data.packing import max_sequence_length
 from launch.ranks import RankInfo
 from launch.signals import NoStopRequests
 from models.causal_lm import loss_sum
+from models.expert_adapters import find_stacked_vectors
 from models.lora import lora_b_parameters
 from monitoring.deferred import DeferredCalls
 from monitoring.metrics import Meter
@@ -67,7 +68,8 @@ def make_loop_components(
     trained = [p for p in model.parameters() if p.requires_grad]
     assert config.lr is not None
     lora_b, ratio = lora_b_parameters(model), config.lora_plus_ratio or 1.0
-    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd, lora_b, ratio)
+    vectors = find_stacked_vectors(model)
+    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd, lora_b, ratio, vectors)
     scaler = job.precision.scaler("cpu" if config.use_cpu_offload else rank_info.device.type)
     meter, deferred = Meter(rank_info.device, profiler.phase_bytes), DeferredCalls()
     guard = BadStepGuard(

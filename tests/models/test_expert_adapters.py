@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import export
+from models.expert_adapters import find_stacked_vectors
 from models.qwen3_moe import FAMILY
 from options.errors import UserError
 from options.train import parse
 from parallel.activation_checkpointing import MATMULS, _saved_elements
+from parallel.optimizers import make_optimizer
 from quantization.nf4 import NF4
 from tests.helpers.adapters import args_for
 from tests.helpers.bnb_checkpoints import make_single_rank_job
@@ -33,6 +35,7 @@ from tests.helpers.stacked_experts import (
     make_list,
     make_routing,
     run_experts,
+    stack_like,
 )
 
 EXPERT_RANK = ["--lora_expert_rank", "4"]
@@ -208,6 +211,20 @@ def test_the_activation_budget_counts_the_branches(kind):
     of_attention = 2 * H  # what attention returns, and o_proj's result
     found = _saved_elements(layer, FAMILY, K)
     assert found == results.elements / len(x) + of_attention
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_magnitudes_and_biases_of_stacks_do_not_decay(kind):
+    """They are [E, O]. With LoRA+ they learn as fast as other vectors."""
+    experts = add_adapters("dora", make_list(biased=True))
+    if kind == "full":
+        experts = stack_like(make_list(biased=True))[1]
+    vectors = find_stacked_vectors(experts)
+    optimizer = make_optimizer(experts.parameters(), "adamw", 1.0, 0.1, (), 4.0, vectors)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1.0, 0.1), (4.0, 0.0)]
+    names = {parameter: name for name, parameter in experts.named_parameters()}
+    last = "magnitude_change" if kind == "dora" else "bias"
+    assert {names[p] for p in optimizer.param_groups[1]["params"]} == {f"gate_up.{last}", f"down.{last}"}
 
 
 def test_bad_expert_ranks(checkpoints, alpaca_file):
