@@ -25,6 +25,7 @@ from launch.precision import Precision
 from models.adapters import packed_linears, quantizer_from_config
 from models.family import Family
 from models.llama_pro import new_layers
+from models.moe import find_stack
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_tensors
 from options.config import Config
 from options.strategies import shards_of
@@ -244,8 +245,9 @@ def _result_bytes(
         vocabulary = vocabulary_tensors(family)
         for i, p in enumerate(trained):
             if p.name not in vocabulary:
-                # A DoRA's magnitude, of one dimension, is saved in fp32.
-                dtype = precision.trained if len(p.shape) > 1 else torch.float32
+                # A DoRA's magnitude is saved in fp32. On experts it has two dimensions, A and B three.
+                vector_dims = 2 if find_stack(p.name) else 1
+                dtype = precision.trained if len(p.shape) > vector_dims else torch.float32
                 saved.add(f"{PEFT_PREFIX}{p.name}.lora_A{i}", p.shape, dtype)
         embedding, head, _ = vocabulary
         shapes = {name: files.tensors[name].shape for name in vocabulary if name in files.tensors}

@@ -60,6 +60,7 @@ def sum_of_files(*folders: Path, patterns: tuple[str, ...] = ("*",)) -> int:
             for ranks, given in [
                 ("two_ranks", "lora --lora_rank 32 --sharding_strategy ddp --optimizer adamw_8bit"),
                 ("two_ranks", "full --optimizer adamw_8bit"),
+                ("one_rank", "bnb_dora --lora_rank 4 --lora_expert_rank 1 --optimizer sgd --precision bf16"),
                 ("one_rank", "full --precision bf16 --optimizer paged_adamw_32bit"),
                 ("two_ranks", "llama_pro --eval_every 2 --eval_share 0.2"),
                 (
@@ -72,7 +73,8 @@ def sum_of_files(*folders: Path, patterns: tuple[str, ...] = ("*",)) -> int:
 )
 def test_files_of_runs(ranks, given, checkpoints, short_rows, tmp_path, request):
     train_type, *options = given.split()
-    model = checkpoints(biased_checkpoint(train_type))
+    has_experts = "--lora_expert_rank" in options
+    model = checkpoints("qwen3_moe" if has_experts else biased_checkpoint(train_type))
     argv = [f"--model_name={model}", f"--dataset={short_rows}", f"--output_dir={tmp_path / 'out'}", *COMMON]
     if train_type.startswith(("bnb", "hqq", "q")):
         argv.append(f"--quantized_cache={tmp_path / 'cache'}")
