@@ -14,14 +14,14 @@ Shapes: O output features, I input features, R rank, T tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.lora import LoRALinear
-from quantization.dora_operators import TINY, factored_norm, mark_saved, project4bit
+from models.lora import LoRALinear, RowMagnitudes
+from quantization.dora_operators import factored_norm, mark_saved, project4bit
 from quantization.layer import Linear4bit
 from quantization.quantizers import PackedWeight
 
@@ -51,7 +51,7 @@ def without_norm_reuse() -> Iterator[None]:
         _reuses_norms = True
 
 
-class DoRALinear(LoRALinear):
+class DoRALinear(RowMagnitudes, LoRALinear):
     """A frozen linear layer, dense or 4-bit, with a trained low-rank update and row magnitudes.
 
     Args:
@@ -72,9 +72,7 @@ class DoRALinear(LoRALinear):
         super().__init__(base, features, rank, scaling, dropout, dtype)
         self.bias = base.bias
         base.bias = None  # type: ignore[assignment]
-        empty = torch.empty(features[0], device=self.lora_B.device)
-        self.magnitude_change = nn.Parameter(empty.to(dtype))
-        self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)  # ||W||^2 of each row, fp32
+        self.add_magnitudes(dtype)
         self.last_norm: torch.Tensor | None = None
         self.caches_norm = False  # switched by `cached_norms`
 
@@ -101,10 +99,6 @@ class DoRALinear(LoRALinear):
             return project4bit(*packed, self.base.quantizer_name, self.base.shape, a.to(self.base.dtype))
         return F.linear(self.base.weight, a.to(self.base.weight.dtype))
 
-    def magnitude(self) -> torch.Tensor:
-        """Return DoRA's magnitude of each row, m = ||W|| + magnitude_change: [O], fp32."""
-        return self.squared_norm.sqrt() + self.magnitude_change.float()
-
     def base_output(self, x: torch.Tensor) -> torch.Tensor:
         return self._add_bias(self.base(x))
 
@@ -122,12 +116,6 @@ class DoRALinear(LoRALinear):
     def _add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)  # the bias is fp32 under autocast
 
-    def compute_squared_norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ||row||^2, at least TINY, of each row of a weight [O, I]: [O], fp32."""
-        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        # A row of zeros has no direction. With the floor its scale is 1 and its output 0, instead of 0 / 0.
-        return norm.square().clamp_min(TINY)
-
     def parameters_from(self, name: str) -> tuple[str, ...]:
         return ("bias",) if name == "bias" else (*super().parameters_from(name), "squared_norm")
 
@@ -142,24 +130,6 @@ class DoRALinear(LoRALinear):
         else:
             weight = converted["base.weight"].to(self.base.weight.dtype)
         return converted | {"squared_norm": self.compute_squared_norm(weight)}
-
-    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        zeros = torch.zeros(self.magnitude_change.shape)
-        return super().initial_values(generator) | {"magnitude_change": zeros}
-
-    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        magnitude = gather(self.squared_norm).sqrt() + gather(self.magnitude_change).float()
-        return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}
-
-    @torch.no_grad()
-    def set_peft_tensors(
-        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> None:
-        """Load A, B and the magnitude from PEFT's tensors, as LoRALinear does; also empties `tensors`."""
-        magnitude = torch.empty_like(self.squared_norm)  # fp32, and sharded as magnitude_change is
-        fill(magnitude, tensors.pop("lora_magnitude_vector"))
-        self.magnitude_change.copy_(magnitude - self.squared_norm.sqrt())
-        super().set_peft_tensors(tensors, fill)
 
 
 @contextlib.contextmanager

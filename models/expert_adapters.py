@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.lora import LowRankModule
-from quantization.dora_operators import TINY, factored_norm, mark_saved
+from models.lora import LowRankModule, RowMagnitudes
+from quantization.dora_operators import factored_norm, mark_saved
 from quantization.grouped_adapters import scale_rows
 from quantization.grouped_operators import ALIGNMENT, experts_of_rows, grouped_linear
 from quantization.layer import Part
@@ -122,14 +122,15 @@ def split_peft_tensors(
     return a.unflatten(0, (experts, -1)), b.contiguous()
 
 
-class StackedDoRA(StackedLoRA):
-    """StackedLoRA with trained magnitudes of each expert's rows. Arguments as there."""
+class StackedDoRA(RowMagnitudes, StackedLoRA):
+    """StackedLoRA with trained magnitudes of each expert's rows. Arguments as there.
+
+    PEFT does not know the tensor of the magnitudes, lora_magnitude_vector [E, O].
+    """
 
     def __init__(self, base: Stack, rank: int, scaling: float, dtype: torch.dtype, alternates: bool = False):
         super().__init__(base, rank, scaling, dtype, alternates)
-        empty = torch.empty(self.lora_B.shape[:2], device=self.lora_B.device)
-        self.magnitude_change = nn.Parameter(empty.to(dtype))
-        self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)  # ||W||^2 of each row, fp32
+        self.add_magnitudes(dtype)
 
     @torch.no_grad()
     def updated_norm(self) -> torch.Tensor:
@@ -137,10 +138,6 @@ class StackedDoRA(StackedLoRA):
         update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
         with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 must stay fp32 here
             return mark_saved(factored_norm(self.base.project(self.lora_A), *update))
-
-    def magnitude(self) -> torch.Tensor:
-        """Return m = ||W|| + magnitude_change: [E, O], fp32."""
-        return self.squared_norm.sqrt() + self.magnitude_change.float()
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Return m / norm * (W x + s B A x) + bias of each row's expert, as StackedLoRA.forward does."""
@@ -170,28 +167,6 @@ class StackedDoRA(StackedLoRA):
         converted = self.base.convert_tensor(name, tensor)
         norm = self.compute_squared_norm(self.base.member_weight(converted))
         return {f"base.{key}": value for key, value in converted.items()} | {"squared_norm": norm}
-
-    def compute_squared_norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ||row||^2, at least TINY, of each row of members' weights [..., I]: fp32."""
-        return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square().clamp_min(TINY)
-
-    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        zeros = torch.zeros(self.magnitude_change.shape)
-        return super().initial_values(generator) | {"magnitude_change": zeros}
-
-    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return those of StackedLoRA, and lora_magnitude_vector [E, O], which PEFT does not know."""
-        magnitude = gather(self.squared_norm).sqrt() + gather(self.magnitude_change).float()
-        return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}
-
-    @torch.no_grad()
-    def set_peft_tensors(
-        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> None:
-        magnitude = torch.empty_like(self.squared_norm)  # fp32, and sharded as magnitude_change is
-        fill(magnitude, tensors.pop("lora_magnitude_vector"))
-        self.magnitude_change.copy_(magnitude - self.squared_norm.sqrt())
-        super().set_peft_tensors(tensors, fill)
 
 
 def find_stacked_vectors(model: nn.Module) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.vocabulary import has_two_weights, swap_parameters
+from quantization.dora_operators import TINY
 from quantization.layer import ConvertingModule, Linear4bit, convert_tensor, parameters_from, quantizer_for
 from quantization.quantizers import PackedWeight, Quantizer
 
@@ -83,6 +84,52 @@ class LowRankModule(ConvertingModule):
         fill(self.lora_B, tensors.pop("lora_B.weight"))
         if tensors:
             raise KeyError(next(iter(tensors)))
+
+
+class RowMagnitudes(LowRankModule):
+    """What all DoRA modules do with the magnitudes of their rows; the first base, before a module of LoRA.
+
+    Attributes:
+        magnitude_change: m - ||W||, trained: [..., O].
+        squared_norm: ||W||^2 of each row: [..., O] fp32.
+    """
+
+    magnitude_change: nn.Parameter
+    squared_norm: nn.Parameter
+
+    def add_magnitudes(self, dtype: torch.dtype) -> None:
+        """Add the two parameters, without contents. dtype: of magnitude_change, for the optimizer."""
+        empty = torch.empty(self.lora_B.shape[:-1], device=self.lora_B.device)
+        self.magnitude_change = nn.Parameter(empty.to(dtype))
+        self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)
+
+    def magnitude(self) -> torch.Tensor:
+        """Return DoRA's magnitude of each row, m = ||W|| + magnitude_change: [..., O], fp32."""
+        return self.squared_norm.sqrt() + self.magnitude_change.float()
+
+    def compute_squared_norm(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return ||row||^2, at least TINY, of each row of weights [..., O, I]: [..., O], fp32."""
+        norm = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
+        # A row of zeros has no direction. With the floor its scale is 1 and its output 0, instead of 0 / 0.
+        return norm.square().clamp_min(TINY)
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        zeros = torch.zeros(self.magnitude_change.shape)
+        return super().initial_values(generator) | {"magnitude_change": zeros}
+
+    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        magnitude = gather(self.squared_norm).sqrt() + gather(self.magnitude_change).float()
+        return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}
+
+    @torch.no_grad()
+    def set_peft_tensors(
+        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Load A, B and the magnitudes from PEFT's tensors, as LowRankModule does; also empties `tensors`."""
+        magnitude = torch.empty_like(self.squared_norm)  # fp32, and sharded as magnitude_change is
+        fill(magnitude, tensors.pop("lora_magnitude_vector"))
+        self.magnitude_change.copy_(magnitude - self.squared_norm.sqrt())
+        super().set_peft_tensors(tensors, fill)
 
 
 class LoRALinear(LowRankModule):
