@@ -38,7 +38,6 @@ from finished.finished_run import (
 from finished.score_table import describe_scoring_details, format_table
 from finished.scoring import EvaluationInputs, score_model
 from finished.text_scores import scored_with
-from launch.gpus import detect_gpu
 from launch.precision import choose_precision, has_bf16_gpu
 from launch.program import print_error, quiet_libraries
 from models.adapters import round_base_matmuls
@@ -47,7 +46,7 @@ from monitoring.run_facts import EVALUATION, FACTS
 from options.errors import UserError
 from options.evaluate import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
-from training.base_matmul import check_base_matmul, remark_on_matmuls
+from training.base_matmul import check_base_matmul_here, remark_on_matmuls
 from training.run_images import explain_refused_images
 
 
@@ -118,9 +117,7 @@ def check_options(options: Options) -> Run:
         if options.out.is_dir():
             raise UserError(f"--out {options.out}: is a folder; name a file")
         check_writable(options.out.absolute().parent, "--out")
-    gpu = torch.cuda.is_available()
-    kind = detect_gpu(torch.device("cuda" if gpu else "cpu"))
-    check_base_matmul(options.base_matmul, kind, choose_precision("auto", gpu, has_bf16_gpu()))
+    check_base_matmul_here(options.base_matmul, "auto")
     run = open_run(options.run, options.base_model)
     if options.base_matmul != "16bit" and not (run.adapter and run.config.method.quantizer):
         raise UserError(f"--base_matmul {options.base_matmul}: {run.folder} has no 4-bit base; leave it out")

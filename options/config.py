@@ -44,6 +44,7 @@ DATASET_FORMATS = (
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
 # Files in options/presets/, which options/presets.py reads.
 PRESETS = ("instruct", "chat", "code", "summarize", "classify", "domain")
+BASE_MATMULS = ("16bit", "fp8", "int8")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
 ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "use_rslora", "lora_target_modules", "vision_targets",
@@ -232,7 +233,7 @@ class Config:
     base_matmul: str | None = option("16bit", "Memory and speed", "matmuls with the 4-bit weights, forward"
         " and backward: 16bit; fp8 = operands are rounded to 8 bits, faster on GPUs of compute capability 8.9"
         " and more; int8 = rounded to integers, for older GPUs (docs/fp8.md)", needs="quantizer",
-        choices=("16bit", "fp8", "int8"))
+        choices=BASE_MATMULS)
     compile: str = option("auto", "Memory and speed", "compile each decoder layer, the last norm and the"
         " loss, once; auto = on GPUs of compute capability 8.0 and more, which Triton supports",
         choices=("auto", "true", "false"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from options.columns import EXAMPLE, check_column_options, check_columns
 from options.command_line import Command
-from options.config import DATASET_FORMATS
+from options.config import BASE_MATMULS, DATASET_FORMATS
 from options.declaration import argument, option
 from options.errors import UserError
 
@@ -53,7 +53,7 @@ class Options:
     base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where"
         " the run had it")
     base_matmul: str = option("16bit", "Model", "matmuls with the 4-bit weights: 16bit, whatever the run was"
-        " trained with, or rounded as train.py's --base_matmul says", choices=("16bit", "fp8", "int8"))
+        " trained with, or rounded as train.py's --base_matmul says", choices=BASE_MATMULS)
     out: Path | None = option(None, "Output", "where to write the results and all answers, as JSON")
     verbose: bool = option(False, "Output", "tracebacks with errors")
     # fmt: on

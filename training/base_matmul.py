@@ -6,8 +6,8 @@ import torch
 from transformers import PretrainedConfig
 
 from files.weight_headers import WeightHeaders
-from launch.gpus import Gpu
-from launch.precision import Precision
+from launch.gpus import Gpu, detect_gpu
+from launch.precision import Precision, detect_precision
 from models.adapters import choose_quantizers, packed_linears
 from models.experts import expert_prefixes
 from models.family import Family
@@ -41,6 +41,16 @@ def check_base_matmul(base_matmul: str | None, gpu: Gpu | None, precision: Preci
         raise UserError(
             f"{option}: its results are bf16, and the precision here is {precision}; choose --precision auto"
         )
+
+
+def check_base_matmul_here(base_matmul: str | None, precision: str) -> None:
+    """Raise UserError if --base_matmul does not run on this machine. Looks at its GPUs only for a format.
+
+    precision: as --precision has it.
+    """
+    if base_matmul in ROUNDINGS:
+        gpu = detect_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check_base_matmul(base_matmul, gpu, detect_precision(precision))
 
 
 def remark_on_matmuls(

@@ -33,8 +33,7 @@ from files.output_folder import check_output, output_folder
 from files.quantized_releases import packed_expansion_error
 from files.tokenizer import read_tokenizer
 from files.weight_cache import CachePlan, open_cache, plan_cache
-from launch.gpus import detect_gpu
-from launch.precision import detect_precision, has_bf16_gpu
+from launch.precision import has_bf16_gpu
 from launch.processes import check_address
 from launch.program import is_under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
@@ -61,7 +60,7 @@ from options.declaration import AUTO
 from options.errors import UserError
 from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
-from training.base_matmul import check_base_matmul, remark_on_matmuls
+from training.base_matmul import check_base_matmul_here, remark_on_matmuls
 from training.job import Job
 from training.recorded import make_paths_absolute
 from training.run_images import explain_refused_images, read_image_format, settle_images, vision_family
@@ -163,8 +162,7 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
         raise UserError(
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
         )
-    gpu = detect_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    check_base_matmul(config.base_matmul, gpu, detect_precision(config.precision))
+    check_base_matmul_here(config.base_matmul, config.precision)
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()

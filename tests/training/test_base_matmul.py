@@ -125,7 +125,7 @@ def test_packing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank)
     assert packed[0] == pytest.approx(padded[0], rel=1e-4)
 
     def error(name: str, other: tuple) -> float:
-        """Of a gradient, relative to the padded rows'."""
+        """Return the error of a gradient, relative to that of the padded rows."""
         return float((other[1][name] - padded[1][name]).norm() / padded[1][name].norm())
 
     for name in padded[1]:
