@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import Gemma3Config, LlamaConfig, Qwen3MoeConfig
+    from transformers import Gemma3Config, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,52 @@ class MixtureShape:
 
 
 @dataclass(frozen=True)
+class GptOssShape:
+    """Sizes of a GPT-OSS.
+
+    Attributes:
+        text: its sizes; `mlp` is that of one expert.
+        head_dim: features of an attention head.
+        experts: those of a layer; a token goes to four.
+    """
+
+    text: Shape
+    head_dim: int
+    experts: int
+
+    def parameters(self) -> int:
+        """Count the weights: all linears but the head have biases, and each head of queries has a sink."""
+        text, width = self.text, self.head_dim
+        queries, keys = width * text.heads, width * text.kv_heads
+        attention = (text.hidden + 1) * (queries + 2 * keys) + (queries + 1) * text.hidden + text.heads
+        expert = 2 * (text.hidden + 1) * text.mlp + (text.mlp + 1) * text.hidden
+        layer = attention + self.experts * (expert + text.hidden + 1) + 2 * text.hidden
+        return text.layers * layer + 2 * text.vocabulary * text.hidden + text.hidden
+
+    def model_config(self) -> GptOssConfig:
+        """Return transformers' config of a model of this shape, in bf16."""
+        from transformers import GptOssConfig  # slow to import, and not needed to list the shapes
+
+        text = self.text
+        return GptOssConfig(
+            hidden_size=text.hidden,
+            intermediate_size=text.mlp,
+            num_local_experts=self.experts,
+            num_hidden_layers=text.layers,
+            num_attention_heads=text.heads,
+            num_key_value_heads=text.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=text.vocabulary,
+            tie_word_embeddings=False,
+            max_position_embeddings=text.context,
+            bos_token_id=256,
+            eos_token_id=257,
+            dtype="bfloat16",
+            architectures=["GptOssForCausalLM"],
+        )
+
+
+@dataclass(frozen=True)
 class Tower:
     """Sizes of a SigLIP tower, which makes an embedding of each patch of an image.
 
@@ -205,8 +251,8 @@ class Gemma3Shape:
 
 # 1b and 3b: Llama 3.2; 7b and 13b: Llama 2; 8b and 70b: Llama 3; 405b: Llama 3.1. 14b and 32b: Qwen2.5's
 # instruct models without their biases; their base models have 131,072 tokens. 30b-a3b is Qwen3's.
-# gemma3-4b is google/gemma-3-4b.
-SHAPES: dict[str, Shape | MixtureShape | Gemma3Shape] = {
+# gpt-oss-20b and gpt-oss-120b are OpenAI's, gemma3-4b is google/gemma-3-4b.
+SHAPES: dict[str, Shape | MixtureShape | GptOssShape | Gemma3Shape] = {
     "tiny": Shape(64, 160, 4, 4, 2, 300, 8192),
     "thin": Shape(256, 896, 32, 8, 2, 1024, 8192),  # the layers of 8b, whose kernels take no time
     "1b": Shape(2048, 8192, 16, 32, 8, 128256, 131072),  # with a head of its own
@@ -220,6 +266,8 @@ SHAPES: dict[str, Shape | MixtureShape | Gemma3Shape] = {
     "405b": Shape(16384, 53248, 126, 128, 8, 128256, 131072),
     "tiny-moe": MixtureShape(Shape(64, 48, 4, 4, 2, 300, 8192), 16, 8, 2),
     "30b-a3b": MixtureShape(Shape(2048, 768, 48, 32, 4, 151936, 40960), 128, 128, 8),
+    "gpt-oss-20b": GptOssShape(Shape(2880, 2880, 24, 64, 8, 201088, 131072), 64, 32),
+    "gpt-oss-120b": GptOssShape(Shape(2880, 2880, 36, 64, 8, 201088, 131072), 64, 128),
     "tiny-gemma3": Gemma3Shape(
         Shape(64, 160, 4, 4, 2, 300, 8192, tied=True), 16, Tower(32, 48, 2, 2, 28, 7), 4
     ),

@@ -104,13 +104,15 @@ def test_named_shapes(tmp_path, monkeypatch):
 
 
 def test_shapes_have_the_public_sizes():
-    """Parameters as Meta, Qwen and Google publish them; Qwen2.5's without 3 biases of a layer."""
+    """Parameters as Meta, Qwen, OpenAI and Google publish them; Qwen2.5's without 3 biases of a layer."""
     public = {"3b": 3_212_749_824, "7b": 6_738_415_616, "8b": 8_030_261_248, "13b": 13_015_864_320,
               "14b": 14_770_033_664 - 48 * 7168, "32b": 32_763_876_352 - 64 * 7168, "70b": 70_553_706_496,
-              "405b": 405_853_388_800, "30b-a3b": 30_532_122_624, "gemma3-4b": 4_300_079_472}  # fmt: skip
+              "405b": 405_853_388_800, "30b-a3b": 30_532_122_624, "gemma3-4b": 4_300_079_472,
+              "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672}  # fmt: skip
     assert {name: SHAPES[name].parameters() for name in public} == public
     contexts = {"1b": 2**17, "3b": 2**17, "7b": 4096, "8b": 8192, "13b": 4096, "14b": 2**15, "32b": 2**15,
-                "70b": 8192, "405b": 2**17, "30b-a3b": 40960, "gemma3-4b": 2**17}  # fmt: skip
+                "70b": 8192, "405b": 2**17, "30b-a3b": 40960, "gemma3-4b": 2**17,
+                "gpt-oss-20b": 2**17}  # fmt: skip
     assert {name: open_planned_model(name).context_limit for name in contexts} == contexts
     for name, shape in SHAPES.items():
         planned = open_planned_model(name, images=isinstance(shape, Gemma3Shape))
