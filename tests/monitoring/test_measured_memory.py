@@ -1,4 +1,4 @@
-"""The model of memory against what runs took on H200s: torch 2.11, CUDA 13.0, transformers 5.17, 2026-11-30.
+"""The model of memory against what runs took on H200s: torch 2.11, CUDA 13.0, transformers 5.17, 2026-12-01.
 
 measured_memory.jsonl has a line per run of three steps: options, ranks, and the most that torch allocated on
 the fullest rank. Lines with host_gib are those of docs/memory.md (benchmarks.memory). In those with
@@ -22,14 +22,13 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from launch.gpus import GPUS
 from launch.memory import GIB
 from launch.precision import choose_precision
 from models.llama_pro import NEW_LAYERS
-from models.shapes import IMAGE_SHAPES, SHAPES
+from models.shapes import IMAGE_SHAPES, SHAPES, Shape
 from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
 from options.train import parse
@@ -39,7 +38,7 @@ from training.planned_model import open_planned_model
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "measured_memory.jsonl").open()]
 PEAK, HOST = 0.03, 0.10  # relative error
 KINDS = {"gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "qwen3": Qwen3Config, "qwen2": Qwen2Config,
-         "phi3": Phi3Config, "mistral": MistralConfig, "moe": Qwen3MoeConfig}  # fmt: skip
+         "phi3": Phi3Config, "mistral": MistralConfig}  # fmt: skip
 SIZES = {  # vocabulary, hidden, MLP, layers, heads, key heads
     "gemma2": (256000, 2304, 9216, 10, 8, 4),
     "gemma3": (262144, 2560, 10240, 12, 8, 4),
@@ -47,7 +46,6 @@ SIZES = {  # vocabulary, hidden, MLP, layers, heads, key heads
     "qwen2": (151936, 3584, 18944, 8, 28, 4),
     "phi3": (32064, 3072, 8192, 12, 32, 32),
     "mistral": (32768, 4096, 14336, 8, 32, 8),
-    "moe": (151936, 2048, 6144, 4, 32, 4),
 }
 MORE = {
     "gemma2": {"head_dim": 256},
@@ -56,13 +54,12 @@ MORE = {
     "qwen2": {"tie_word_embeddings": False},
     "phi3": {"pad_token_id": 0},
     "mistral": {"sliding_window": None},
-    "moe": {"moe_intermediate_size": 768, "num_experts": 32, "num_experts_per_tok": 8, "head_dim": 128},
 }
 
 
 def write_config(name: str, folder: Path) -> None:
     """Write the config.json of a measured model."""
-    if name in IMAGE_SHAPES:
+    if name in SHAPES and not isinstance(SHAPES[name], Shape):
         SHAPES[name].model_config().save_pretrained(folder)
         return
     if name in SIZES:
@@ -128,7 +125,7 @@ def test_the_measured_runs_cover_what_is_modelled():
                  "--use_gradient_checkpointing false", "--use_activation_cpu_offload", "--use_cpu_offload",
                  "--packing", "--compile false", "--train_embeddings", "--no_sync", "sublayer", "ddp",
                  "shard_grad_op", "adamw_8bit", "fp16_autocast", "--context_length 65536",
-                 "--vision_targets all", "--vision_bits 4"):  # fmt: skip
+                 "--vision_targets all", "--vision_bits 4", "--lora_expert_rank"):  # fmt: skip
         assert word in options, word
     assert {row["gpu"] for row in ROWS} == {"h200", "t4"} and {row["ranks"] for row in ROWS} == {1, 2}
     of_images = [row for row in ROWS if "images" in row]
