@@ -34,13 +34,14 @@ def summed_cross_entropy(logits: torch.Tensor) -> float:
 
 
 def transformers_logits(folder: Path) -> torch.Tensor:
-    """Return the logits of transformers' model on IDS; fails if the weights do not fit."""
+    """Return the logits of transformers' model on IDS, in fp32; fails if the weights do not fit."""
     model, report = load_transformers_model(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    # transformers 5.17 loads experts of MXFP4 in bf16, whatever `dtype` says.
     with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+        return model.float().eval()(input_ids=IDS).logits
 
 
 def set_up_in_bf16(rank_info, args):
