@@ -48,6 +48,7 @@ from models.adapters import apply_method
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import build_on_meta
+from models.router_loss import report_routing
 from monitoring import weight_memory
 from monitoring.layer_memory import layer_input_bytes
 from monitoring.memory_history import BETWEEN_STEPS
@@ -97,6 +98,7 @@ def set_up(
     # Computed from the unchanged model, before any method is applied.
     expected = weight_memory.expected_memory(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
+    report_routing(model, family)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
     text = text_config(job.model_config)
     layer_input = layer_input_bytes(config, precision, max_tokens, text.hidden_size)
@@ -163,6 +165,7 @@ def train(
     save_best_to = partial(save_best, job, model)
     loop = make_loop_components(job, model, rank_info, total_steps, tracker, profiler, stopping, save_best_to)
     optimizer, scaler, deferred, meter = loop.optimizer, loop.scaler, loop.deferred, loop.meter
+    router_loss = loop.router_loss
     guard, evaluator, budget, checkpoints = loop.guard, loop.evaluator, loop.budget, loop.checkpoints
     history, trained_params = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     steps_done = checkpoints.restore()
@@ -199,9 +202,10 @@ def train(
             # micro-batch is divided by their number on all ranks; backward and FSDP only sum gradients.
             with precision.context(rank_info.device.type):
                 micro_loss = loss_sum(model, batch) / step.n_targets
+                whole_loss = router_loss.add_to(micro_loss, len(step.batches))
             deferred.run_all()  # log the previous step, while the GPU computes this forward
             profiler.start_phase("backward")
-            scaler.scale(micro_loss).backward()
+            scaler.scale(whole_loss).backward()
             loss += micro_loss.detach()
         profiler.start_phase("optimizer")
         scaler.unscale_(optimizer)
@@ -211,7 +215,8 @@ def train(
         )
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained_params, config.grad_norm, grad_norm)
-        reading = meter.read(index, step.without_batches(), float(schedule.get_last_lr()[0]), loss, grad_norm)
+        lr, auxiliary = float(schedule.get_last_lr()[0]), router_loss.pop_step()
+        reading = meter.read(index, step.without_batches(), lr, loss, grad_norm, auxiliary)
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.start_phase(BETWEEN_STEPS)

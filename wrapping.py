@@ -39,6 +39,7 @@ from launch.ranks import gather_from_ranks
 from models.dora import DoRALinear
 from models.family import Family
 from models.loss import Head, freeze_embedding, shard_vocabulary
+from models.router_loss import RoutedLayer
 from options.strategies import STRATEGIES, Strategy
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, raise_graph_limit
 from parallel.activation_offload import HostActivations, OffloadedLayer
@@ -204,6 +205,9 @@ def wrap(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
     layers = family.decoder_layers(model)
+    has_router_loss = getattr(model, "router_loss_factor", None) is not None
+    if graphs and has_router_loss:
+        graphs.report("layers with an auxiliary loss of the router run without graphs")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     tied = model.config.tie_word_embeddings
@@ -244,7 +248,9 @@ def wrap(
         # The wrapper is inside the unit: recomputation must find the layer gathered, not gather it again.
         layer_run = None if units else compiled_run
         recomputed: ActivationWrapper = CheckpointedModule(layer, saved_activations, layer_run)
-        layers[i] = recomputed = GraphedLayer(recomputed, graphs) if graphs and layer_run else recomputed
+        if graphs and layer_run and not has_router_loss:  # a replay has one result
+            recomputed = GraphedLayer(recomputed, graphs)
+        layers[i] = recomputed
         recomputes_all = saved_activations is SavedActivations.INPUT
         saves_output = bool(layer_run) and recomputes_all and _save_last_output(layer, family, offload)
         if offload_activations or saves_output:
@@ -257,6 +263,8 @@ def wrap(
                 **ends,
             )
         shard(layers[i])
+        if has_router_loss:
+            layers[i] = RoutedLayer(layers[i])
     # Looked up even if it is not compiled, so that a wrong name in a family fails without a GPU too. Not
     # compiled, the norm would read the hidden states in fp32 a dozen times in backward.
     norm = model.get_submodule(family.norm)

@@ -26,6 +26,17 @@ def text_config(config: PretrainedConfig) -> Any:
     return config.text_config if "text_config" in config.sub_configs else config
 
 
+def router_loss_factor(config: PretrainedConfig) -> float | None:
+    """Return the factor of the routers' auxiliary loss, if the config asks for it (models/router_loss.py)."""
+    text = text_config(config)
+    return text.router_aux_loss_coef if has_router_loss(config) and text.output_router_logits else None
+
+
+def has_router_loss(config: PretrainedConfig) -> bool:
+    """Return whether transformers has an auxiliary loss for such models. A key of others has no effect."""
+    return hasattr(type(text_config(config)), "router_aux_loss_coef")
+
+
 def eos_token_id(config: PretrainedConfig) -> int | list[int] | None:
     """Return eos_token_id of a config. A wrapper's own comes before that of its text_config."""
     own = getattr(config, "eos_token_id", None)

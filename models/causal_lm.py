@@ -17,6 +17,7 @@ from data.batches import Batch
 from data.image_batches import ImageBatch
 from models.image_attention import image_attention_inputs
 from models.loss import Head, capped_logits
+from models.router_loss import count_tokens
 from models.vision import ImageFeatures, Vision
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class SummedLossMixin(Base):
     """A mixin for a ForCausalLM class. Its head must be one of `replace_head`."""
 
     vision: Vision | None = None  # of a model that is built with its vision parts
+    router_loss_factor: float | None = None  # set by `report_routing` (models/router_loss.py)
 
     def forward(
         self,
@@ -74,8 +76,13 @@ class SummedLossMixin(Base):
         rotary: Any = getattr(decoder, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths
+        if getattr(decoder.config, "output_router_logits", False):
+            # transformers would keep all logits, with hooks that no compiled layer can have.
+            kwargs["output_router_logits"] = False
         if targets is None and images is None:
             return super().forward(*args, **kwargs)
+        if targets is not None and self.router_loss_factor is not None and torch.is_grad_enabled():
+            kwargs["counted_tokens"] = count_tokens(kwargs["input_ids"], row_lengths)
         kept = kwargs.pop("logits_to_keep", None)
         if images is not None:
             inputs, image_features = self.image_inputs(images, image_features, **kwargs)

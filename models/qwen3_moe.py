@@ -6,8 +6,7 @@ mlp_only_layers and decoder_sparse_step of the config name the layers with a pla
   the base of training here.
 - Adapters go on attention only (`all`); those of experts have an option of their own, --lora_expert_rank.
 - The router stays dense, and frozen under adapters without --train_router.
-- `full` trains everything, with the tokens' loss alone, as transformers does unless output_router_logits is
-  set.
+- `full` trains everything. models/router_loss.py has the auxiliary loss of the routers.
 - PEFT has no default targets for this family; ours are those of Qwen3.
 """
 

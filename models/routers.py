@@ -24,9 +24,14 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for path, module in model.named_modules():
         if isinstance(getattr(module, "experts", None), Sized):
-            name = next(name for name in NAMES if hasattr(module, name))
+            name = router_name(module)
             found[f"{unwrapped_name(path)}.{name}"] = getattr(module, name)
     return found
+
+
+def router_name(block: nn.Module) -> str:
+    """Return the name of the router in a block of experts."""
+    return next(name for name in NAMES if hasattr(block, name))
 
 
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

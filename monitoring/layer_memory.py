@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from files.config_parts import text_config
+from files.config_parts import router_loss_factor, text_config
 from launch.gpus import Gpu
 from launch.precision import Precision
 from models.family import Family
@@ -33,6 +33,7 @@ class LayerWidths:
         heads: query heads.
         latents: results of the first linears of latent attention (GLM-4.7-Flash); 0 in other attention.
         experts, experts_per_token: routed experts of a layer, and those of a token; 0 without.
+        has_router_loss: whether the routers have an auxiliary loss (models/router_loss.py).
         mlp_tensors: tensors as wide as `mlp` that are saved: gate, up and their product; without a gate, the
             activation function's input and result, and of gelu_new (Phi) the tanh in it.
         has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
@@ -65,6 +66,7 @@ class LayerWidths:
     latents: int = 0
     experts: int = 0
     experts_per_token: int = 0
+    has_router_loss: bool = False
     mlp_tensors: int = 3
     has_four_norms: bool = False
     norms_read_outputs: bool = False
@@ -107,6 +109,7 @@ def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
         latents=latents,
         experts=len(layer.mlp.experts) if per_token else 0,  # type: ignore[union-attr,arg-type]
         experts_per_token=per_token,
+        has_router_loss=router_loss_factor(config) is not None,
         mlp_tensors=3 if mlp_inputs > mlp or getattr(config, "hidden_act", None) == "gelu_new" else 2,
         has_four_norms=norms > 2,
         norms_read_outputs=bool(family.identity_init),
@@ -263,6 +266,8 @@ def layer_memory(
         if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
             saved += 7 * hidden + query + key
     per_token: float = saved * width
+    if widths.has_router_loss:  # probabilities of all experts
+        per_token += widths.experts * stream
     if not widths.has_one_norm:  # the sum of input and attention
         per_token += hidden * stream
     backward: float = hidden * stream  # the gradient of the layer's result

@@ -2,7 +2,8 @@
 
 Each rank's numbers of a step are a row of a table [ranks, columns]. Its columns: the rank's share of the
 loss, the gradient's norm, bytes allocated and reserved at the step's peak, and, if they were measured, bytes
-in use after forward and after backward. The table is copied to the host while the GPU goes on.
+in use after forward and after backward; the last one, if there is such a loss, is the rank's share of the
+router's auxiliary loss. The table is copied to the host while the GPU goes on.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Metrics:
         eval_loss: mean over the targets of the evaluation set after this step, if it was evaluated.
         eval_perplexity: its exponential.
         images: of the step, if any; images / step_seconds is the tower's speed.
+        router_aux_loss: the auxiliary loss of routers, if the model's config asks for it; not part of `loss`.
         bad_steps: steps skipped so far, if any.
         applied_steps: steps so far that changed the weights; not in metrics.jsonl.
     """
@@ -60,6 +62,7 @@ class Metrics:
     eval_loss: float | None = None
     eval_perplexity: float | None = None
     images: int | None = None
+    router_aux_loss: float | None = None
     bad_steps: int | None = None
     applied_steps: int | None = None
 
@@ -103,6 +106,7 @@ class Reading:
         index: the optimizer step, from 1.
         table: [ranks, columns] fp64 on the host; complete at the event `copied`.
         finite: whether the loss and the gradient's norm are finite; a scalar on the device.
+        has_router_loss: whether the table's last column is the auxiliary loss of routers.
     """
 
     index: int
@@ -111,6 +115,7 @@ class Reading:
     table: torch.Tensor
     copied: Event
     finite: torch.Tensor
+    has_router_loss: bool = False
 
     def wait(self) -> torch.Tensor:
         """Return the table. Waits for the GPU."""
@@ -124,6 +129,10 @@ class Reading:
     def grad_norm(self) -> float:
         """Return the gradient's norm. Waits for the GPU."""
         return self.wait()[0, 1].item()
+
+    def router_loss(self) -> float | None:
+        """Return the auxiliary loss of routers over all ranks; None without one. Waits for the GPU."""
+        return self.wait()[:, -1].sum().item() if self.has_router_loss else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,13 @@ class Meter:
         self.restart()
 
     def read(
-        self, index: int, step: Step, lr: float, local_loss: torch.Tensor, grad_norm: torch.Tensor
+        self,
+        index: int,
+        step: Step,
+        lr: float,
+        local_loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        local_router_loss: torch.Tensor | None = None,
     ) -> Reading:
         """Gather a step's numbers of all ranks and start copying them to the host. Collective.
 
@@ -160,15 +175,20 @@ class Meter:
             lr: its learning rate.
             local_loss: this rank's share of the step's mean loss; the shares add up to it.
             grad_norm: the norm of the whole gradient, equal on all ranks.
+            local_router_loss: this rank's share of the step's auxiliary loss, if there is one.
         """
         # With --use_cpu_offload the norm is on the CPU.
-        local = torch.stack([local_loss.double(), grad_norm.to(self.device).double(), *self._memory()])
+        numbers = [local_loss.double(), grad_norm.to(self.device).double(), *self._memory()]
+        if local_router_loss is not None:
+            numbers.append(local_router_loss.double())
+        local = torch.stack(numbers)
         ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, local)
         table = torch.stack(ranks)
         finite = (table[:, 0].sum() + table[0, 1]).isfinite()
         host = memory.copy_to_host(table)
-        return Reading(index, step, lr, host, record_event(self.device), finite)
+        has_router_loss = local_router_loss is not None
+        return Reading(index, step, lr, host, record_event(self.device), finite, has_router_loss)
 
     def lap(self) -> Lap:
         """End the current lap, return it, and start the next. Waits for nothing.
@@ -198,6 +218,7 @@ class Meter:
             memory_allocated_gib=table[:, 2].max().item() / GIB,
             memory_reserved_gib=table[:, 3].max().item() / GIB,
             images=step.n_images or None,
+            router_aux_loss=reading.router_loss(),
             **phases,
         )
 

@@ -29,7 +29,7 @@ class ProgressBar:
         """Show a step. The last evaluation stays, marked with its step."""
         if metrics.eval_loss is not None:
             self.evaluation = f", eval_loss {metrics.eval_loss:.4f} at step {metrics.step}"
-        details = f"loss {metrics.loss:.4f}{self.evaluation}, {_describe_speed(metrics)}"
+        details = f"{_describe_loss(metrics)}{self.evaluation}, {_describe_speed(metrics)}"
         self.bar.set_postfix_str(details, refresh=False)
         self.bar.update()
 
@@ -96,7 +96,7 @@ class ProgressLines:
             "time left unknown" if left is None else f"{tqdm.format_interval(left)} left"
         )
         return (
-            f"step {metrics.step}/{self.total_steps}: loss {metrics.loss:.4f}{evaluation},"
+            f"step {metrics.step}/{self.total_steps}: {_describe_loss(metrics)}{evaluation},"
             f" {_describe_speed(metrics)}, {times}"
         )
 
@@ -142,6 +142,11 @@ def _can_show_bar() -> bool:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except OSError:
         return False
+
+
+def _describe_loss(metrics: Metrics) -> str:
+    auxiliary = metrics.router_aux_loss
+    return f"loss {metrics.loss:.4f}" + ("" if auxiliary is None else f", router_aux_loss {auxiliary:.4f}")
 
 
 def _describe_speed(metrics: Metrics) -> str:

@@ -204,8 +204,9 @@ LOST = {
     "data sets are read whole": "dataset_streaming streaming shards shards_idx dataset_shard_num"
         " interleave_probs mix_strategy dataset_exact_deduplication min_sample_len",
     "no noise is added to embeddings": "neftune_noise_alpha noisy_embedding_alpha",
-    "the loss is plain cross-entropy":
-        "label_smoothing_factor loss_type router_aux_loss_coef use_dft_loss moe_aux_loss_coef use_eaft_loss",
+    "the loss is plain cross-entropy": "label_smoothing_factor loss_type use_dft_loss use_eaft_loss",
+    "the model's config.json sets it: output_router_logits, router_aux_loss_coef":
+        "router_aux_loss_coef moe_aux_loss_coef",
     "optimizers are those of --optimizer":
         "use_galore use_apollo use_badam use_adam_mini use_muon galore_rank optim_args"
         " optim_target_modules adam_beta3 adam_epsilon2 galore_target galore_scale galore_update_interval"

@@ -17,6 +17,7 @@ from launch.signals import NoStopRequests
 from models.causal_lm import loss_sum
 from models.expert_adapters import find_stacked_vectors
 from models.lora import lora_b_parameters
+from models.router_loss import NoRouterLoss, make_router_loss
 from monitoring.deferred import DeferredCalls
 from monitoring.metrics import Meter
 from monitoring.profiling import NoProfiler
@@ -40,6 +41,7 @@ class LoopComponents:
     budget: ActivationBudget
     checkpoints: CheckpointManager
     deferred: DeferredCalls
+    router_loss: NoRouterLoss
 
 
 def make_loop_components(
@@ -136,4 +138,5 @@ def make_loop_components(
         budget=budget,
         checkpoints=checkpoints,
         deferred=deferred,
+        router_loss=make_router_loss(model),
     )

@@ -26,7 +26,13 @@ from data.rows import TokenizedRows
 from data.stop_ids import collect_stop_ids, make_generation_config
 from data.template_choice import compare_with_base, read_template, use_template
 from files.base_model import BaseModel, digest_without_head, record_base
-from files.config_parts import eos_token_id, find_quantization, text_config
+from files.config_parts import (
+    eos_token_id,
+    find_quantization,
+    has_router_loss,
+    router_loss_factor,
+    text_config,
+)
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
@@ -304,7 +310,7 @@ def _describe_token_training(config: Config) -> str:
 def remarks_on_model(
     model_config: PretrainedConfig, folder: Path, was_untied: bool, absent: Sequence[str] = ()
 ) -> list[str]:
-    """Return lines on settings that training ignores, noise that it applies, and parts without weights.
+    """Return lines on settings that change the loss, or that training ignores, noise, and absent parts.
 
     Args:
         model_config: the model's config.
@@ -322,10 +328,18 @@ def remarks_on_model(
         )
     model_config = text_config(model_config)
     routed = getattr(model_config, "num_experts", 0) or getattr(model_config, "num_local_experts", 0)
-    if routed and getattr(model_config, "output_router_logits", False):
+    factor = router_loss_factor(model_config)
+    if factor is not None:
         remarks.append(
-            f"{folder}/config.json: output_router_logits has no effect here: the loss is that of the tokens"
-            " alone, without the auxiliary loss of the router"
+            f"{folder}/config.json: output_router_logits: the auxiliary loss of the routers, times"
+            f" {factor:g}, is added to the loss of the tokens"
+        )
+    elif (
+        routed and not has_router_loss(model_config) and getattr(model_config, "output_router_logits", False)
+    ):
+        remarks.append(
+            f"{folder}/config.json: output_router_logits has no effect: transformers has no auxiliary loss of"
+            " the routers of such models"
         )
     # A key of other families has no attribute in this config's class, and no effect.
     known = (name for name in NOISES if hasattr(type(model_config), name))

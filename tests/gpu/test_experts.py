@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from quantization.hqq import HQQ
 from quantization.layer import to_storage
 from quantization.nf4 import NF4
 from tests.helpers.compiled import CHECKPOINTED, compiled_on_gpu
+from tests.helpers.expansion import edit_config
 from tests.helpers.parity import PLAIN, arguments, assert_same
 from tests.helpers.runs import train_run
 from tests.helpers.stacked_experts import (
@@ -200,3 +203,13 @@ def test_compiled_runs_in_bf16_learn(more, checkpoints, even_rows, one_rank):
     plain, _, _ = one_rank(train_run, [*args, *PLAIN])[0]
     losses, _, _ = one_rank(compiled_on_gpu, [*args, *CHECKPOINTED])[0][0]
     assert losses[0] == pytest.approx(plain[0], rel=2e-2) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("train_type", ["lora", "qlora"])
+def test_compiled_routers_with_an_auxiliary_loss(train_type, checkpoints, even_rows, one_rank, tmp_path):
+    folder = shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "model")
+    edit_config(folder, output_router_logits=True, router_aux_loss_coef=0.5)
+    args = arguments(folder, even_rows, train_type, "--optimizer", "sgd", "--lr", "0.1")
+    args += ["--train_router", "true"]
+    plain = one_rank(train_run, [*args, *PLAIN])[0]
+    assert_same(plain, one_rank(compiled_on_gpu, [*args, *CHECKPOINTED])[0][0])

@@ -74,6 +74,16 @@ def test_a_window_that_attention_does_not_get_has_masks(window, expected, checkp
     assert mask_bytes(config, precision, widths, find_gpu("H200"), 100) == expected
 
 
+def test_an_auxiliary_loss_keeps_the_probabilities_of_routers(checkpoints):
+    config, _ = parse(["--model_name", "any", "--batch_size", "2"])
+    precision = Precision(torch.bfloat16, torch.float32)
+    saved = []
+    for asks in (False, True):
+        widths = layer_widths_of(checkpoints("qwen3_moe"), output_router_logits=asks)
+        saved.append(layer_memory(config, precision, widths, find_gpu("H200"), tokens=100, branches=4).saved)
+    assert saved[1] - saved[0] == 2 * 100 * 8 * 2  # of eight experts, in bf16
+
+
 def layer_widths_of(folder, **changes) -> LayerWidths:
     """Return the widths of a checkpoint's layers, with changes to its config."""
     config, family = read_config(folder)

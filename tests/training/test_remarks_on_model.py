@@ -27,7 +27,7 @@ NOISES = {
     ("starcoder2", "embedding_dropout"): "embedding_dropout 0.1: acts in training",
     ("llama", "residual_dropout"): None,  # a key of other families
 }
-ROUTER = "config.json: output_router_logits has no effect here: the loss is that of the tokens alone"
+ROUTER = "config.json: output_router_logits: the auxiliary loss of the routers, times 0.5, is added"
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,21 @@ def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_fi
     assert router_remarks() == []
     edit_config(folder, output_router_logits=True, router_aux_loss_coef=0.5)
     lines = router_remarks()
-    assert len(lines) == kind.startswith("qwen3_moe")  # in other models it has no effect anywhere
+    assert len(lines) == kind.startswith("qwen3_moe")  # in dense models it has no effect anywhere
     assert all(line.startswith(f"{folder}/{ROUTER}") for line in lines)
     loss, _ = one_rank(loss_and_logits, args, False)[0]
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=IDS, labels=IDS)
     assert loss == pytest.approx(summed_cross_entropy(theirs.logits), rel=1e-5)
     auxiliary = theirs.loss.item() - loss / IDS[:, 1:].numel()
-    assert (auxiliary > 0.1) == kind.startswith("qwen3_moe"), "transformers adds what ours leaves out"
+    assert (auxiliary > 0.1) == kind.startswith("qwen3_moe"), "evaluation leaves out what transformers adds"
+
+
+def test_a_family_without_an_auxiliary_loss(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("glm4_moe_lite"), tmp_path / "model")
+    edit_config(folder, output_router_logits=True, router_aux_loss_coef=0.5)
+    (line,) = remarks_on_model(read_config(folder)[0], folder, was_untied=False)
+    assert line.startswith(f"{folder}/config.json: output_router_logits has no effect: transformers has no")
 
 
 @pytest.mark.parametrize(("kind", "name"), NOISES)
