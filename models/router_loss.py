@@ -120,7 +120,10 @@ def _reporting_layer(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def report_routing(model: PreTrainedModel, family: Family) -> None:
-    """Let the layers of a model return their routers' sums in training, if its config asks for the loss."""
+    """Let the layers of a model return their routers' sums in training, if its config asks for the loss.
+
+    The block of experts must be a layer's `mlp`, and its router must return its logits first.
+    """
     factor = router_loss_factor(model.config)
     if factor is None:
         return

@@ -102,6 +102,7 @@ def _charts(steps: list[dict]) -> tuple[list, list]:
 
     others = (
         ("Learning rate", "", curve("learning rate", "lr")),
+        ("Auxiliary loss of routers", "before its factor", curve("auxiliary loss", "router_aux_loss")),
         ("Gradient norm", "before clipping", curve("norm", "grad_norm")),
         ("Speed", "tokens/s, all ranks", curve("speed", "tokens_per_second")),
         ("Memory", "GiB, fullest rank", memory),

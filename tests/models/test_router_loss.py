@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import train
@@ -20,9 +22,10 @@ from monitoring.metrics import Meter
 from parallel.shards import full_tensor
 from tests.helpers.adapters import args_for, build_peft_model, peft_name
 from tests.helpers.compiled import CHECKPOINTED, compiled_run
-from tests.helpers.expansion import edit_config
+from tests.helpers.expansion import edit_config, read_config_json
 from tests.helpers.logits import IDS
 from tests.helpers.parity import PLAIN, arguments, assert_same
+from tests.helpers.resuming import Signals, lines, run
 from tests.helpers.runs import (
     dense_tensors,
     set_up,
@@ -232,6 +235,23 @@ def test_compiled_layers(kind, balanced, even_rows, one_rank):
     args = arguments(balanced(kind), even_rows, "lora", *SGD)
     plain = one_rank(train_run, [*args, *PLAIN])[0]
     assert_same(plain, one_rank(compiled_run, [*args, *CHECKPOINTED])[0][0])
+
+
+def test_a_resumed_run_repeats_it(balanced, short_rows, one_rank, tmp_path):
+    """And the result's config still asks for the loss."""
+    args = ["--model_name", str(balanced("qwen3_moe")), "--dataset", str(short_rows), "--log_to", "stdout"]
+    args += "--train_type full --max_steps 4 --deterministic --compile false".split()
+    one_rank(run, [*args, "--output_dir", str(tmp_path / "whole")])
+    again = [*args, "--output_dir", str(tmp_path / "stopped"), "--resume", "auto"]
+    one_rank(run, again, Signals({2: signal.SIGTERM}))
+    assert len(lines(tmp_path / "stopped")) == 2
+    output = one_rank(run, again)[0]
+    whole, stopped = ([m["router_aux_loss"] for m in lines(tmp_path / x)] for x in ("whole", "stopped"))
+    assert len(whole) == 4 and whole == stopped
+    assert f"router_aux_loss {whole[-1]:.4f}" in output
+    assert read_config_json(tmp_path / "whole")["output_router_logits"] is True
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert model.config.router_aux_loss_coef == FACTOR
 
 
 def test_there_is_no_such_metric_without_it(checkpoints, even_rows, one_rank):

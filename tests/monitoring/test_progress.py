@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,13 @@ def test_log_every_counts_steps(capsys):
     assert steps_of(show_run(capsys, [60 * i for i in range(1, 10)], total=50, log_every=4)) == [4, 8, 9]
     assert steps_of(show_run(capsys, [60 * i for i in range(1, 9)], total=50, log_every=4)) == [4, 8]
     assert steps_of(show_run(capsys, [0.1, 0.2, 0.3], total=3)) == [1, 3]
+
+
+def test_the_auxiliary_loss_of_routers_has_its_place_in_a_line(capsys):
+    lines = ProgressLines(9, log_every=1)
+    lines.show(replace(step(1, eval_loss=1.5), router_aux_loss=2.03125))
+    text = capsys.readouterr().out
+    assert text.startswith("step 1/9: loss 2.0000, router_aux_loss 2.0312, eval_loss 1.5000, lr 2.00e-04, ")
 
 
 def test_the_text_of_lines(capsys):
