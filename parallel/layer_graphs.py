@@ -40,33 +40,41 @@ CALLS_BEFORE = 3
 # often.
 MAX_RECORDINGS = 4
 MAX_COUNTED = 64  # kinds of calls of a layer that are counted
-# `auto` records once the GPU had nothing to do at so many of the last starts of layers, if so much of its
-# memory was never in use. If it waits less often, the copies that graphs need cost more time than is saved.
-LAYERS_WATCHED, WAITING_SHARE, FREE_SHARE = 64, 0.5, 0.1
+# `auto` records once the GPU was less than a layer behind the host at so many of the last starts of layers,
+# if so much of its memory was never in use. If it waits less often, the copies that graphs need cost more
+# time than is saved.
+MARKS_WATCHED, WAITING_SHARE, FREE_SHARE = 128, 0.5, 0.1
 DROPOUTS = "p", "dropout", "attention_dropout"  # names of attributes
 PLAIN = int, float, bool, str, type(None), torch.dtype, torch.device
 
 
 class GpuWaits:
-    """Tells whether the GPU waits for the host: it has finished a layer before the next one is launched."""
+    """Tells whether the GPU waits for the host.
+
+    The host marks the start of each layer, in forward and in backward. A host that is fast enough is layers
+    ahead: as it sets a mark, the GPU has not come to the mark before.
+    """
 
     def __init__(self):
-        self.finished: torch.cuda.Event | None = None
-        self.waited: deque[bool] = deque(maxlen=LAYERS_WATCHED)
+        self.last: torch.cuda.Event | None = None
+        self.waited: deque[bool] = deque(maxlen=MARKS_WATCHED)
 
-    def start_layer(self) -> None:
-        """Look whether the GPU has finished the layer before."""
-        if self.finished is not None:
-            self.waited.append(self.finished.query())
+    def mark(self) -> None:
+        """Look whether the GPU is past the last mark, and set the next."""
+        if self.last is None:
+            self.last = torch.cuda.Event()
+        else:
+            self.waited.append(self.last.query())
+        self.last.record()
 
-    def end_layer(self) -> None:
-        """Mark where the GPU will have finished this layer."""
-        self.finished = self.finished or torch.cuda.Event()
-        self.finished.record()
+    def mark_backward(self, result: Tensor) -> None:
+        """Also set a mark where backward comes to the layer that has this result."""
+        if result.requires_grad:
+            result.register_hook(lambda gradient: self.mark())
 
     def are_frequent(self) -> bool:
-        """Return whether the GPU waited at WAITING_SHARE of the last LAYERS_WATCHED layers."""
-        return sum(self.waited) >= WAITING_SHARE * LAYERS_WATCHED
+        """Return whether the GPU waited at WAITING_SHARE of the last MARKS_WATCHED marks."""
+        return sum(self.waited) >= WAITING_SHARE * MARKS_WATCHED
 
 
 def take_apart(value: Any, tensors: list[Tensor]) -> Hashable:
@@ -239,10 +247,10 @@ class GraphedLayer(ActivationWrapper):
         if found and found.recording not in self.agrees:
             self._compare(found)  # now, and not while the layer's saved tensors are in memory, too
         if graphs.waits:
-            graphs.waits.start_layer()
+            graphs.waits.mark()
         result = layer(*args, **kwargs)
-        if graphs.waits:
-            graphs.waits.end_layer()
+        if graphs.waits and isinstance(result, Tensor):
+            graphs.waits.mark_backward(result)
         return result
 
     def find_parameters(self) -> LayerParameters:

@@ -17,7 +17,7 @@ from launch.memory import PeakMemory
 from parallel import layer_graphs
 from parallel.layer_graphs import (
     CALLS_BEFORE,
-    LAYERS_WATCHED,
+    MARKS_WATCHED,
     MAX_COUNTED,
     MAX_RECORDINGS,
     GpuWaits,
@@ -234,14 +234,20 @@ def test_arguments_are_put_together_again():
 def test_auto_records_when_the_gpu_waits_and_has_room():
     waits, event = GpuWaits(), mock.Mock()
     with mock.patch.object(torch.cuda, "Event", return_value=event):
-        waits.end_layer()
-    for i in range(LAYERS_WATCHED):
-        event.query.return_value = i > LAYERS_WATCHED // 2  # one less than half
-        waits.start_layer()
+        waits.mark()
+    for i in range(MARKS_WATCHED):
+        event.query.return_value = i > MARKS_WATCHED // 2  # one less than half
+        waits.mark()
     assert not waits.are_frequent()
     event.query.return_value = True
-    waits.start_layer()
+    waits.mark()
     assert waits.are_frequent()
+    event.reset_mock()
+    result = 2 * torch.ones(1, requires_grad=True)
+    waits.mark_backward(result)
+    assert not event.record.called  # until backward comes to the layer
+    result.backward()
+    assert event.query.called and event.record.called
     graphed = Graphed(Layer())
     graphed.graphs.waits = waits
     with mock.patch.object(layer_graphs, "_has_room", return_value=False):
