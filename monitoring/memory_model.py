@@ -102,6 +102,7 @@ def estimate_memory(
     images = vision_memory(config, precision, sizes.vision, sizes.pixels)
     saved, waiting = _saved_bytes(config, precision, sizes, layer)
     rows = config.batch_size * sizes.tokens
+    fixed, copied = _graph_bytes(config, sizes, layer, gpu)
     # The last norm's input and the gradient of the hidden states, which the loss forms.
     ends = 2 * layer.input
     loss = _loss_bytes(config, precision, sizes, gpu, rows)
@@ -110,7 +111,7 @@ def estimate_memory(
     # With --no_sync FSDP reduces them only in the last one; until then `kept` has them.
     holds_gradients = config.gradient_accumulation_steps > 1 and not (config.no_sync and shared.reduced)
     accumulated = shared.gradients if holds_gradients else 0
-    before_masks = shared.resident + shared.kept + accumulated + images.held
+    before_masks = shared.resident + fixed + shared.kept + accumulated + images.held
     before = before_masks + masks
     after_forward = before + saved + ends + vocabulary_gradient
     forward = max(
@@ -132,11 +133,25 @@ def estimate_memory(
         before + growing + layer.input + own.extra,  # the embedding
         before + growing + layer.input + of_images,
     )
-    after_load, after_backward = shared.weights, shared.resident + shared.gradients
+    after_load, after_backward = shared.weights, shared.resident + fixed + shared.gradients
     step = after_backward + _update_ratio(config) * shared.gradients
-    peak = max(_load_peak(config, sizes, shared, cpus), forward, backward, step)
+    peak = max(_load_peak(config, sizes, shared, cpus), forward + copied, backward + copied, step)
     host = host_bytes(config, precision, sizes, gpu, layer_input=layer.input, peak=peak, cpus=cpus)
     return MemoryEstimate(after_load, after_forward, after_backward, step, peak, host)
+
+
+def _graph_bytes(config: Config, sizes: RunSizes, layer: LayerMemory, gpu: Gpu | None) -> tuple[float, float]:
+    """Return the bytes of CUDA graphs' fixed tensors, and of copies while one is replayed.
+
+    Fixed are a layer's parameters and input (parallel/recorded_layer.py). The result and the gradient, and
+    without gradient checkpointing all that forward saves, are in the graphs' memory and in a copy. `auto`
+    records only where there is room, so it does not count.
+    """
+    if config.cuda_graphs != "true" or not is_compiled(config, sizes.widths, gpu):
+        return 0, 0
+    return sizes.unit + layer.input, 2 * layer.input + (
+        0 if config.use_gradient_checkpointing else layer.saved
+    )
 
 
 def _update_ratio(config: Config) -> float:

@@ -125,7 +125,8 @@ def test_the_measured_runs_cover_what_is_modelled():
                  "--use_gradient_checkpointing false", "--use_activation_cpu_offload", "--use_cpu_offload",
                  "--packing", "--compile false", "--train_embeddings", "--no_sync", "sublayer", "ddp",
                  "shard_grad_op", "adamw_8bit", "fp16_autocast", "--context_length 65536",
-                 "--vision_targets all", "--vision_bits 4", "--lora_expert_rank"):  # fmt: skip
+                 "--vision_targets all", "--vision_bits 4", "--lora_expert_rank",
+                 "--cuda_graphs"):  # fmt: skip
         assert word in options, word
     assert {row["gpu"] for row in ROWS} == {"h200", "t4"} and {row["ranks"] for row in ROWS} == {1, 2}
     of_images = [row for row in ROWS if "images" in row]
