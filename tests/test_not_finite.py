@@ -27,7 +27,7 @@ from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.expansion import edit_config, expand
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.layers import weights_far_from_zero
-from tests.helpers.programs import small, start
+from tests.helpers.programs import run_here, small
 from tests.helpers.resuming import lines, run
 from tests.helpers.runs import set_up
 from tests.helpers.saving import SmallRun
@@ -134,10 +134,9 @@ def test_a_run_over_it_ends_in_a_line_and_leaves_nothing(checkpoints, short_rows
     (tmp_path / "out" / ADAPTER).write_text("of an earlier run")
     before = {str(path): path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     options = ["--overwrite", "--world_size", "2", "--quantized_cache", tmp_path / "cache"]
-    process = start(small(lambda: folder, short_rows, tmp_path / "out", *options))
-    _, err = process.communicate(timeout=120)
+    status, _, err = run_here(small(lambda: folder, short_rows, tmp_path / "out", *options))
     lines = err.splitlines()
-    assert process.returncode == 2 and len(lines) == 1, err
+    assert status == 2 and len(lines) == 1, err
     assert re.match(
         rf"error: rank [01]: {find_tensor_file(folder, PACKED)}: {PACKED} holds NaN or infinity", lines[0]
     )

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from tests.helpers import tiny
 from tests.helpers.expansion import edit_config
-from tests.helpers.programs import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.stored import put_tensor, read_stored_tensor
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,8 +46,4 @@ def run_until_bad_row(args: list, out: Path) -> tuple[Path, int, str, str]:
     options += (
         "--log_to wandb --verbose --sample_every 2 --sample_tokens 2 --eval_share 0.1 --save_every 1".split()
     )
-    command = [sys.executable, "train.py", *map(str, [*args, *options])]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | SECRETS, capture_output=True, text=True, timeout=150
-    )
-    return out, done.returncode, done.stdout, done.stderr
+    return out, *run_here([*args, *options], **SECRETS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import queue
 import tempfile
@@ -57,6 +58,12 @@ def process_context() -> multiprocessing.context.BaseContext:
     context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["launch.fork_server", "tests.helpers.runs"])
     return context
+
+
+def start_fork_server() -> None:
+    """Start the tests' fork server, so that train.py in this process does not start its own."""
+    if process_context().get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
 
 
 def cache_results(ranks: Callable, function: Callable) -> Callable:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
@@ -38,6 +42,37 @@ def run_and_read(args: list, out: Path, *launcher: str) -> list[dict]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_here(args, **env: str) -> tuple[int, str, str]:
+    """Run train.py in this process; return (exit status, stdout, stderr), also of its ranks.
+
+    The ranks are forks of the tests' server. `start` runs the program as users do, but imports its modules
+    twice, which takes ten seconds.
+    """
+    import train
+    from tests.helpers.distributed import start_fork_server
+
+    start_fork_server()
+    with (
+        tempfile.NamedTemporaryFile("a+", buffering=1) as out,
+        tempfile.NamedTemporaryFile("a+", buffering=1) as err,
+        mock.patch.dict(os.environ, env),
+        mock.patch.object(train, "run_rank", partial(_run_redirected_rank, out.name, err.name)),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        status = train.main(list(map(str, args)))
+        return status, Path(out.name).read_text(), Path(err.name).read_text()
+
+
+def _run_redirected_rank(out: str, err: str, rank_info, job) -> None:
+    """Run a rank of `run_here`, whose output goes to these files."""
+    import train
+
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    train.run_rank(rank_info, job)
 
 
 def small(checkpoints, rows, out, *more) -> list:

@@ -32,6 +32,7 @@ from tests.helpers.programs import (
     metrics,
     ranks_of,
     run,
+    run_here,
     small,
     start,
     started_by,
@@ -218,11 +219,44 @@ def test_ranks_do_not_outlive_a_killed_parent(checkpoints, short_rows, tmp_path)
     assert len(ranks) == 1 and not alive
 
 
-def test_signals_save_and_stop(checkpoints, short_rows, tmp_path):
+def test_signals_save_and_stop(checkpoints, short_rows, tmp_path, processes):
     """SIGUSR1 to the program: a checkpoint, and training goes on. Then Ctrl-C: a checkpoint, and the end.
 
     A terminal sends Ctrl-C to the whole process group.
     """
+    out, killer = tmp_path / "out", threading.Timer(90, lambda: [process.kill() for process in processes])
+    args = small(checkpoints, short_rows, out, "--max_steps", "100000", "--num_epochs", "100000")
+
+    def wait_until(condition):
+        while killer.is_alive() and not (value := condition()):
+            time.sleep(0.05)
+        return value
+
+    def send_both():
+        wait_until(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        saved = wait_until(lambda: list(out.glob("checkpoints/step-????????/manifest.json")))
+        steps = len(losses(out))
+        wait_until(lambda: len(losses(out)) > steps)
+        sent.extend(path.parent.name for path in saved)
+        for number in (os.getpid(), *(process.pid for process in processes)):
+            os.kill(number, signal.SIGINT)
+
+    sent: list[str] = []
+    killer.start()
+    threading.Thread(target=send_both, daemon=True).start()
+    status, shown, err = run_here(args)
+    killer.cancel()
+    assert status == 0 and "Traceback" not in err
+    step = len(losses(out))
+    assert f"stopped at step {step} of 100000 (SIGINT); resume with:" in shown
+    assert len(sent) == 1 and {p.name for p in out.glob("checkpoints/*")} == {sent[0], f"step-{step:08d}"}
+    assert processes and not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.slow
+def test_the_program_saves_and_stops_on_signals(checkpoints, short_rows, tmp_path):
+    """The same of the program as users start it."""
     out = tmp_path / "out"
     args = small(checkpoints, short_rows, out, "--max_steps", "100000", "--num_epochs", "100000")
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
