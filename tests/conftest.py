@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
+gc.disable()  # until all tests are imported: as in launch/fork_server.py
 pytest.register_assert_rewrite("tests.helpers")
 
 
@@ -35,6 +36,7 @@ def pytest_collection_modifyitems(items):
 
     logging.disable_progress_bar()  # tests read stderr
     gc.freeze()  # all that was imported stays
+    gc.enable()
     gpus = max_gpu_ranks()
     for item in items:
         for marker, needed in (("gpu", 1), ("two_gpus", 2)):
