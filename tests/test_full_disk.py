@@ -52,11 +52,14 @@ KINDS = {  # (model, options)
     "bnb_llama_pro": ("llama_pro", "--train_type bnb_llama_pro --lr 1e-3"),
 }
 # The model of `full` is written tensor by tensor, as the expanded one is.
-SOME = products(
-    KINDS, [True, False], always=[("bnb_dora", True), ("bnb_llama_pro", False)], left_out=["full"]
-)
 RUN = "--batch_size 1 --num_epochs 2 --max_steps 6 --context_length 256 --log_to stdout".split()
 EVALUATING = "--eval_share 0.2 --eval_every 1".split()
+
+
+def cases(quick: tuple[str, bool]) -> list:
+    """Return (kind, whether free space is checked); all but `quick` are slow. Two tests share the values."""
+    others = [*KINDS, True, False]
+    return products(KINDS, [True, False], always=[quick], left_out=[v for v in others if v not in quick])
 
 
 def options(kind: str, checkpoints, short_rows, *more: str) -> list[str]:
@@ -103,7 +106,7 @@ def attempt(rank_info, argv: list[str], filling: DiskFiller) -> tuple[str, list]
         replace_free_space_check(CHECK_FREE_SPACE)
 
 
-@pytest.mark.parametrize(("kind", "checked"), SOME)
+@pytest.mark.parametrize(("kind", "checked"), cases(("bnb_dora", True)))
 def test_the_best_step_before_stays(
     kind, checked, checkpoints, short_rows, two_ranks, undisturbed, small_disk
 ):
@@ -218,7 +221,7 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
     assert (judging.saved_step, judging.saved_loss) == (2, 2.0)
 
 
-@pytest.mark.parametrize(("kind", "checked"), SOME)
+@pytest.mark.parametrize(("kind", "checked"), cases(("bnb_llama_pro", False)))
 def test_the_result_is_saved_when_there_is_room_again(
     kind, checked, checkpoints, short_rows, two_ranks, undisturbed, small_disk
 ):

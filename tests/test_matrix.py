@@ -90,10 +90,11 @@ def test_two_ranks_more(train_type, variant, plain, two_ranks):
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *ON_TWO[variant].split()])[0])
 
 
-# Slow: Qwen 2's biases, Gemma 2's caps and wrappers' names do not change how anything is moved or recomputed.
+# Slow: biases, caps, fused linears and wrappers' names do not change how anything is moved or recomputed.
+# tests/test_parity.py has tied embeddings.
 @pytest.mark.parametrize(
     "kind",
-    ["gemma3", "phi3", "qwen3_moe", *slow(["qwen2", "gemma2", *tiny.OTHERS])],
+    ["qwen3_moe", *slow(["gemma3", "phi3", "qwen2", "gemma2", *tiny.OTHERS])],
 )
 def test_other_families(kind, checkpoints, alpaca_file, plain_run, two_ranks):
     """Tied embeddings, caps, fused linears and experts, under all options that move parameters."""
@@ -247,7 +248,7 @@ def moved_shapes(rank_info, args) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "train_type", ["bnb_dora", "llama_pro", "qlora --lora_target_modules layers.2.self_attn.q_proj"]
+    "train_type", ["bnb_dora", *slow(["llama_pro", "qlora --lora_target_modules layers.2.self_attn.q_proj"])]
 )
 def test_activation_offload_keeps_nothing_after_a_step(train_type, checkpoints, short_rows, one_rank):
     """The same where the first layers are frozen, whose inputs backward never reads."""

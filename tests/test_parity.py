@@ -11,10 +11,14 @@ import torch.distributed as dist
 
 from options.methods import METHODS
 from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased_checkpoint
+from tests.helpers.products import slow
 from tests.helpers.runs import set_up, train_run
 
+# Slow: tests/test_matrix.py trains each type on two ranks, with more options.
+QUICK = ("full", "bnb_dora", "hqq_llama_pro")
 
-@pytest.mark.parametrize("train_type", TYPES)
+
+@pytest.mark.parametrize("train_type", [*QUICK, *slow(t for t in TYPES if t not in QUICK)])
 def test_two_ranks_equal_one(train_type, checkpoints, short_rows, plain_run, two_ranks):
     args = arguments(checkpoints(biased_checkpoint(train_type)), short_rows, train_type)
     plain = plain_run([*args, *PLAIN])

@@ -19,6 +19,7 @@ from tests.helpers.adapters import (
     set_up_adapters,
 )
 from tests.helpers.parity import biased_checkpoint
+from tests.helpers.products import slow
 from tests.helpers.programs import metrics, run_here
 from tests.helpers.runs import (
     dense_state,
@@ -72,8 +73,8 @@ def reference_steps(model, batches, optimizer, schedule=None) -> tuple[list[floa
 @pytest.mark.parametrize(
     "train_type",
     [
-        *("full", "lora", "dora", "bnb_dora", "hqq_llama_pro"),
-        *(pytest.param(t, marks=pytest.mark.slow) for t in ("qlora", "hqq_dora")),
+        *("full", "lora", "bnb_dora", "hqq_llama_pro"),
+        *slow(("dora", "qlora", "hqq_dora")),
     ],
 )
 def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_rank):
@@ -99,7 +100,7 @@ def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_ra
 
 
 # PEFT also decays DoRA's magnitudes, which never decay here.
-@pytest.mark.parametrize(("train_type", "decay"), [("lora", 0.1), ("bnb_dora", 0.0)])
+@pytest.mark.parametrize(("train_type", "decay"), [("lora", 0.1), *slow([("bnb_dora", 0.0)])])
 def test_lora_plus_and_rslora_follow_peft(train_type, decay, checkpoints, short_rows, one_rank, two_ranks):
     """On one and two ranks, against PEFT's parameter groups and scale, with clipping and a schedule."""
     folder, lr, ratio = checkpoints("llama_bias"), 5e-4, 8
@@ -134,7 +135,7 @@ EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
 @pytest.mark.parametrize(
     ("train_type", "kind", "more", "ratio"),
     [
-        ("lora", "llama_bias", {}, 1),
+        *slow([("lora", "llama_bias", {}, 1)]),
         ("bnb_dora", "llama_bias", {}, 1),
         ("qlora", "llama", {"use_rslora": True}, 1),
         ("qlora", "llama", EMBEDDINGS, 4),

@@ -34,6 +34,7 @@ from options.config import TOY_PROMPT
 from options.train import parse
 from parallel.optimizers import lr_factor
 from tests.helpers.hub_cache import FIRST, add_to_hub_cache
+from tests.helpers.products import slow
 from tests.helpers.programs import ROOT, losses, metrics, run, small, start
 from tests.helpers.runs import full_run, train_run
 from tools.toy_corpus import documents
@@ -319,7 +320,9 @@ def order_of_a_run(rank_info, argv: list[str]) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("more", ["--precision fp32", "--precision fp16_autocast", "--grad_norm inf"])
+@pytest.mark.parametrize(
+    "more", ["--precision fp32", "--grad_norm inf", *slow(["--precision fp16_autocast"])]
+)
 def test_gradients_are_freed_before_the_next_forward(more, checkpoints, short_rows, two_ranks, tmp_path):
     """Held longer they would be in memory twice, once the next backward has made its own."""
     args = small(checkpoints, short_rows, tmp_path / "out", "--max_steps", "3", *more.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 
 import peft
 import pytest
@@ -21,14 +22,17 @@ from tests.helpers.expansion import all_tensors
 from tests.helpers.finished_runs import save_and_get_logits
 from tests.helpers.layers import ALPHA
 from tests.helpers.logits import IDS
+from tests.helpers.products import slow
 from tests.helpers.runs import dense_state, transformers_model
 
 
 @pytest.mark.parametrize(
     ("kind", "train_type"),
-    [("llama_bias", t) for t in ("lora", "dora", "qlora", "bnb_dora")]
-    + [pytest.param("qwen3", t, marks=pytest.mark.slow) for t in ("lora", "dora", "qlora", "bnb_dora")]
-    + [("qwen3_moe", "bnb_dora")],
+    [
+        *slow(product(["llama_bias"], ["lora", "dora", "qlora"])),
+        *slow(product(["qwen3"], ["lora", "dora", "qlora", "bnb_dora"])),
+        *(("llama_bias", "bnb_dora"), ("qwen3_moe", "bnb_dora")),
+    ],
 )
 def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_ranks, tmp_path):
     """With PEFT's from_pretrained, on a base with the dequantized weights."""

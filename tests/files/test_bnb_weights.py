@@ -30,14 +30,19 @@ from tests.helpers.bnb_checkpoints import (
 from tests.helpers.expansion import edit_config
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, transformers_logits
-from tests.helpers.products import slow
+from tests.helpers.products import products, slow
 from tests.helpers.runs import dense_state, outputs, set_up, transformers_model
 from tests.helpers.stored import write_dense
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
+@pytest.mark.parametrize(
+    ("train_type", "double", "storage"),
+    products(
+        *(["qlora", "bnb_dora"], [True, False], [torch.uint8, torch.bfloat16]),
+        always=[("bnb_dora", True, torch.uint8), ("bnb_dora", False, torch.bfloat16)],
+        left_out=["qlora"],
+    ),
+)
 def test_a_bnb_checkpoint_is_not_quantized_again(
     train_type, double, storage, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
 ):

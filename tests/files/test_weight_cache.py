@@ -27,14 +27,31 @@ from tests.helpers.resuming import fill, run
 from tests.helpers.runs import dense_state, make_job, set_up
 
 
+@pytest.fixture(scope="module")
+def packed(checkpoints, alpaca_file, two_ranks, tmp_path_factory):
+    """pack(*options) -> (arguments, a cache that two ranks wrote, the weights of their run); made once."""
+    made = {}
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file]
+
+    def pack(*more):
+        if more not in made:
+            folder = tmp_path_factory.mktemp("packed") / "cache"
+            weights = two_ranks(dense_state, [*args, "--quantized_cache", folder, *more])[0]
+            assert [p.name for p in folder.parent.iterdir()] == ["cache"]  # nothing partial is left
+            made[more] = args, folder, weights
+        return made[more]
+
+    return pack
+
+
 @pytest.fixture
-def cached(checkpoints, alpaca_file, two_ranks, tmp_path):
-    """make(*options) -> (arguments, the cache's folder, the weights of the run that wrote it)."""
-    folder = tmp_path / "below" / "cache"
-    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--quantized_cache", folder]
+def cached(packed, tmp_path):
+    """make(*options) -> (arguments, a cache's folder, the weights of the run that wrote it)."""
 
     def make(*more):
-        return [*args, *more], folder, two_ranks(dense_state, [*args, *more])[0]
+        args, original, weights = packed(*more)
+        folder = shutil.copytree(original, tmp_path / "below" / "cache")
+        return [*args, "--quantized_cache", folder, *more], folder, weights
 
     return make
 
@@ -42,7 +59,6 @@ def cached(checkpoints, alpaca_file, two_ranks, tmp_path):
 @pytest.mark.parametrize("method", ["qlora", "bnb_dora", "hqq_lora --n_bits 3"])
 def test_later_runs_load_what_the_first_packed(method, cached, one_rank, two_ranks):
     args, folder, first = cached("--train_type", *method.split())
-    assert [p.name for p in folder.parent.iterdir()] == ["cache"]  # nothing partial is left
     assert all(p.stat().st_mode & 0o444 == 0o444 for p in folder.iterdir())  # others may share it
     assert {p.name.split("-")[1] for p in folder.glob("packed-*")} == {"0", "1"}  # each rank wrote its own
     for ranks in (one_rank, two_ranks):

@@ -22,6 +22,7 @@ from finished.finished_run import open_run
 from finished.generation import make_template
 from finished.references import read_reference
 from options.generate import Prompt, read_prompts
+from tests.helpers.products import slow
 from tests.helpers.report_pages import CHROMIUM, HOSTILE, Page, screenshot
 
 NEW = 8
@@ -79,7 +80,9 @@ def test_scores_are_those_of_evaluate(runs, rows, compare, tmp_path):
     assert averages["base"]["scored"] == 3
 
 
-@pytest.mark.parametrize("sampling", [[], ["--temperature", "1.5", "--seed", "3"]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [*slow([[]]), ["--temperature", "1.5", "--seed", "3"]], ids=["greedy", "sampled"]
+)
 def test_answers_are_those_of_each_run_alone(sampling, runs, rows, compare, capsys):
     """What --json prints is the same with --out. Each answer is sampled with the same seed."""
     asked = ["--prompts", str(rows), *ASKED, *sampling]

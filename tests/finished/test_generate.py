@@ -92,10 +92,8 @@ def text_and_tokens(answer: dict) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("kind", "train_type"),
     [
-        ("llama_bias", "lora"),
+        *slow([("llama_bias", "lora"), ("gemma2", "bnb_dora"), ("gemma3", "dora")]),
         ("llama_bias", "bnb_dora"),
-        pytest.param("gemma2", "bnb_dora", marks=pytest.mark.slow),
-        ("gemma3", "dora"),
         ("gemma3_wrapper", "bnb_dora"),
         pytest.param("mistral3", "qlora", marks=pytest.mark.slow),
         pytest.param("phi3", "hqq_lora", marks=pytest.mark.slow),
@@ -119,7 +117,7 @@ def test_answers_are_those_of_peft(
     assert ours["base"]["text"] != ours[str(tmp_path / "run")]["text"]
 
 
-@pytest.mark.parametrize("train_type", ["full", "bnb_llama_pro"])
+@pytest.mark.parametrize("train_type", [*slow(["full"]), "bnb_llama_pro"])
 def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank, tmp_path, answers_of):
     folder = checkpoints("llama_bias_pro" if train_type != "full" else "llama")
     write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
@@ -255,7 +253,7 @@ def test_a_run_of_stanfords_prompt_is_asked_with_it(runs, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rendered"] == STANFORD.format(instruction=QUESTION)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
+@pytest.mark.parametrize("precision", [*slow(["bf16"]), "bf16_autocast"])
 def test_other_precisions(precision, runs, tmp_path, answers_of):
     """The precision is that of training, or --precision; only rounding differs."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")

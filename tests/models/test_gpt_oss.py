@@ -41,6 +41,7 @@ from tests.helpers.logits import (
 )
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.planned import parameters_of_plan, parameters_of_run
+from tests.helpers.products import slow
 from tests.helpers.runs import outputs, set_up, split_members, train_run, transformers_model
 from tests.helpers.stacks import EXPERTS, dequantized_tensors, save_dequantized, save_mxfp4, stack_experts
 from training.planned_model import open_planned_model
@@ -164,7 +165,7 @@ def test_mxfp4_files_give_transformers_logits(mxfp4, alpaca_file, one_rank):
     assert loss == pytest.approx(summed_cross_entropy(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_lora"])
+@pytest.mark.parametrize("train_type", ["bnb_dora", *slow(["hqq_lora"])])
 def test_mxfp4_is_packed_like_its_16_bits(train_type, mxfp4, alpaca_file, one_rank, two_ranks, tmp_path):
     """A run on MXFP4 files learns what it learns from the 16 bits that transformers makes of them."""
     dense = save_dequantized(mxfp4, tmp_path / "dense")

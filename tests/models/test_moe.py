@@ -21,6 +21,7 @@ from tests.helpers.adapters import args_for
 from tests.helpers.compiled import CHECKPOINTED, compiled_run
 from tests.helpers.logits import IDS
 from tests.helpers.parity import PLAIN, arguments, assert_same
+from tests.helpers.products import products, slow
 from tests.helpers.runs import outputs, set_up, split_members, train_run, transformers_model
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
@@ -96,7 +97,7 @@ def test_an_idle_expert_runs_only_if_it_is_trained(routed):
     assert ran == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 6, 7]
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", *slow(["glm4_moe_lite"])])
 def test_gradients_of_trained_experts_are_transformers_own(kind, checkpoints, alpaca_file, two_ranks):
     """Compare all gradients of the full sharded model, router and experts included.
 
@@ -138,8 +139,13 @@ def gradients(rank_info, args):
     return split_members(model, {name: full_tensor(p.grad) for name, p in trained.items()}), state
 
 
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    products(
+        *(["qwen3_moe", "glm4_moe_lite"], ["full", "bnb_dora"]),
+        always=[("qwen3_moe", "bnb_dora"), ("glm4_moe_lite", "full")],
+    ),
+)
 def test_experts_that_are_idle_on_one_rank(kind, train_type, checkpoints, one_rank, two_ranks, tmp_path):
     """Rows of four tokens reach few of the eight experts, and others on each rank."""
     data = tmp_path / "short.jsonl"

@@ -29,6 +29,7 @@ from tests.helpers.expansion import all_tensors, edit_config, expand, read_confi
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
 from tests.helpers.parity import arguments, assert_same
+from tests.helpers.products import slow
 from tests.helpers.runs import train_run, transformers_model
 from tests.helpers.stored import find_tensor_file, put_tensor, read_stored_tensor
 
@@ -96,7 +97,7 @@ def test_a_differing_head_of_a_packed_model_is_used(untied, alpaca_file, one_ran
         assert_close(ours, transformers_model(untied("qwen2"), state)(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+@pytest.mark.parametrize("train_type", [*slow(["full"]), "bnb_dora"])
 def test_an_untied_model_trains_the_same_on_two_ranks(train_type, untied, short_rows, one_rank, two_ranks):
     args = arguments(untied("qwen2"), short_rows, train_type)
     plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
@@ -122,7 +123,7 @@ def test_a_saved_model_is_untied(kind, untied, alpaca_file, one_rank, tmp_path):
         assert_close(model(input_ids=IDS, use_cache=False).logits, trained)
 
 
-@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("kind", [TIED[0], *slow(TIED[1:])])
 def test_a_merged_model_is_untied(kind, untied, alpaca_file, one_rank, tmp_path, monkeypatch, capsys):
     trained = write_random_run(one_rank, tmp_path / "run", args_for(untied(kind), alpaca_file, "bnb_dora"))
     arguments = [str(tmp_path / "run"), "--to", "merged", "--out"]

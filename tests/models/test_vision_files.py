@@ -140,7 +140,7 @@ def test_images_for_a_model_of_text_alone(checkpoints):
 @pytest.mark.parametrize(
     ("name", "spelling", "train_type", "options"),
     [
-        ("gemma3", "hub", "dora", TOWER),
+        *slow([("gemma3", "hub", "dora", TOWER)]),
         ("gemma3", "hub", "lora", [*PROJECTOR, "--use_rslora", "true"]),
         ("qwen3_vl", "hub", "dora", TOWER),
         *slow(("gemma3", spelling, "dora", TOWER) for spelling in SPELLINGS if spelling != "hub"),

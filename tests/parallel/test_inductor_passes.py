@@ -114,7 +114,8 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
     ("train_type", "options", "projections", "operators", "matmuls"),
     [
         ("qlora", "", 4, 4, 4),
-        ("bnb_dora", "", 3, 3, 4),  # the scales of down_proj's blocks cannot include its row scales
+        # The scales of down_proj's blocks cannot include its row scales.
+        pytest.param("bnb_dora", "", 3, 3, 4, marks=pytest.mark.slow),
         pytest.param("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4, marks=pytest.mark.slow),
         # k_proj's gradient of x is between theirs.
         pytest.param(

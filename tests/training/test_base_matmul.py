@@ -18,6 +18,7 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers.packing import loss_and_gradients, packed_batch, padded_batch
 from tests.helpers.parity import arguments
+from tests.helpers.products import slow
 from tests.helpers.runs import set_up, train_run
 from training.base_matmul import check_base_matmul, remark_on_matmuls
 
@@ -94,7 +95,7 @@ def close(a: tuple, b: tuple) -> None:
     torch.testing.assert_close(torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
+@pytest.mark.parametrize("train_type", [*slow(["qlora"]), "hqq_dora"])
 def test_sharding_offload_and_checkpointing_change_nothing(
     train_type, checkpoints, alpaca_file, plain_run, two_ranks
 ):
@@ -117,7 +118,7 @@ def learn_seven_rows(rank_info, argv) -> list[tuple[float, dict[str, torch.Tenso
     return [loss_and_gradients(model, batch) for batch in (padded_batch(), packed_batch())]
 
 
-@pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
+@pytest.mark.parametrize("train_type", [*slow(["qlora"]), "hqq_dora"])
 def test_packing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank):
     args = [*arguments(checkpoints("llama"), alpaca_file, train_type), "--base_matmul"]
     padded, packed = one_rank(learn_seven_rows, [*args, "int8"])[0]

@@ -184,7 +184,7 @@ VARIANTS = {
 # Slow: strategies that gather each time, like offload, or never.
 @pytest.mark.parametrize(
     "variant",
-    ["shard_grad_op", "offload", *(pytest.param(v, marks=pytest.mark.slow) for v in ("full_shard", "ddp"))],
+    ["shard_grad_op", *(pytest.param(v, marks=pytest.mark.slow) for v in ("offload", "full_shard", "ddp"))],
 )
 def test_training_is_the_same_with_evaluation(variant, checkpoints, short_rows, two_ranks, tmp_path):
     """The same losses and weights, bit for bit, with dropout, which draws random numbers."""
