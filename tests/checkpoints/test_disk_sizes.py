@@ -53,12 +53,12 @@ def sum_of_files(*folders: Path, patterns: tuple[str, ...] = ("*",)) -> int:
     [
         ("one_rank", "bnb_dora --lora_rank 32 --optimizer adamw_8bit --precision bf16"),
         ("two_ranks", "hqq_lora --lora_rank 32 --optimizer adamw --train_embeddings"),
-        ("two_ranks", "full --optimizer sgd --precision bf16 --eval_every 2 --eval_share 0.2"),
         ("two_ranks", "bnb_llama_pro --llama_pro_save blocks --optimizer adadelta"),
         *(
             pytest.param(ranks, given, marks=pytest.mark.slow)
             for ranks, given in [
                 ("two_ranks", "lora --lora_rank 32 --sharding_strategy ddp --optimizer adamw_8bit"),
+                ("two_ranks", "full --optimizer sgd --precision bf16 --eval_every 2 --eval_share 0.2"),
                 ("two_ranks", "full --optimizer adamw_8bit"),
                 ("one_rank", "bnb_dora --lora_rank 4 --lora_expert_rank 1 --optimizer sgd --precision bf16"),
                 ("one_rank", "full --precision bf16 --optimizer paged_adamw_32bit"),

@@ -148,7 +148,9 @@ def mixture(checkpoints, tmp_path) -> list[str]:
     return [*RUN, "--model_name", str(checkpoints()), "--dataset", dataset, "--num_epochs", "3"]
 
 
-@pytest.mark.parametrize("packing", [[], pytest.param(PACKING, marks=pytest.mark.slow)])
+# tests/checkpoints/test_resume.py resumes a run of one set in `make test`.
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [[], PACKING])
 def test_a_mixture_that_resumes_is_bitwise_equal(packing, mixture, two_ranks, tmp_path):
     """It is stopped in the middle of its second epoch. Other shares are another run."""
     argv, whole, folder = [*mixture, *packing], tmp_path / "whole", tmp_path / "run"

@@ -21,6 +21,7 @@ from data.tokenizing import (
 )
 from options.errors import UserError
 from tests.helpers import small_tokenizers
+from tests.helpers.products import slow
 from tests.helpers.small_tokenizers import BYTES
 
 
@@ -205,7 +206,7 @@ def test_an_answer_of_nothing_but_special_tokens_is_empty():
 @pytest.mark.parametrize("rendered, count", [
     (completion("<s>" * 200_000 + "Paris"), len("Paris") + 2),
     (qa("Paris" + "</s><s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2),
-    (qa("Paris" + "</s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2),
+    *slow([(qa("Paris" + "</s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2)]),
 ])  # fmt: skip
 def test_special_tokens_in_great_number_take_little_time(rendered, count):
     """A hundred times as many take about a hundred times as long, not ten thousand times."""

@@ -35,6 +35,7 @@ from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import write_random_run
 from tests.helpers.here import SINGLE_RANK, context
 from tests.helpers.logits import IDS
+from tests.helpers.products import slow
 from tests.helpers.resuming import fill
 from tests.helpers.runs import dense_tensors, transformers_model
 from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
@@ -98,7 +99,7 @@ def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank
         assert (tuned - base(input_ids=IDS).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("kind", ["gemma2", *slow(["llama", "phi3"])])
 def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_rank, tmp_path):
     """Cache and padding against a plain loop without either; one answer hits a stop token.
 

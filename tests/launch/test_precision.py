@@ -19,7 +19,7 @@ from monitoring.tracking import Tracker
 from options.config import FIELDS
 from parallel.shards import full_tensor
 from tests.helpers.parity import arguments, biased_checkpoint
-from tests.helpers.products import products
+from tests.helpers.products import products, slow
 from tests.helpers.runs import set_up, train_run, trained_tensors
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -134,7 +134,7 @@ def norm_of_a_small_loss(rank_info, args, scaling: bool) -> float:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "where"), [("full_shard", "shard"), ("full_shard", "loss"), ("ddp", "loss")]
+    ("strategy", "where"), [("full_shard", "shard"), *slow([("full_shard", "loss")]), ("ddp", "loss")]
 )
 def test_overflow_on_one_rank_skips_the_step_on_all(strategy, where, checkpoints, short_rows, two_ranks):
     """Overflow in the loss of one rank, or only in one rank's shard of the gradient."""

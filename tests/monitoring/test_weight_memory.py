@@ -22,6 +22,7 @@ from monitoring.weight_memory import (
 from options.methods import METHODS
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.parity import arguments, biased_checkpoint
+from tests.helpers.products import slow
 from tests.helpers.runs import make_job
 
 H, M, V, LAYERS, R = 64, 160, 300, 3, 8  # tests/helpers/tiny.py's Llama; rank of `arguments`
@@ -73,7 +74,8 @@ ON_ONE = [
     "bnb_dora --train_embeddings",
 ]
 ON_TWO = [
-    *(f"{t} --precision bf16" for t in METHODS),
+    *("bnb_dora --precision bf16", "hqq_lora --precision bf16", "bnb_llama_pro --precision bf16"),
+    *slow(f"{t} --precision bf16" for t in METHODS if t not in ("bnb_dora", "hqq_lora", "bnb_llama_pro")),
     "hqq_dora --n_bits 3 --group_size 32 --precision bf16_buffers_autocast",
     "hqq_lora --n_bits 2 --use_cpu_offload",
     "bnb_dora --precision fp16_autocast --wrap_policy sublayer",
@@ -82,12 +84,12 @@ ON_TWO = [
     "lora --sharding_strategy hybrid_full_shard --hybrid_shard_size 1",
     "hqq_lora --train_embeddings --precision bf16",
 ]
-FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3 hqq_dora", "qwen3_moe qlora",
-            "qwen3_moe full", "qwen3_moe bnb_dora --lora_expert_rank 3",
+FAMILIES = ["qwen2 full", "gemma2 bnb_dora", "phi3 hqq_dora", "qwen3_moe bnb_dora --lora_expert_rank 3",
             "glm4_moe_lite full --precision bf16", "gemma3 qlora --train_embeddings",
             "gemma3_wrapper bnb_dora --images true --vision_targets all --vision_bits 4",
-            "gemma3_wrapper lora --images true --precision bf16_autocast",
-            *(pytest.param(given, marks=pytest.mark.slow) for given in (
+            *slow((
+                "qwen2 qlora", "gemma3 full", "qwen3_moe qlora", "qwen3_moe full",
+                "gemma3_wrapper lora --images true --precision bf16_autocast",
                 "phi full --precision bf16_autocast", "phi bnb_dora --train_embeddings --precision bf16",
                 "qwen2_moe qlora", "mixtral qlora", "gpt_oss bnb_dora --lora_expert_rank 3",
                 "glm4_moe_lite bnb_dora"))]  # fmt: skip

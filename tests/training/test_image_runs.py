@@ -45,7 +45,9 @@ def run(rank_info, argv: list[str], refs: list[ImageRef]) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+# tests/checkpoints/test_resume.py resumes runs of texts in `make test`.
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
 def test_a_resumed_run_equals_a_whole_one(packing, two_ranks, checkpoints, short_rows, tmp_path):
     options = (
         "--num_epochs 4 --batch_size 1 --log_to stdout --deterministic --lr 1e-2 --images true --save_every 1"

@@ -22,6 +22,7 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.picture_rows import rows_replaced, write_pictures
+from tests.helpers.products import slow
 from tests.helpers.resuming import adapter, lines, repeatable_metrics
 from training import evaluator, loop_components, preflight
 
@@ -121,7 +122,7 @@ def test_a_run_ends_with_a_checkpoint_and_resumes(two_ranks, checkpoints, short_
     torch.testing.assert_close(adapter(stopped), adapter(whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("unreadable", "last"), [("evaluation", 3), ("samples", 2)])
+@pytest.mark.parametrize(("unreadable", "last"), [("evaluation", 3), *slow([("samples", 2)])])
 def test_an_evaluation_in_a_run_ends_with_a_checkpoint(
     unreadable, last, two_ranks, checkpoints, short_rows, tmp_path
 ):
