@@ -112,9 +112,9 @@ GROUPS, KEPT_IN_GROUPS, ADDED_UP = ON_FOUR
     products(
         TYPES,
         ON_FOUR,
-        always=[("hqq_dora", GROUPS), ("full", ADDED_UP)],
-        # They meet everything except this mesh in two ranks, above, and so does `KEPT_IN_GROUPS`.
-        left_out=[*(t for t in TYPES if t not in ("hqq_dora", "full")), KEPT_IN_GROUPS],
+        always=[("hqq_dora", GROUPS)],
+        # They meet everything except this mesh in two ranks, above.
+        left_out=[*(t for t in TYPES if t != "hqq_dora"), KEPT_IN_GROUPS, ADDED_UP],
     ),
 )
 def test_four_ranks(train_type, variant, plain, four_ranks):

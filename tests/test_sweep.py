@@ -133,6 +133,8 @@ def test_a_killed_sweep_goes_on(arguments, start, run, tmp_path):
     assert table(again) == rows and len(starts(out)) == 9, "nothing is left to run"
 
 
+# tests/training/test_sweep_study.py lets two workers share a grid in `make test`.
+@pytest.mark.slow
 def test_two_workers_at_once_and_a_stop(arguments, start, run, tmp_path):
     """Two processes with two runs each share 8 trials. One is stopped, and the other finishes its trials."""
     out = tmp_path / "out"

@@ -19,6 +19,7 @@ def run_light_ranks(*options: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow  # a whole run under a launcher
 def test_four_ranks_start_and_report(tmp_path):
     (row,) = run_light_ranks("--nodes", "2", "--out", str(tmp_path / "rows.jsonl"))
     assert (row["nodes"], row["ranks"], row["attempt"]) == (2, 4, 0)

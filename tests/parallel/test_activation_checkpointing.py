@@ -175,6 +175,8 @@ def test_full_training_saves_matmuls_too(checkpoints, short_rows, plain_run, one
     assert_same(plain_run([*args, *PLAIN]), results)
 
 
+# tests/launch/test_precision.py has autocast without compilation.
+@pytest.mark.slow
 def test_compiled_under_autocast(checkpoints, even_rows, plain_run, one_rank):
     """Biases are fp32 there, and compiled graphs run without autocast."""
     args = arguments(checkpoints("llama_bias"), even_rows, "qlora", "--precision", "bf16_autocast")

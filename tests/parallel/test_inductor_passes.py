@@ -165,7 +165,7 @@ def test_families(kind, linears, checkpoints, one_rank, tmp_path):
     [
         ("bnb_dora", "", {(0, 0), (6, 4)}),  # down_proj's blocks cannot include its row scales
         pytest.param("hqq_dora", "", {(0, 0), (6, 4)}, marks=pytest.mark.slow),
-        ("bnb_dora", "--lora_target_modules up_proj", {(0, 0), (1, 0)}),
+        pytest.param("bnb_dora", "--lora_target_modules up_proj", {(0, 0), (1, 0)}, marks=pytest.mark.slow),
         pytest.param(
             "bnb_dora", "--lora_target_modules v_proj,o_proj", {(0, 0), (2, 2)}, marks=pytest.mark.slow
         ),

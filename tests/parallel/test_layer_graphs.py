@@ -56,6 +56,8 @@ def test_replayed_layers_follow_plain_ones(train_type, options, checkpoints, eve
     assert_same(expected, results)
 
 
+# test_replayed_layers_follow_plain_ones has whole layers.
+@pytest.mark.slow
 def test_units_are_replayed_without_another_compilation(checkpoints, even_rows, plain_run, two_ranks):
     """FSDP gathers parameters to new addresses, and passes a layer's input on as a view."""
     args = [*arguments(checkpoints("llama"), even_rows, "qlora"), *STEPS]

@@ -17,7 +17,6 @@ from tests.helpers.adapters import args_for
 from tests.helpers.image_models import IMAGES, PROJECTOR, TOWER
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.picture_rows import make_picture_rows, rows_replaced, write_pictures
-from tests.helpers.products import slow
 from tests.helpers.resuming import adapter, repeatable_metrics
 from tests.helpers.runs import full_run, train_run
 
@@ -75,11 +74,15 @@ def train_on_few(rank_info, argv: list[str], refs: list[ImageRef]):
         return train_run(rank_info, [*argv, *IMAGES])
 
 
+# tests/test_parity.py has --no_sync with texts in `make test`.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train_type", "options"),
     [
         ("bnb_dora", TOWER),
-        *slow([("bnb_dora", []), ("full", []), ("lora", [*TOWER, "--sharding_strategy", "ddp"])]),
+        ("bnb_dora", []),
+        ("full", []),
+        ("lora", [*TOWER, "--sharding_strategy", "ddp"]),
     ],
 )
 def test_no_sync_changes_nothing(train_type, options, checkpoints, short_rows, one_rank, two_ranks, tmp_path):
