@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items):
 
     logging.disable_progress_bar()  # tests read stderr
     gc.freeze()  # all that was imported stays
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
     gpus = max_gpu_ranks()
     for item in items:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from unittest import mock
 
 import psutil
 import pytest
@@ -20,9 +18,8 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from transformers import AutoConfig, LlamaForCausalLM
 
-import train
 from benchmarks import dequantize, run
-from benchmarks.limited import GIB, read_filled, run_limited
+from benchmarks.limited import read_filled
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.options import parse
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
@@ -31,10 +28,8 @@ from files import model_folder as model_files
 from files.model_folder import CheckpointFiles
 from models.shapes import SHAPES
 from options.methods import HQQ_BITS
-from options.train import parse as parse_training
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
-from tests.helpers.runs import full_run
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")
 WORK = ["--batch_size", "2", "--context_length", "256", "--lora_rank", "4", "--steps", "4"]
@@ -357,31 +352,13 @@ def test_an_empty_checkpoint_is_filled_as_it_is_read(tmp_path, monkeypatch):
     assert sum(s.st_blocks * 512 for s in sizes) < 2**15 < sum(s.st_size for s in sizes)
 
 
-def limited_run(rank_info, options: list[str]) -> str:
-    """Run one rank of a limited run; return its output."""
-    with (
-        mock.patch.object(train, "run_rank", run_limited),
-        mock.patch.object(model_files, "read_tensor", model_files.read_tensor),
-        mock.patch.dict(os.environ, {GIB: "1"}),
-    ):
-        return full_run(rank_info, train.check_run(parse_training(options)[0]))
-
-
-def limited_options(folder) -> list[str]:
-    make_checkpoint(folder / "empty", "tiny", empty=True)
-    where = f"--model_name {folder / 'empty'} --output_dir {folder / 'run'} --dataset dummy --world_size 1"
-    more = "--train_type qlora --context_length 256 --max_steps 2 --save_model false --log_to stdout"
-    return [*where.split(), *more.split()]
-
-
-def test_a_limited_run_trains(one_rank, tmp_path):
-    assert "2 steps in" in one_rank(limited_run, limited_options(tmp_path))[0]
-
-
 @pytest.mark.slow
 def test_the_command_limits_a_run(tmp_path, capfd):
-    command = [sys.executable, "-m", "benchmarks.limited", "1", *limited_options(tmp_path)]
-    assert subprocess.run(command, cwd=run.ROOT).returncode == 0
+    make_checkpoint(tmp_path / "empty", "tiny", empty=True)
+    command = f"-m benchmarks.limited 1 --model_name {tmp_path / 'empty'} --output_dir {tmp_path / 'run'}"
+    command += " --dataset dummy --world_size 1 --train_type qlora --context_length 256 --max_steps 2"
+    command += " --save_model false --log_to stdout"
+    assert subprocess.run([sys.executable, *command.split()], cwd=run.ROOT).returncode == 0
     assert "2 steps in" in capfd.readouterr().out
 
 
