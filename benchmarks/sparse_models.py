@@ -9,6 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from benchmarks.make_checkpoint import EMPTY, write_empty
 from checkpoints.block_expansion import expanded_config, expanded_tensors
 from files.model_folder import CheckpointFiles
@@ -30,8 +32,10 @@ def write_sparse_copy(source: Path, target: Path, new_blocks: int = 0) -> None:
     originals = source_layers(layers, spread_new_blocks(layers, new_blocks) if new_blocks else [])
     raw = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     target.mkdir(parents=True)
-    shapes = {name: entry.shape for name, entry in expanded_tensors(files, family, originals).items()}
-    write_empty(target / SINGLE_FILE, shapes)
+    entries = expanded_tensors(files, family, originals)
+    options = {"dtype": torch.bfloat16, "device": "meta"}
+    tensors = {name: torch.empty(entry.shape, **options) for name, entry in entries.items()}
+    write_empty(target / SINGLE_FILE, tensors)
     new_config = expanded_config(raw, config, originals) if new_blocks else raw
     (target / CONFIG).write_text(json.dumps(new_config), encoding="utf-8")
     for path in source.iterdir():

@@ -27,7 +27,7 @@ MEMORY_OPTIONS = frozenset({
     "lora_dropout", "train_embeddings", "n_bits", "group_size", "context_length", "packing", "batch_size",
     "effective_batch_size", "gradient_accumulation_steps", "optimizer", "precision", "sharding_strategy",
     "hybrid_shard_size", "wrap_policy", "use_gradient_checkpointing", "activation_budget", "compile",
-    "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size", "save_every",
+    "cuda_graphs", "use_cpu_offload", "use_activation_cpu_offload", "no_sync", "world_size", "save_every",
     "lora_expert_rank", "train_router", "save_minutes", "wd", "images", "image_size", "images_per_pack",
     "vision_bits", "vision_targets",
 })  # fmt: skip
