@@ -207,7 +207,7 @@ def wrap(
     layers = family.decoder_layers(model)
     has_router_loss = getattr(model, "router_loss_factor", None) is not None
     if graphs and has_router_loss:
-        graphs.report("layers with an auxiliary loss of the router run without graphs")
+        graphs.report("layers with an auxiliary loss of routers run without graphs")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     tied = model.config.tie_word_embeddings

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from files.expert_stacks import BIAS, BLOCK, BLOCKS, PACKED_BYTES, SCALES, STACKS, stack_name, stacked_shape
 from files.names import INDEX, PROCESSOR_FILES
 from files.tensors import write_header
+from launch.program import print_error
 from models.registry import build_on_meta, family_of
 from models.shapes import SHAPES, Gemma3Shape, GptOssShape
 from options.errors import UserError
@@ -77,7 +78,10 @@ def stack_in_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def make_values(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return random values on the CPU, and ones for norms. tensor: of the same shape and dtype, no memory."""
+    """Return random values on the CPU, and ones for norms and sinks of attention.
+
+    tensor: of the same shape and dtype, without memory.
+    """
     values = torch.ones(tensor.shape, device=generator.device, dtype=tensor.dtype)
     if name.endswith(BLOCKS):
         values.random_(0, 256, generator=generator)
@@ -161,4 +165,9 @@ def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    make_checkpoint(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "8b", sys.argv[3:] == ["empty"])
+    try:
+        make_checkpoint(
+            Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "8b", sys.argv[3:] == ["empty"]
+        )
+    except UserError as e:
+        sys.exit(print_error(e, verbose=False))

@@ -58,7 +58,7 @@ FREE_OPTIONS = ("preset", "model_name", "adapter", "dataset", "columns", "text_c
 # be missing: not all runs, or not all older versions of this program, write it.
 RUN_STATE_FORM = {
     "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "adapter?": str,
-    "world": int,
+    "world": int, "router_loss?": float,
     "precision": str,
     "files": {},
     "parts": {
@@ -189,6 +189,7 @@ def run_identity(
     data_digest: str,
     evaluation_digest: str,
     adapter_digest: str,
+    router_loss: float | None,
 ) -> dict:
     """Return a run's options and digests, which checkpoints hold and `check_same_run` compares.
 
@@ -200,8 +201,9 @@ def run_identity(
         data_digest: Of the rows.
         evaluation_digest: Of the rows of the evaluation; "" without any.
         adapter_digest: Of the adapter of --adapter; "" without one.
+        router_loss: Factor of the routers' auxiliary loss, if there is one.
     """
-    return {
+    return ({} if router_loss is None else {"router_loss": router_loss}) | {
         "options": dataclasses.asdict(config),
         "rows_per_step": rows_per_step(config),
         "base": base_digest,
@@ -277,6 +279,12 @@ def check_same_run(
         raise UserError(
             f"{where}: --model_name {config.model_name} is not the model that the run was started with"
         )
+    before, factor = run.get("router_loss"), identity.get("router_loss")
+    if before != factor:
+        raise UserError(
+            f"{where}: the run has {_describe_router_loss(before)}, and config.json of --model_name"
+            f" {config.model_name} now asks for {_describe_router_loss(factor)}"
+        )
     if run["data"] != identity["data"]:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer gives the rows that the run was started with;"
@@ -291,6 +299,10 @@ def check_same_run(
             " chosen by comparing losses on two different sets"
         )
     _check_growing_files(checkpoint, output_folder(config))
+
+
+def _describe_router_loss(factor: float | None) -> str:
+    return "no auxiliary loss of routers" if factor is None else f"that of routers times {factor:g}"
 
 
 def _check_same_adapter(run: dict, config: Config, digest: str) -> None:

@@ -31,8 +31,8 @@ class Batch:
     Attributes:
         ids: [B, T] int64.
         targets: [B, T] int64; the next token, or IGNORE.
-        lengths: [B, 1] int64, or [B, T] if rows are packed; number of tokens in the row of each token. Only
-            RoPE of type longrope uses it.
+        lengths: [B, 1] int64, or [B, T] if rows are packed; number of tokens in the row of each token. RoPE
+            of type longrope and the auxiliary loss of routers use it.
         target_positions: [P] int64; indices of the learned targets in the flattened batch of B * T tokens,
             filled up with others by `learned_positions`. None = all positions.
         positions: [B, T] int64; of each token in its row. None if rows are not packed, like the next two.

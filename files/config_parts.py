@@ -29,12 +29,8 @@ def text_config(config: PretrainedConfig) -> Any:
 def router_loss_factor(config: PretrainedConfig) -> float | None:
     """Return the factor of the routers' auxiliary loss, if the config asks for it (models/router_loss.py)."""
     text = text_config(config)
-    return text.router_aux_loss_coef if has_router_loss(config) and text.output_router_logits else None
-
-
-def has_router_loss(config: PretrainedConfig) -> bool:
-    """Return whether transformers has an auxiliary loss for such models. A key of others has no effect."""
-    return hasattr(type(text_config(config)), "router_aux_loss_coef")
+    is_known = hasattr(type(text), "router_aux_loss_coef")  # in other models the keys have no effect
+    return text.router_aux_loss_coef if is_known and text.output_router_logits else None
 
 
 def eos_token_id(config: PretrainedConfig) -> int | list[int] | None:

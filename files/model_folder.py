@@ -250,10 +250,11 @@ def download(name: str, option: str, *patterns: str) -> Path:
 def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
     """Return a digest of a model's config and of the names and shapes of its weights, without vision parts.
 
-    It depends neither on the version of transformers that wrote the model nor on the folder.
+    It depends neither on the version of transformers that wrote the model nor on the folder, nor on whether
+    training adds the auxiliary loss of routers.
     """
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
-               "quantization_config")  # fmt: skip
+               "quantization_config", "output_router_logits", "router_aux_loss_coef")  # fmt: skip
     text = text_config(config)  # of a wrapper: a text model may be trained with and without images
     settings = {k: v for k, v in text.to_dict().items() if k not in ignored}
     if text is not config:

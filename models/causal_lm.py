@@ -65,7 +65,8 @@ class SummedLossMixin(Base):
             targets: [B, T]. The cross-entropy is summed over targets that are not IGNORE; all of these are at
                 `target_positions`.
             target_positions: Batch.target_positions.
-            row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py).
+            row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py), and
+                for the routers' auxiliary loss, which leaves out padding.
             images: the images of the batch, for a model with its vision parts. Without targets the arguments
                 are those of the text model, without a cache, and logits_to_keep: [positions].
             image_features: their features, if they are known.

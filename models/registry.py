@@ -165,9 +165,9 @@ def _read_known_config(folder: Path, raw: dict) -> PretrainedConfig:
                 f"{folder}/{CONFIG}: has no layer_types: the kind of each layer, sliding_attention or"
                 f" full_attention, in a list; transformers does not derive it from this config ({_reason(e)})"
             ) from None
-        raise UserError(
-            f"{folder}/{CONFIG}: not readable ({_reason(e)}); known architectures: {known}"
-        ) from None
+        # A value of a known architecture was refused, or the architecture is not known.
+        architectures = "" if isinstance(e, StrictDataclassError) else f"; known architectures: {known}"
+        raise UserError(f"{folder}/{CONFIG}: not readable ({_reason(e)}){architectures}") from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/{CONFIG}: {explain_unlisted_type(config, list(FAMILIES))}")
     if "text_config" not in raw and "tie_word_embeddings" in raw:  # an old config.json says it once

@@ -76,7 +76,7 @@ class _Substitute:
         return self.function if name == self.child else getattr(self.module, name)
 
     def forward(self, *args, **kwargs):
-        """Call the module. transformers compares this with the forward of a layer's class."""
+        """Call the module. GradientCheckpointingLayer of transformers reads this before it runs a layer."""
         return self.module(*args, **kwargs)
 
 
@@ -97,7 +97,7 @@ def _reporting_block(cls: type[nn.Module]) -> type[nn.Module]:
 
         return cls.forward(_Substitute(self, name, route), hidden_states), sums[0]
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    return type(f"Reporting{cls.__name__}", (cls,), {"forward": forward})
 
 
 @cache
@@ -116,7 +116,7 @@ def _reporting_layer(cls: type[nn.Module]) -> type[nn.Module]:
 
         return cls.forward(_Substitute(self, "mlp", mlp), *args, **kwargs), sums[0]
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    return type(f"Reporting{cls.__name__}", (cls,), {"forward": forward})
 
 
 def report_routing(model: PreTrainedModel, family: Family) -> None:
@@ -124,11 +124,11 @@ def report_routing(model: PreTrainedModel, family: Family) -> None:
 
     The block of experts must be a layer's `mlp`, and its router must return its logits first.
     """
-    factor = router_loss_factor(model.config)
-    if factor is None:
+    factor, layers = router_loss_factor(model.config), family.decoder_layers(model)
+    if factor is None or not any(hasattr(layer.mlp, "experts") for layer in layers):
         return
     model.router_loss_factor = factor  # type: ignore[assignment]
-    for layer in family.decoder_layers(model):
+    for layer in layers:
         block = layer.mlp
         if hasattr(block, "experts"):
             block.__class__ = _reporting_block(type(block))  # type: ignore[arg-type] # hashable

@@ -3,7 +3,7 @@
 Each rank's numbers of a step are a row of a table [ranks, columns]. Its columns: the rank's share of the
 loss, the gradient's norm, bytes allocated and reserved at the step's peak, and, if they were measured, bytes
 in use after forward and after backward; the last one, if there is such a loss, is the rank's share of the
-router's auxiliary loss. The table is copied to the host while the GPU goes on.
+routers' auxiliary loss. The table is copied to the host while the GPU goes on.
 """
 
 from __future__ import annotations

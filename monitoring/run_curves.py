@@ -37,6 +37,7 @@ class Plot:
 PLOTS = (
     Plot("loss", "Training loss", "nats per learned token", has_zero=False, is_noisy=True),
     Plot("eval_loss", "Evaluation loss", "nats per learned token", has_zero=False),
+    Plot("router_aux_loss", "Auxiliary loss of routers", "before its factor", is_noisy=True),
     Plot("lr", "Learning rate", ""),
     Plot("grad_norm", "Gradient norm", "before clipping", is_noisy=True),
     Plot("tokens_per_second", "Speed", "tokens/s, all ranks", is_noisy=True),

@@ -186,7 +186,7 @@ LOST = {
         " video_maxlen use_audio_in_video audio_sampling_rate",
     "no code of a model's repository is run": "trust_remote_code",
     "only adapters are trained beside frozen weights":
-        "lora_target_parameters unfrozen_parameters"
+        "unfrozen_parameters"
         " freeze_extra_modules lora_bias bias lisa_n_layers lisa_step_interval lisa_layers_attribute"
         " train_from_scratch random_init_weights mixture_of_depths",
     "A is drawn as in PEFT's default, B is zero":
@@ -205,7 +205,8 @@ LOST = {
         " interleave_probs mix_strategy dataset_exact_deduplication min_sample_len",
     "no noise is added to embeddings": "neftune_noise_alpha noisy_embedding_alpha",
     "the loss is plain cross-entropy": "label_smoothing_factor loss_type use_dft_loss use_eaft_loss",
-    "the model's config.json sets it: output_router_logits, router_aux_loss_coef":
+    "--lora_expert_rank R puts adapters on all linears of all experts": "lora_target_parameters",
+    "set output_router_logits and router_aux_loss_coef in the model's config.json":
         "router_aux_loss_coef moe_aux_loss_coef",
     "optimizers are those of --optimizer":
         "use_galore use_apollo use_badam use_adam_mini use_muon galore_rank optim_args"
@@ -233,7 +234,9 @@ LOST = {
     "evaluation has --batch_size":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_packing eval_sample_packing"
         " eval_delay eval_on_each_dataset eval_num_beams",
-    "rope is that of config.json": "rope_scaling rope_theta overrides_of_model_config model_config"
+    "the model is that of its config.json; edit a copy, as for output_router_logits":
+        "overrides_of_model_config model_config",
+    "rope is that of config.json": "rope_scaling rope_theta"
         " pose_max_context_len pose_num_chunks pose_split_on_token_ids",
     "answers are trained on, not preferences or rewards":
         "rl reward_model process_reward_model pref_beta pref_loss"

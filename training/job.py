@@ -20,7 +20,7 @@ from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
 from data.template_choice import read_trained_tokenizer
 from files.base_model import BaseModel
-from files.config_parts import text_config
+from files.config_parts import router_loss_factor, text_config
 from files.model_folder import CheckpointFiles
 from files.names import GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.weight_cache import CachePlan
@@ -111,7 +111,10 @@ class Job:
         evaluation = digest_rows(self.evaluation.rows) if self.evaluation.rows else ""
         rows, adapter = digest_rows(self.rows), self.adapter.digest if self.adapter else ""
         base = self.base.digest()
-        return resume.run_identity(self.config, str(self.precision), base, rows, evaluation, adapter)
+        router_loss = router_loss_factor(self.model_config)
+        return resume.run_identity(
+            self.config, str(self.precision), base, rows, evaluation, adapter, router_loss
+        )
 
     def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Job:
         """Return a copy with these values, which are rank 0's, in place of this node's."""
@@ -134,6 +137,7 @@ class Job:
                 "the precision of --precision": str(self.precision),
                 "what config.json and the weights' shapes say": self.base.structure_digest,
                 "the weights": self.base.weights_digest.text(),
+                "the factor of the routers' auxiliary loss": str(router_loss_factor(self.model_config)),
                 "the adapter of --adapter": self.adapter.digest if self.adapter else "none",
                 "the rows of the data": " ".join(rows),
                 "the checkpoint to go on from": f"step {self.saved.step}" if self.saved else "none",

@@ -26,13 +26,7 @@ from data.rows import TokenizedRows
 from data.stop_ids import collect_stop_ids, make_generation_config
 from data.template_choice import compare_with_base, read_template, use_template
 from files.base_model import BaseModel, digest_without_head, record_base
-from files.config_parts import (
-    eos_token_id,
-    find_quantization,
-    has_router_loss,
-    router_loss_factor,
-    text_config,
-)
+from files.config_parts import eos_token_id, find_quantization, router_loss_factor, text_config
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
@@ -334,9 +328,7 @@ def remarks_on_model(
             f"{folder}/config.json: output_router_logits: the auxiliary loss of the routers, times"
             f" {factor:g}, is added to the loss of the tokens"
         )
-    elif (
-        routed and not has_router_loss(model_config) and getattr(model_config, "output_router_logits", False)
-    ):
+    elif routed and getattr(model_config, "output_router_logits", False):
         remarks.append(
             f"{folder}/config.json: output_router_logits has no effect: transformers has no auxiliary loss of"
             " the routers of such models"

@@ -19,8 +19,12 @@ from data.rows import IGNORE, TokenizedRows
 from models.family import unwrapped_name
 from models.router_loss import count_tokens, make_router_loss, routing_sums
 from monitoring.metrics import Meter
+from options.errors import UserError
+from options.train import parse
 from parallel.shards import full_tensor
+from tests.helpers import tiny
 from tests.helpers.adapters import args_for, build_peft_model, peft_name
+from tests.helpers.bnb_checkpoints import make_single_rank_job
 from tests.helpers.compiled import CHECKPOINTED, compiled_run
 from tests.helpers.expansion import edit_config, read_config_json
 from tests.helpers.logits import IDS
@@ -239,12 +243,17 @@ def test_compiled_layers(kind, balanced, even_rows, one_rank):
 
 def test_a_resumed_run_repeats_it(balanced, short_rows, one_rank, tmp_path):
     """And the result's config still asks for the loss."""
-    args = ["--model_name", str(balanced("qwen3_moe")), "--dataset", str(short_rows), "--log_to", "stdout"]
+    base = balanced("qwen3_moe")
+    args = ["--model_name", str(base), "--dataset", str(short_rows), "--log_to", "stdout"]
     args += "--train_type full --max_steps 4 --deterministic --compile false".split()
     one_rank(run, [*args, "--output_dir", str(tmp_path / "whole")])
     again = [*args, "--output_dir", str(tmp_path / "stopped"), "--resume", "auto"]
     one_rank(run, again, Signals({2: signal.SIGTERM}))
     assert len(lines(tmp_path / "stopped")) == 2
+    edit_config(base, router_aux_loss_coef=0.25)
+    with pytest.raises(UserError, match=r"that of routers times 0\.5, and .* asks for that .* times 0\.25$"):
+        train.check_run(parse([*again, "--world_size", "1"])[0])
+    edit_config(base, router_aux_loss_coef=FACTOR)
     output = one_rank(run, again)[0]
     whole, stopped = ([m["router_aux_loss"] for m in lines(tmp_path / x)] for x in ("whole", "stopped"))
     assert len(whole) == 4 and whole == stopped
@@ -252,6 +261,21 @@ def test_a_resumed_run_repeats_it(balanced, short_rows, one_rank, tmp_path):
     assert read_config_json(tmp_path / "whole")["output_router_logits"] is True
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     assert model.config.router_aux_loss_coef == FACTOR
+
+
+def test_the_loss_is_no_part_of_a_base(balanced, short_rows):
+    """An adapter fits its base with and without it. Nodes must agree on it."""
+    model = balanced("qwen3_moe")
+    before = make_single_rank_job(model, short_rows, "--train_type", "full")
+    edit_config(model, output_router_logits=False)
+    after = make_single_rank_job(model, short_rows, "--train_type", "full")
+    assert before.base == after.base and before.facts_to_compare() != after.facts_to_compare()
+
+
+def test_a_model_without_routed_layers_has_none(tmp_path, even_rows, one_rank):
+    folder = tiny.save_checkpoint("qwen3_moe", tmp_path / "dense", mlp_only_layers=[0, 1, 2])
+    edit_config(folder, output_router_logits=True)
+    assert one_rank(losses, [*arguments(folder, even_rows, "lora"), *PLAIN])[0][1] == [None] * 5
 
 
 def test_there_is_no_such_metric_without_it(checkpoints, even_rows, one_rank):
