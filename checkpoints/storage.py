@@ -75,7 +75,7 @@ class Checkpoint:
     Attributes:
         folder: Its folder.
         step: Optimizer steps that were completed.
-        run: What the run wrote about itself: see RUN_STATE_FORM in checkpoints/resume.py.
+        run: What the run wrote about itself: see RUN_STATE_FORM in checkpoints/same_run.py.
         tensors: {name: {"dtype", "shape", "chunks": [[offsets, sizes, file], ...]}}.
     """
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
-from checkpoints import resume
+from checkpoints.same_run import run_identity
 from checkpoints.storage import Checkpoint
 from data.batches import StepSampler
 from data.evaluation_data import EvaluationData
@@ -112,9 +112,7 @@ class Job:
         rows, adapter = digest_rows(self.rows), self.adapter.digest if self.adapter else ""
         base = self.base.digest()
         router_loss = router_loss_factor(self.model_config)
-        return resume.run_identity(
-            self.config, str(self.precision), base, rows, evaluation, adapter, router_loss
-        )
+        return run_identity(self.config, str(self.precision), base, rows, evaluation, adapter, router_loss)
 
     def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Job:
         """Return a copy with these values, which are rank 0's, in place of this node's."""

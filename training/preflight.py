@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from checkpoints import resume
+from checkpoints import resume, same_run
 from checkpoints.model_writer import apart_entries, check_entries_finite
 from checkpoints.storage import Checkpoint
 from data.evaluation_data import EvaluationData
@@ -147,8 +147,9 @@ def _make_job(config: Config) -> Job:
         return job
     head = model.untied_head
     without_head = (head, digest_without_head(model.config, model.files, head)) if head else None
-    resume.check_same_run(saved, config, job.run_identity(), without_head)
-    resume_remarks = resume.describe_changes(saved, config, model.base.digest())
+    same_run.check_same_run(saved, config, job.run_identity(), without_head)
+    resume.check_growing_files(saved, output_folder(config))
+    resume_remarks = same_run.describe_changes(saved, config, model.base.digest())
     return dataclasses.replace(job, remarks=(*job.remarks, *resume_remarks))
 
 
@@ -175,7 +176,7 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
     config = adopt_recorded_sizes(config, saved)
     if config.chat_date is None:
         today = datetime.date.today().isoformat()
-        config = dataclasses.replace(config, chat_date=resume.recorded_chat_date(saved) if saved else today)
+        config = dataclasses.replace(config, chat_date=same_run.recorded_chat_date(saved) if saved else today)
     if config.profile:
         check_writable(Path(config.profiling_output), "--profiling_output")
     path = config.llama_pro_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from checkpoints.resume import is_run_state, recorded_option
+from checkpoints.same_run import is_run_state, recorded_option
 from checkpoints.storage import Checkpoint
 from options.config import Config
 from options.declaration import AUTO

@@ -20,7 +20,7 @@ import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints import manager
 from checkpoints import storage as checkpoint_files
-from checkpoints.resume import check_same_run, describe_changes, recorded_option
+from checkpoints.same_run import check_same_run, describe_changes, recorded_option
 from checkpoints.storage import checkpoint_folder, find_newest_checkpoint
 from launch.precision import choose_precision
 from options.errors import UserError

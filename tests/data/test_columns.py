@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoints.resume import is_fixed
+from checkpoints.same_run import is_fixed
 from data.columns import ColumnNames
 from data.evaluation_sets import prepare_sets, read_evaluation_rows, read_in_trained_format
 from data.formats import QA

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train
-from checkpoints.resume import check_same_run
+from checkpoints.same_run import check_same_run
 from files.names import ADAPTER, ADAPTER_CONFIG
 from finished.finished_run import load_model, open_run
 from finished.model_card import render_card
