@@ -137,8 +137,7 @@ EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
     [
         *slow([("lora", "llama_bias", {}, 1)]),
         ("bnb_dora", "llama_bias", {}, 1),
-        ("qlora", "llama", {"use_rslora": True}, 1),
-        ("qlora", "llama", EMBEDDINGS, 4),
+        *slow([("qlora", "llama", {"use_rslora": True}, 1), ("qlora", "llama", EMBEDDINGS, 4)]),
         ("dora", "qwen2", EMBEDDINGS | {"ensure_weight_tying": True}, 1),
     ],
     ids=["lora", "bnb_dora", "rslora", "untied embeddings", "tied embeddings"],

@@ -165,6 +165,7 @@ def test_a_stopped_trial_is_paused(arguments, start, tmp_path):
     assert "stopped after 0 of 8 trials" in printed
 
 
+@pytest.mark.slow
 def test_a_worker_that_waits_says_for_what(arguments, start, tmp_path):
     """One on another machine that was killed is known to be dead after two minutes only."""
     argv = arguments("lr: [1e-3, 1e-4]", "--sampler", "grid")
@@ -180,6 +181,7 @@ def test_a_worker_that_waits_says_for_what(arguments, start, tmp_path):
     assert process.returncode == 0 and "waiting" not in printed and table(printed)[0][:2] == ["0", "0.5000"]
 
 
+@pytest.mark.slow
 def test_pruned_and_failed_trials(arguments, run, tmp_path):
     """The first five end; worse ones are stopped while they run. A failed one tells why."""
     out, space = tmp_path / "out", "lr: [1e-3, 2e-3, 5e-4, 1e-2, 1e-4, 1, 10]"

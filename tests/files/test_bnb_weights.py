@@ -210,6 +210,7 @@ def count_tensors_alive(rank_info, args) -> tuple[int, int]:
     return max(most), len(most)
 
 
+@pytest.mark.slow
 def test_every_node_reads_for_itself(checkpoints, alpaca_file, one_rank, four_ranks):
     """Four ranks as two nodes of two: each node reads every tensor once, and all hold the same model."""
     args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--train_type", "bnb_dora"]

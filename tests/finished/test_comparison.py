@@ -105,6 +105,7 @@ def test_answers_are_those_of_each_run_alone(sampling, runs, rows, compare, caps
             assert 0 < answer["first_token_seconds"] < answer["seconds"]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_called_base_is_not_the_base(runs, rows, compare, tmp_path, monkeypatch):
     """Beside the base, another run, and alone."""
     shutil.copytree(runs[0], tmp_path / "base")

@@ -227,6 +227,7 @@ def test_images_of_any_number_compile_to_two_graphs():
     assert len(compiled) == 2
 
 
+@pytest.mark.slow
 def test_compiled_layers_learn_what_plain_ones_learn(stand_ins, monkeypatch):
     """With kept results of attention (--activation_budget), which backward does not compute again."""
     calls = []

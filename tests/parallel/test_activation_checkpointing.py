@@ -92,9 +92,8 @@ def test_other_lengths_of_rows_are_compiled_once_more(checkpoints, short_rows, p
 
 
 # bnb_dora's layers have everything that qlora's have, and norms.
-@pytest.mark.parametrize(
-    "train_type", products(["qlora", "bnb_dora"], always=[("bnb_dora",)], left_out=["qlora"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
 def test_compiled_units_within_layers_in_two_ranks(train_type, checkpoints, even_rows, plain_run, two_ranks):
     args = arguments(checkpoints("llama_bias"), even_rows, train_type)
     options = ["--batch_size", "2", "--wrap_policy", "sublayer", "--use_activation_cpu_offload"]

@@ -124,7 +124,7 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
         pytest.param("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7, marks=pytest.mark.slow),
         # Each gradient of x is cast to fp32, and summed there.
         pytest.param("qlora", "--precision bf16_autocast", 4, 4, 7, marks=pytest.mark.slow),
-        ("qlora", "--lora_dropout 0.1", 7, 7, 7),
+        pytest.param("qlora", "--lora_dropout 0.1", 7, 7, 7, marks=pytest.mark.slow),
     ],
 )
 def test_siblings_are_merged(
