@@ -175,7 +175,7 @@ def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> No
 
 def draw_loss(history: list[Metrics], path: Path) -> None:
     """Write a PNG of the loss, the evaluation loss and the learning rate over the steps."""
-    from matplotlib.figure import Figure  # pyplot, for windows, would take longer to import than all else here
+    from matplotlib.figure import Figure  # pyplot, which is for windows, would be slow to import
 
     steps = [m.step for m in history]
     figure = Figure(figsize=(8, 4.5))
