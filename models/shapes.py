@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import Gemma3Config, GptOssConfig, LlamaConfig, Qwen3MoeConfig
@@ -39,23 +39,29 @@ class Shape:
         vocabulary = (1 if self.tied else 2) * self.vocabulary * self.hidden
         return self.layers * layer + vocabulary + self.hidden
 
+    def common_settings(self) -> dict[str, Any]:
+        """Return the settings of a config that models of all architectures share: sizes, tokens and bf16."""
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.context,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "dtype": "bfloat16",
+        }
+
     def model_config(self) -> LlamaConfig:
         """Return transformers' config of a model of this shape, in bf16."""
         from transformers import LlamaConfig  # slow to import, and not needed to list the shapes
 
         return LlamaConfig(
-            hidden_size=self.hidden,
+            **self.common_settings(),
             intermediate_size=self.mlp,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            vocab_size=self.vocabulary,
-            tie_word_embeddings=self.tied,
-            max_position_embeddings=self.context,
             rms_norm_eps=1e-5,
-            bos_token_id=256,
-            eos_token_id=257,
-            dtype="bfloat16",
             architectures=["LlamaForCausalLM"],
         )
 
@@ -89,22 +95,13 @@ class MixtureShape:
 
         text = self.text
         return Qwen3MoeConfig(
-            hidden_size=text.hidden,
+            **text.common_settings(),
             intermediate_size=3 * text.hidden,
             moe_intermediate_size=text.mlp,
             num_experts=self.experts,
             num_experts_per_tok=self.experts_per_token,
             norm_topk_prob=True,
-            num_hidden_layers=text.layers,
-            num_attention_heads=text.heads,
-            num_key_value_heads=text.kv_heads,
             head_dim=self.head_dim,  # type: ignore[call-arg] # some versions do not declare it
-            vocab_size=text.vocabulary,
-            tie_word_embeddings=False,
-            max_position_embeddings=text.context,
-            bos_token_id=256,
-            eos_token_id=257,
-            dtype="bfloat16",
             architectures=["Qwen3MoeForCausalLM"],
         )
 
@@ -138,19 +135,10 @@ class GptOssShape:
 
         text = self.text
         return GptOssConfig(
-            hidden_size=text.hidden,
+            **text.common_settings(),
             intermediate_size=text.mlp,
             num_local_experts=self.experts,
-            num_hidden_layers=text.layers,
-            num_attention_heads=text.heads,
-            num_key_value_heads=text.kv_heads,
             head_dim=self.head_dim,
-            vocab_size=text.vocabulary,
-            tie_word_embeddings=False,
-            max_position_embeddings=text.context,
-            bos_token_id=256,
-            eos_token_id=257,
-            dtype="bfloat16",
             architectures=["GptOssForCausalLM"],
         )
 
@@ -214,21 +202,13 @@ class Gemma3Shape:
 
         text, tower = self.text, self.tower
         return Gemma3Config(
-            text_config={
-                "hidden_size": text.hidden,
+            text_config=text.common_settings()
+            | {
                 "intermediate_size": text.mlp,
-                "num_hidden_layers": text.layers,
-                "num_attention_heads": text.heads,
-                "num_key_value_heads": text.kv_heads,
                 "head_dim": self.head_dim,
                 "query_pre_attn_scalar": self.head_dim,
                 "sliding_window": 1024,
-                "vocab_size": text.vocabulary,
-                "max_position_embeddings": text.context,
-                "bos_token_id": 256,
-                "eos_token_id": 257,
                 "pad_token_id": 0,
-                "dtype": "bfloat16",
             },
             vision_config={
                 "hidden_size": tower.hidden,

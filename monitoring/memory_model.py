@@ -149,9 +149,8 @@ def _graph_bytes(config: Config, sizes: RunSizes, layer: LayerMemory, gpu: Gpu |
     """
     if config.cuda_graphs != "true" or not is_compiled(config, sizes.widths, gpu):
         return 0, 0
-    return sizes.unit + layer.input, 2 * layer.input + (
-        0 if config.use_gradient_checkpointing else layer.saved
-    )
+    saved = 0 if config.use_gradient_checkpointing else layer.saved
+    return sizes.unit + layer.input, 2 * layer.input + saved
 
 
 def _update_ratio(config: Config) -> float:
