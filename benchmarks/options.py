@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import WARMUP_STEPS
 from files.disk_room import check_writable
-from models.shapes import SHAPES, Shape
+from models.shapes import SHAPES, MixtureShape, Shape
 from options.command_line import Command
 from options.config import FIELDS
 from options.declaration import option
@@ -88,7 +88,7 @@ class Options:
 
     # fmt: off
     shape: str = option("8b", "Runs", "8b takes 16 GB of disk, 70b 141 GB",
-        choices=tuple(name for name, shape in SHAPES.items() if isinstance(shape, Shape)))
+        choices=tuple(name for name, shape in SHAPES.items() if isinstance(shape, (Shape, MixtureShape))))
     gpus: tuple[int, ...] = option((1,), "Runs", "GPUs of a run; without any, CPU processes. One number, or"
         " several: 1,2", convert=_parse_gpus)
     train_types: tuple[str, ...] = option(("qlora",), "Runs", f"of {', '.join(TRAIN_TYPES)}",
@@ -103,7 +103,8 @@ class Options:
     context_length: int = option(2048, "Runs", "tokens of a row", ge=1)
     host_context: int = option(256, "Runs", "tokens of a row in a second run of each system: with so few, a"
         " step of a large model takes about as long as the host; 0 = no such run", ge=1, sentinel=0)
-    lora_rank: int = option(64, "Runs", "rank of the adapters, on all seven linears", ge=1)
+    lora_rank: int = option(64, "Runs", "rank of the adapters, on all seven linears; in a mixture of"
+        " experts on the four of attention", ge=1)
     steps: int = option(12, "Runs", f"optimizer steps of a run; the first {WARMUP_STEPS} do not count",
         ge=1)
     time_limit: int = option(1800, "Runs", "seconds that a run may take", ge=1)

@@ -36,7 +36,7 @@ from benchmarks.systems import OURS, SYSTEMS, Setting, find_versions
 from benchmarks.table import Row, draw_chart, format_markdown, make_row
 from files.atomic_writes import write_text
 from launch.program import print_error
-from models.shapes import SHAPES
+from models.shapes import SHAPES, MixtureShape
 from options.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,9 @@ def measure_system(options: Options, name: str, setting: Setting, model: Path, p
         precision: --precision of ours.
     """
     label = f"{name} --precision {precision}" if precision else name
-    problem = find_missing(options, name) or SYSTEMS[name].find_obstacle(setting, torch.cuda.is_available())
+    experts = isinstance(SHAPES[options.shape], MixtureShape)
+    problem = find_missing(options, name)
+    problem = problem or SYSTEMS[name].find_obstacle(setting, torch.cuda.is_available(), experts)
     if problem:
         return Row(setting, name, label, problem=problem)
     row = run_system(options, Row(setting, name, label), model, precision)
@@ -213,15 +215,20 @@ def describe_setup(options: Options) -> list[str]:
             versions = find_versions(SYSTEMS[name], options.python(name))
             shown = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
             lines.append(f"- {name}: {shown}")
+    mixture = isinstance(SHAPES[options.shape], MixtureShape)
+    linears = "four linears of attention" if mixture else "seven linears"
+    host = (
+        f" Host: the step of a run on rows of {options.host_context} tokens, with which the GPU has little"
+        " to do."
+    )
     memory = "allocated by torch on the fullest GPU" if gpus else "the largest resident size of a process"
     return [
         *lines,
         "",
         f"{options.shape} shape with random weights, {options.batch_size} rows of {options.context_length}"
-        f" tokens per GPU and step, rank {options.lora_rank} on all seven linears, {options.steps} steps; the"
+        f" tokens per GPU and step, rank {options.lora_rank} on all {linears}, {options.steps} steps; the"
         f" step is the median of the later ones. Memory: {memory}, loading included. `x ours`: relative to"
-        f" the first row of ours. Host: the step of a run on rows of {options.host_context} tokens,"
-        " with which the GPU has little to do.",
+        " the first row of ours." + host * bool(options.host_context),
         "",
         "    " + shlex.join(["python", "-m", "benchmarks.run", *options.argv]),
         "",

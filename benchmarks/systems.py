@@ -43,6 +43,7 @@ class System:
         max_gpus: most GPUs that it can use.
         max_processes: most processes that it can use without GPUs.
         checkpointing: kinds of activation checkpointing that it has.
+        has_experts: whether it trains mixtures of experts.
     """
 
     script: str
@@ -52,9 +53,15 @@ class System:
     max_gpus: float = math.inf
     max_processes: float = math.inf
     checkpointing: tuple[str, ...] = ("full", "none")
+    has_experts: bool = True
 
-    def find_obstacle(self, setting: Setting, on_gpus: bool) -> str:
-        """Return why the system cannot run the setting, "" if it can. Looks at no installed package."""
+    def find_obstacle(self, setting: Setting, on_gpus: bool, experts: bool = False) -> str:
+        """Return why the system cannot run the setting, "" if it can. Looks at no installed package.
+
+        experts: whether the model is a mixture of experts.
+        """
+        if experts and not self.has_experts:
+            return "has no mixtures of experts"
         limit = self.max_gpus if on_gpus else self.max_processes
         if not limit:
             return "needs a GPU"
@@ -123,12 +130,14 @@ SYSTEMS = {
         ("torch",),
         max_gpus=1,
         max_processes=1,
+        has_experts=False,
     ),
     "fsdp_qlora": System(
         "fsdp_qlora.py",
         ("torch", "transformers", "bitsandbytes", "fastcore"),
         max_processes=0,
         checkpointing=CHECKPOINTING,
+        has_experts=False,
     ),
 }
 

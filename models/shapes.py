@@ -246,6 +246,7 @@ SHAPES: dict[str, Shape | MixtureShape | GptOssShape | Gemma3Shape] = {
     "405b": Shape(16384, 53248, 126, 128, 8, 128256, 131072),
     "tiny-moe": MixtureShape(Shape(64, 48, 4, 4, 2, 300, 8192), 16, 8, 2),
     "30b-a3b": MixtureShape(Shape(2048, 768, 48, 32, 4, 151936, 40960), 128, 128, 8),
+    "30b-a3b-12": MixtureShape(Shape(2048, 768, 12, 32, 4, 151936, 40960), 128, 128, 8),  # 12 of 48 layers
     "gpt-oss-20b": GptOssShape(Shape(2880, 2880, 24, 64, 8, 201088, 131072), 64, 32),
     "gpt-oss-120b": GptOssShape(Shape(2880, 2880, 36, 64, 8, 201088, 131072), 64, 128),
     "tiny-gemma3": Gemma3Shape(

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from stopwatch import Stopwatch, select_device, token_ids
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from work import LINEARS, LORA_ALPHA, RANKS, read_work
+from work import LORA_ALPHA, RANKS, find_linears, read_work
 
 work, device = read_work(), select_device()
 gpu = device.type == "cuda"
@@ -36,7 +36,7 @@ if work.checkpointing == "full":
 lora = LoraConfig(
     r=work.lora_rank,
     lora_alpha=LORA_ALPHA,
-    target_modules=LINEARS,
+    target_modules=find_linears(work.model_name),
     use_dora=work.train_type == "bnb_dora",
     task_type="CAUSAL_LM",
 )

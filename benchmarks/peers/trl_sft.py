@@ -10,7 +10,7 @@ from peft import LoraConfig
 from stopwatch import select_device
 from trainer import make_config, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from work import LINEARS, LORA_ALPHA, RANKS, read_work
+from work import LORA_ALPHA, RANKS, find_linears, read_work
 
 work, device = read_work(), select_device()
 full = work.checkpointing == "full"
@@ -40,7 +40,7 @@ model = AutoModelForCausalLM.from_pretrained(
 lora = LoraConfig(
     r=work.lora_rank,
     lora_alpha=LORA_ALPHA,
-    target_modules=LINEARS,
+    target_modules=find_linears(work.model_name),
     use_dora=work.train_type == "bnb_dora",
     task_type="CAUSAL_LM",
 )

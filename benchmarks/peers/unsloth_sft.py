@@ -10,7 +10,7 @@ from unsloth import FastLanguageModel  # isort: skip  (first: it patches the mod
 
 import torch
 from trainer import make_config, train
-from work import LINEARS, LORA_ALPHA, read_work
+from work import LORA_ALPHA, find_linears, read_work
 
 work = read_work()
 model, tokenizer = FastLanguageModel.from_pretrained(
@@ -26,7 +26,7 @@ model = FastLanguageModel.get_peft_model(
     lora_alpha=LORA_ALPHA,
     lora_dropout=0,
     bias="none",
-    target_modules=LINEARS,
+    target_modules=find_linears(work.model_name),
     use_gradient_checkpointing={"full": True, "none": False, "offload": "unsloth"}[work.checkpointing],
     **({"use_dora": True} if work.train_type == "bnb_dora" else {}),
 )

@@ -16,10 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LORA_ALPHA = 16
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def find_linears(model: str) -> list[str]:
+    """Return the names of the linears with adapters: a mixture of experts has them on attention only.
+
+    model: folder of the checkpoint.
+    """
+    config = json.loads(Path(model, "config.json").read_text())
+    return ATTENTION if "num_experts" in config else LINEARS
 
 
 def read_work(*more: str) -> argparse.Namespace:
