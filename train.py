@@ -80,9 +80,21 @@ from wrapping import WRAP_POLICIES, make_mesh, make_offload_policy, set_gradient
 
 
 def set_up(
-    job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER, load: Callable = load_weights
+    job: Job,
+    rank_info: RankInfo,
+    profiler: NoProfiler = NO_PROFILER,
+    *,
+    load: Callable = load_weights,
+    predicted_peak: float = 0.0,
 ) -> tuple[PreTrainedModel, weight_memory.ExpectedMemory]:
-    """Build, shard and load the model of the train type. Collective. load: fills the model's parameters.
+    """Build, shard and load the model of the train type. Collective.
+
+    Args:
+        job: the checked run.
+        rank_info: this process.
+        profiler: measures the memory of each phase.
+        load: fills the model's parameters.
+        predicted_peak: bytes that the run should take of this GPU; 0 = is not known.
 
     Returns:
         (the model, the memory that its weights should take on this rank).
@@ -117,9 +129,7 @@ def set_up(
         compiled_run=compile_run_layer(cpus=rank_info.cpus)
         if should_compile(config.compile, device, family)
         else None,
-        graphs=make_layer_graphs(
-            config.cuda_graphs, device, config.profile, config.verbose and rank_info.rank == 0
-        ),
+        graphs=make_layer_graphs(config, rank_info, predicted_peak),
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.start_phase("load")
@@ -270,7 +280,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     room = ranks.smallest_gpu_room(rank_info) if job.gpu else 0.0
     if predicted:
         print(describe_prediction(predicted, room), flush=True)
-    model, loaded = set_up(job, rank_info, profiler)
+    model, loaded = set_up(job, rank_info, profiler, predicted_peak=predicted.peak if predicted else 0.0)
     gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted)
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = ""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from launch.memory import PEAK_MEMORY, gpu_room, is_out_of_memory
+from launch.ranks import RankInfo
+from options.config import Config
 from parallel.fixed_tensors import Slots
 from parallel.graph_memory import GraphMemory
+from parallel.layer_kinds import describe_kind, has_dropout, put_together, take_apart
 from parallel.recorded_layer import (
     LayerCall,
     LayerParameters,
@@ -41,11 +44,9 @@ CALLS_BEFORE = 3
 MAX_RECORDINGS = 4
 MAX_COUNTED = 64  # kinds of calls of a layer that are counted
 # `auto` records once the GPU was less than a layer behind the host at so many of the last starts of layers,
-# if so much of its memory was never in use. If it waits less often, the copies that graphs need cost more
+# if so much of its memory is not needed. If it waits less often, the copies that graphs need cost more
 # time than is saved.
 MARKS_WATCHED, WAITING_SHARE, FREE_SHARE = 128, 0.5, 0.1
-DROPOUTS = "p", "dropout", "attention_dropout"  # names of attributes
-PLAIN = int, float, bool, str, type(None), torch.dtype, torch.device
 
 
 class GpuWaits:
@@ -77,76 +78,14 @@ class GpuWaits:
         return sum(self.waited) >= WAITING_SHARE * MARKS_WATCHED
 
 
-def take_apart(value: Any, tensors: list[Tensor]) -> Hashable:
-    """Append the tensors within an argument to `tensors`; return the rest, for comparison and `put_together`.
+def _has_room(predicted_peak: float) -> bool:
+    """Return whether FREE_SHARE of the GPU's memory was never in use, and is not going to be, without graphs.
 
-    Raises NotRecordable for anything but tensors, plain values, and containers and partial functions of them.
+    predicted_peak: bytes that the run should take; its longest rows may be still to come.
     """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return "tensor", value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, PLAIN):
-        return "value", type(value), value
-    if type(value) in (tuple, list):
-        return type(value), tuple(take_apart(each, tensors) for each in value)
-    if type(value) is dict:
-        return dict, tuple(value), tuple(take_apart(each, tensors) for each in value.values())
-    if type(value) is partial:
-        return "partial", value.func, take_apart([*value.args], tensors), take_apart(value.keywords, tensors)
-    raise NotRecordable(f"it is given a {type(value).__name__}")
-
-
-def put_together(parts: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return the argument that `take_apart` took apart, with other tensors."""
-    kind = parts[0]
-    if kind == "tensor":
-        return next(tensors)
-    if kind == "value":
-        return parts[2]
-    if kind == "partial":
-        args = put_together(parts[2], tensors)
-        return partial(parts[1], *args, **put_together(parts[3], tensors))
-    values = [put_together(each, tensors) for each in parts[-1]]
-    return dict(zip(parts[1], values, strict=True)) if kind is dict else kind(values)
-
-
-def describe_kind(layer: nn.Module) -> Hashable:
-    """Return what layers that are alike have in common: modules, shapes of their tensors, plain attributes.
-
-    The index of a layer is none of them: transformers uses it for caches only. Tensors are numbered, because
-    modules may share them.
-    """
-    numbers: dict[Tensor, int] = {}
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple(
-                (n, numbers.setdefault(t, len(numbers)), t.shape, t.dtype, t.device.type, t.requires_grad)
-                for n, t in (*module._parameters.items(), *module._buffers.items())
-                if t is not None
-            ),
-            tuple(
-                (n, value)
-                for n, value in sorted(vars(module).items())
-                if isinstance(value, PLAIN) and n != "layer_idx"
-            ),
-        )
-        for name, module in layer.named_modules()
-    )
-
-
-def has_dropout(layer: nn.Module) -> bool:
-    """Return whether a module within the layer drops activations at random."""
-    rates = (getattr(module, name, None) for module in layer.modules() for name in DROPOUTS)
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _has_room() -> bool:
-    """Return whether FREE_SHARE of the GPU's memory was never in use."""
     room = gpu_room(torch.device("cuda", torch.cuda.current_device()))
     PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)  # the peak of the current phase so far counts, too
-    return max(PEAK_MEMORY.by_phase.values(), default=0) < (1 - FREE_SHARE) * room
+    return max(predicted_peak, *PEAK_MEMORY.by_phase.values()) < (1 - FREE_SHARE) * room
 
 
 class LayerGraphs:
@@ -156,10 +95,17 @@ class LayerGraphs:
         memory: where graphs are recorded.
         waits: tells whether it is worth it; None = it always is (--cuda_graphs true).
         report: takes a line that says why something is not replayed, or that it is.
+        predicted_peak: bytes that the run should take without graphs; 0 = is not known.
     """
 
-    def __init__(self, memory: GraphMemory, waits: GpuWaits | None, report: Callable[[str], None]):
-        self.memory, self.waits, self._report = memory, waits, report
+    def __init__(
+        self,
+        memory: GraphMemory,
+        waits: GpuWaits | None,
+        report: Callable[[str], None],
+        predicted_peak: float = 0.0,
+    ):
+        self.memory, self.waits, self._report, self.predicted_peak = memory, waits, report, predicted_peak
         self.slots = Slots()
         self.recordings: dict[tuple[int, Hashable], Recording | None] = {}  # None: was refused
         self.kinds: dict[Hashable, int] = {}
@@ -189,7 +135,7 @@ class LayerGraphs:
             return self.recordings[kind, key]
         if self.waits and not self.waits.are_frequent():
             return None
-        if self.waits and not _has_room():
+        if self.waits and not _has_room(self.predicted_peak):
             self.report(f"less than {FREE_SHARE:.0%} of the GPU's memory is free: layers run without graphs")
             return None
         if self.per_kind[kind] >= MAX_RECORDINGS:
@@ -231,8 +177,7 @@ class GraphedLayer(ActivationWrapper):
         self.has_dropout = has_dropout(layer)
         self.kind = 0
         self.parameters_now: LayerParameters | None = None
-        # {recording: whether its replay equals the layer}; a bool tensor until it is read.
-        self.agrees: dict[Recording, bool | Tensor] = {}
+        self.agrees: dict[Recording, bool] = {}  # whether its replay equals the layer
 
     def forward(self, *args, **kwargs):
         """Return the layer's result."""
@@ -240,12 +185,10 @@ class GraphedLayer(ActivationWrapper):
         if not torch.is_grad_enabled():
             return layer(*args, **kwargs)
         found = self._find_recording(args, kwargs)
-        if found and self._replays_right(found.recording):
+        if found and self._replays_right(found):
             parameters, inputs = self.find_parameters(), found.inputs
             trained = [p for p in parameters.current() if p.requires_grad]
             return Replay.apply(found.recording, parameters, len(inputs), *inputs, *trained)
-        if found and found.recording not in self.agrees:
-            self._compare(found)  # now, and not while the layer's saved tensors are in memory, too
         if graphs.waits:
             graphs.waits.mark()
         result = layer(*args, **kwargs)
@@ -304,17 +247,18 @@ class GraphedLayer(ActivationWrapper):
         recording = self.graphs.find(self.kind, key, record)
         return RecordedCall(recording, tensors, call) if recording else None
 
-    def _replays_right(self, recording: Recording) -> bool:
-        """Return whether a replay was compared with this layer, and equals it. Waits for the GPU once."""
-        agrees = self.agrees.get(recording, False)
-        if isinstance(agrees, Tensor):
-            agrees = self.agrees[recording] = bool(agrees)
-            if not agrees:
-                self.graphs.report("a layer differs from the one that is recorded: it runs without graphs")
-        return agrees
+    def _replays_right(self, found: RecordedCall) -> bool:
+        """Return whether a replay equals this layer.
 
-    def _compare(self, found: RecordedCall) -> None:
-        """Note whether a replay agrees with the layer."""
+        They are compared at the first call, which waits for the GPU: so this step already replays the layer.
+        Otherwise both the graphs and the layers would take memory for a backward in it.
+        """
+        if found.recording not in self.agrees:
+            self.agrees[found.recording] = self._compare(found)
+        return self.agrees[found.recording]
+
+    def _compare(self, found: RecordedCall) -> bool:
+        """Return whether a replay agrees with the layer."""
         parameters = self.find_parameters()
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found.inputs]
         are_views = [tensor._is_view() for tensor in found.inputs]
@@ -326,27 +270,36 @@ class GraphedLayer(ActivationWrapper):
         ]
         own = LayerCall(parameters, values, inputs, are_views, found.call)
         try:
-            self.agrees[found.recording] = replay_agrees(found.recording, own, self.graphs.memory)
+            agrees = bool(replay_agrees(found.recording, own, self.graphs.memory))
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
             self.graphs.report("a layer runs without graphs: there is no memory to compare it with a replay")
-            self.agrees[found.recording] = False
+            return False
+        if not agrees:
+            self.graphs.report("a layer differs from the one that is recorded: it runs without graphs")
+        return agrees
 
 
-def make_layer_graphs(
-    option: str, device: torch.device, is_profiled: bool, verbose: bool
-) -> LayerGraphs | None:
+def make_layer_graphs(config: Config, rank_info: RankInfo, predicted_peak: float) -> LayerGraphs | None:
     """Return the graphs of a model's layers; None without a GPU, or if they are switched off.
 
+    `auto` is off with several ranks, and if torch's profiler records steps of this run. On two GPUs a run
+    with both stopped responding as the profiler began (2 H200, torch 2.11, 2026-11-30).
+
     Args:
-        option: --cuda_graphs.
-        device: the rank's.
-        is_profiled: whether torch's profiler records steps of this run; `auto` is off then. On two GPUs such
-            a run, with graphs, stopped responding as the profiler began (2 H200, torch 2.11, 2026-11-30).
-        verbose: print what is replayed, and why something is not.
+        config: --cuda_graphs, --profile and --verbose.
+        rank_info: this process; rank 0 prints what is replayed, and why something is not.
+        predicted_peak: bytes that the run should take without graphs; 0 = is not known.
     """
-    if option == "false" or device.type != "cuda" or (option == "auto" and is_profiled):
+    auto = config.cuda_graphs == "auto"
+    if rank_info.device.type != "cuda" or config.cuda_graphs == "false":
+        return None
+    verbose = config.verbose and rank_info.rank == 0
+    if auto and (rank_info.world > 1 or config.profile):
+        if verbose:
+            reason = "--profile is given" if config.profile else "there are several ranks"
+            print(f"--cuda_graphs auto: layers run without graphs, because {reason}", flush=True)
         return None
     report = partial(print, flush=True) if verbose else lambda line: None
-    return LayerGraphs(GraphMemory(device), GpuWaits() if option == "auto" else None, report)
+    return LayerGraphs(GraphMemory(rank_info.device), GpuWaits() if auto else None, report, predicted_peak)

@@ -56,6 +56,7 @@ def make_job(trial: Trial) -> Job:
         max_steps=steps,
         num_epochs=steps,  # each has at least one step
         activation_budget=max(trial.config.activation_budget, 0.0),  # -1 takes what the trial leaves free
+        cuda_graphs="true" if trial.config.cuda_graphs == "true" else "false",  # auto: so do graphs
     )
     count = config.world_size * config.batch_size * accumulation
     if config.packing and trial.rows:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from launch.memory import PeakMemory
+from options.train import parse
 from parallel import layer_graphs
 from parallel.layer_graphs import (
     CALLS_BEFORE,
@@ -21,10 +22,8 @@ from parallel.layer_graphs import (
     MAX_COUNTED,
     MAX_RECORDINGS,
     GpuWaits,
-    describe_kind,
-    put_together,
-    take_apart,
 )
+from parallel.layer_kinds import describe_kind, put_together, take_apart
 from parallel.recorded_layer import NotRecordable
 from quantization.layer import round_matmuls
 from tests.helpers.compiled import EXTRA_GRAPHS, LAYERS
@@ -37,8 +36,8 @@ STEPS = ["--max_steps", "6", "--num_epochs", "4"]
 # its own, and the layer is compiled for it.
 GRAPHS, COMPILED = 4, 2
 COMPARED = 3  # replays to compare a layer: forward, another forward, and backward
-# Each layer is compared, and then two steps are replayed, in forward and backward.
-REPLAYS = COMPARED * LAYERS + 2 * 2 * LAYERS
+# Each layer is compared in the fourth of six steps, and replayed from then on, in forward and backward.
+REPLAYS = (COMPARED + 3 * 2) * LAYERS
 
 
 @pytest.mark.parametrize(
@@ -86,16 +85,16 @@ def test_layers_that_are_alike_share_a_recording():
     graphed = Graphed(Layer(), Layer(), nn.Sequential(Layer()))
     graphed.call(CALLS_BEFORE)
     assert not graphed.graphs.recordings
-    graphed.call()  # recorded, and compared
-    assert len(graphed.graphs.recordings) == 2 and graphed.replays == COMPARED * 3
+    graphed.call()  # recorded, compared, and replayed
+    assert len(graphed.graphs.recordings) == 2 and graphed.replays == (COMPARED + 2) * 3
     graphed.call(2)
-    assert graphed.replays == COMPARED * 3 + 2 * 2 * 3
+    assert graphed.replays == (COMPARED + 3 * 2) * 3
 
 
 def test_a_layer_that_differs_runs_as_ever():
     graphed = Graphed(Layer(), Layer(factor=2.0))
     graphed.call(CALLS_BEFORE + 3)
-    assert graphed.replays == COMPARED * 2 + 2 * 2 * 1
+    assert graphed.replays == COMPARED * 2 + 3 * 2
     assert (
         "--cuda_graphs: a layer differs from the one that is recorded: it runs without graphs"
         in graphed.lines
@@ -118,7 +117,7 @@ def test_parameters_may_move_and_change():
     for _ in range(3):
         layer.weight = nn.Parameter(torch.randn(4, 4))
         graphed.call()
-    assert graphed.replays == COMPARED + 2 * 4
+    assert graphed.replays == COMPARED + 5 * 2
 
 
 def test_a_few_shapes_are_recorded_and_others_run_as_ever():
@@ -126,12 +125,12 @@ def test_a_few_shapes_are_recorded_and_others_run_as_ever():
     for rows in range(1, MAX_RECORDINGS + 3):
         graphed.call(CALLS_BEFORE + 2, rows)
     assert len(graphed.graphs.recordings) == MAX_RECORDINGS
-    assert graphed.replays == MAX_RECORDINGS * (COMPARED + 2)
+    assert graphed.replays == MAX_RECORDINGS * (COMPARED + 2 * 2)
     assert any("more than 4 kinds of micro-batches" in line for line in graphed.lines)
     graphed.call(1, rows=99)
     assert any("micro-batches of other shapes" in line for line in graphed.lines)
     graphed.call(1, rows=1)
-    assert graphed.replays == MAX_RECORDINGS * (COMPARED + 2) + 2
+    assert graphed.replays == MAX_RECORDINGS * (COMPARED + 2 * 2) + 2
 
 
 def test_so_many_kinds_of_calls_are_counted():
@@ -145,7 +144,7 @@ def test_another_value_of_an_argument_is_another_kind_of_call():
     graphed = Graphed(Layer())
     for scale in (2.0, 3.0, torch.full((4,), 4.0)):
         graphed.call(CALLS_BEFORE + 2, scale=scale)
-    assert len(graphed.graphs.recordings) == 3 and graphed.replays == 3 * (COMPARED + 2)
+    assert len(graphed.graphs.recordings) == 3 and graphed.replays == 3 * (COMPARED + 2 * 2)
 
 
 def test_a_layer_in_another_mode_is_another_kind_of_call():
@@ -166,16 +165,17 @@ def test_a_parameter_that_is_frozen_after_the_recording_is_an_error():
         result.sum().backward()
 
 
-def test_the_peak_of_the_phase_so_far_leaves_no_room(monkeypatch):
+def test_auto_leaves_room_at_the_peak_so_far_and_the_predicted_one(monkeypatch):
     monkeypatch.setattr(layer_graphs, "PEAK_MEMORY", peaks := PeakMemory())
     monkeypatch.setattr(layer_graphs, "gpu_room", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    for peak, has_room in ((80, True), (95, False), (80, False)):
+    cases = ((80, 0, True), (80, 89, True), (80, 91, False), (95, 0, False), (80, 0, False))
+    for peak, predicted, has_room in cases:
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda peak=peak: peak)
-        assert layer_graphs._has_room() == has_room
+        assert layer_graphs._has_room(predicted) == has_room
     assert peaks.by_phase == {"start": 95}
 
 
@@ -257,4 +257,25 @@ def test_auto_records_when_the_gpu_waits_and_has_room():
     assert not graphed.graphs.recordings and "memory is free" in graphed.lines[0]
     with mock.patch.object(layer_graphs, "_has_room", return_value=True):
         graphed.call(2)
-    assert graphed.replays == COMPARED + 2
+    assert graphed.replays == COMPARED + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "expected"),
+    [
+        ("", 1, "auto"),
+        ("--cuda_graphs auto", 2, None),
+        ("--profile", 1, None),
+        ("--cuda_graphs true --profile", 2, "always"),
+        ("--cuda_graphs false", 1, None),
+    ],
+)
+def test_which_runs_have_graphs(options, world, expected, capsys):
+    rank = mock.Mock(rank=0, world=world, device=torch.device("cuda"))
+    config, _ = parse(["--model_name", "m", "--train_type", "qlora", "--verbose", *options.split()])
+    with mock.patch.object(layer_graphs, "GraphMemory"):
+        graphs = layer_graphs.make_layer_graphs(config, rank, 5.0)
+    assert (graphs and ("auto" if graphs.waits else "always")) == expected
+    assert not graphs or graphs.predicted_peak == 5.0
+    reason = {2: "several ranks", 1: "--profile is given"}[world]
+    assert (reason in capsys.readouterr().out) is (expected is None and "false" not in options)
