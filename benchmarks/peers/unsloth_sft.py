@@ -27,6 +27,7 @@ model = FastLanguageModel.get_peft_model(
     lora_dropout=0,
     bias="none",
     target_modules=find_linears(work.model_name),
+    target_parameters=[],  # None: unsloth puts adapters on the experts of a mixture, too
     use_gradient_checkpointing={"full": True, "none": False, "offload": "unsloth"}[work.checkpointing],
     **({"use_dora": True} if work.train_type == "bnb_dora" else {}),
 )
