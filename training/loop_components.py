@@ -22,7 +22,7 @@ from monitoring.deferred import DeferredCalls
 from monitoring.metrics import Meter
 from monitoring.profiling import NoProfiler
 from monitoring.tracking import NoTracker
-from parallel.activation_checkpointing import ActivationBudget
+from parallel.activation_budget import ActivationBudget
 from parallel.optimizers import make_optimizer
 from training.bad_steps import BadStepGuard
 from training.evaluator import Evaluator

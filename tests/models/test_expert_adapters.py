@@ -16,7 +16,8 @@ from models.expert_adapters import find_stacked_vectors
 from models.qwen3_moe import FAMILY
 from options.errors import UserError
 from options.train import parse
-from parallel.activation_checkpointing import MATMULS, _saved_elements
+from parallel.activation_budget import _saved_elements
+from parallel.activation_checkpointing import MATMULS
 from parallel.optimizers import make_optimizer
 from quantization.nf4 import NF4
 from tests.helpers.adapters import args_for

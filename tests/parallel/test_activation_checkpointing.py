@@ -17,9 +17,9 @@ from torch._dynamo.utils import counters
 import train
 from options.methods import METHODS
 from parallel import activation_checkpointing, activation_offload
+from parallel.activation_budget import ActivationBudget
 from parallel.activation_checkpointing import (
     MAX_GRAPHS_PER_KIND,
-    ActivationBudget,
     CheckpointedModule,
     SavedActivations,
     compile_run_layer,
