@@ -176,6 +176,15 @@ def max_sequence_length(config: Config, rows: TokenizedRows) -> int:
     return config.context_length if config.packing else min(int(rows.lengths().max()), config.context_length)
 
 
+def mean_row_length(rows: TokenizedRows) -> float:
+    """Return the number of tokens of a token's row, on average over all tokens.
+
+    Attention computes as much as if all rows were as long.
+    """
+    lengths = rows.lengths().double()
+    return float(lengths.square().sum() / lengths.sum())
+
+
 def make_sampler(config: Config, rows: TokenizedRows, rank: int, world: int) -> StepSampler:
     """Return the sampler that deals a run's rows to one of its ranks.
 

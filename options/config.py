@@ -228,8 +228,8 @@ class Config:
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward"
         " instead of saving its activations")
     activation_budget: float = option(0.0, "Memory and speed", "with gradient checkpointing: GiB per GPU for"
-        " results of matmuls and attention that are saved instead of recomputed; 0 = none, -1 = what is free"
-        " after the second step", ge=0, sentinel=-1)
+        " results of matmuls and attention that are saved instead of recomputed, in long rows those of"
+        " attention first; 0 = none, -1 = what is free after the second step", ge=0, sentinel=-1)
     base_matmul: str | None = option("16bit", "Memory and speed", "matmuls with the 4-bit weights, forward"
         " and backward: 16bit; fp8 = operands are rounded to 8 bits, faster on GPUs of compute capability 8.9"
         " and more; int8 = rounded to integers, for older GPUs (docs/fp8.md)", needs="quantizer",

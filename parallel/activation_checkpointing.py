@@ -1,9 +1,9 @@
 """Activation checkpointing of a decoder layer, and its compilation.
 
-Three choices of what a layer's forward saves for its backward (`SavedActivations`): only the layer's input
-(backward recomputes the forward), also the results of matmuls and attention (backward recomputes the cheap
-rest), or everything. A compiled layer is one graph without breaks. There backward recomputes only the results
-that it reads: not the last projection, a quarter of a layer.
+Four choices of what a layer's forward saves for its backward (`SavedActivations`): only the layer's input
+(backward recomputes the forward), also the result of attention, also the results of matmuls (backward
+recomputes the cheap rest), or everything. A compiled layer is one graph without breaks. There backward
+recomputes only the results that it reads: not the last projection, a quarter of a layer.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class SavedActivations(enum.Enum):
     """What a layer saves for backward, which recomputes the rest."""
 
     INPUT = "input"  # the layer's input
+    ATTENTION = "attention"  # also the result of attention
     MATMULS = "matmuls"  # also the results of matmuls and attention
     ALL = "all"  # everything: no checkpointing
 
@@ -66,6 +67,7 @@ class SavedActivations(enum.Enum):
 # norm itself. So INPUT needs no policy there: plain checkpointing inspects no operator and costs less.
 _SAVED_OPERATORS = {
     SavedActivations.INPUT: frozenset(ALWAYS_SAVED),
+    SavedActivations.ATTENTION: frozenset(ALWAYS_SAVED | ATTENTION),
     SavedActivations.MATMULS: frozenset(ALWAYS_SAVED | ATTENTION | MATMULS),
 }
 

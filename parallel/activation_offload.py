@@ -158,8 +158,8 @@ class OffloadedLayer(ActivationWrapper):
         layer: the checkpointed layer, or a GraphedLayer of one.
         host_activations: the model's store of offloaded tensors.
         offload_input: offload the layer's input.
-        offload_last_output: offload what the layer saves beside its input: the last projection's output. Only
-            while the layer saves INPUT; otherwise there is memory for it.
+        offload_last_output: offload what the layer saves beside its input: the last projection's output. Not
+            while the layer saves MATMULS: then there is memory for it.
         first: whether it is the model's first layer, where a forward begins.
         last: whether it is the model's last layer.
     """
@@ -186,7 +186,7 @@ class OffloadedLayer(ActivationWrapper):
         if not x.requires_grad and not any(p.requires_grad for p in layer.parameters()):
             return layer(x, *args, **kwargs)
 
-        offload_output = self.offload_last_output and layer.saved is SavedActivations.INPUT
+        offload_output = self.offload_last_output and layer.saved is not SavedActivations.MATMULS
         address, shape = x.data_ptr(), x.shape  # not x itself, which autograd would hold with the closure
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | HostTensor:

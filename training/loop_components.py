@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from checkpoints.manager import CheckpointManager
-from data.packing import max_sequence_length
+from data.packing import max_sequence_length, mean_row_length
 from launch.ranks import RankInfo
 from launch.signals import NoStopRequests
 from models.causal_lm import loss_sum
@@ -112,6 +112,7 @@ def make_loop_components(
         rank_info.device,
         gib=config.activation_budget,
         tokens=batch_tokens,
+        row_length=mean_row_length(job.rows),
         itemsize=job.precision.matmul_dtype.itemsize,
     )
     checkpoints = CheckpointManager(

@@ -6,6 +6,7 @@ Tested for every family, for both ways to attend within rows, and for several nu
 from __future__ import annotations
 
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from data.batches import Batch, StepSampler, make_batch
 from data.image_sizes import FixedImages
 from data.images import ImageRef
-from data.packing import PackSampler, make_sampler, pack_best_fit
+from data.packing import PackSampler, make_sampler, mean_row_length, pack_best_fit
 from data.rows import IGNORE, TokenizedRows
 from models.family import CAUSAL, FUSED, VARLEN
 from models.longrope import make_rotary
@@ -79,6 +80,10 @@ def learned_rows(step: list) -> dict[tuple, tuple]:
     merged = {ids: targets for table in tables for ids, targets in table.items()}
     assert len(merged) == sum(map(len, tables))
     return merged
+
+
+def test_the_mean_length_is_over_tokens():
+    assert mean_row_length(seven_rows()) == pytest.approx(fmean(n for n in LENGTHS for _ in range(n)))
 
 
 @pytest.mark.parametrize("capacity", [13, 29, 100])

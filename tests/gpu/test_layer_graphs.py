@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from launch.precision import enable_determinism
 from parallel.fixed_tensors import Copies
 from parallel.layer_graphs import LayerGraphs, make_layer_graphs
 from tests.helpers.image_runs import image_arguments
-from tests.helpers.parity import arguments
+from tests.helpers.parity import arguments, follows
 from tests.helpers.runs import train_run
 
 STEPS = ["--max_steps", "8", "--num_epochs", "8", "--precision", "auto"]
@@ -83,6 +84,18 @@ def test_replays_equal_the_layers(train_type, options, sharded, checkpoints, eve
     assert graphed[1], graphed[2]
     assert not [line for line in graphed[2] if "without" in line], graphed[2]
     assert_equal_runs(plain, graphed)
+
+
+@pytest.mark.gpu
+def test_replays_of_layers_that_save_attention(checkpoints, one_rank, tmp_path):
+    """Rows are longer than the model is wide, and the budget is too small for the results of matmuls."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": letter * 120}) + "\n" for letter in "abcdefgh"))
+    args = [*arguments(checkpoints("llama"), rows, "bnb_dora"), "--batch_size", "4", *STEPS]
+    plain, graphed = run_both_ways(one_rank, [*args, "--activation_budget", "0.0003"], False)
+    assert graphed[1], graphed[2]
+    assert_equal_runs(plain, graphed)
+    follows(one_rank(train_run, [*args, "--compile", "true"])[0], plain[0])
 
 
 @pytest.mark.gpu

@@ -228,7 +228,8 @@ def test_images_of_any_number_compile_to_two_graphs():
 
 
 @pytest.mark.slow
-def test_compiled_layers_learn_what_plain_ones_learn(stand_ins, monkeypatch):
+@pytest.mark.parametrize("kept", [SavedActivations.ATTENTION, SavedActivations.MATMULS])
+def test_compiled_layers_learn_what_plain_ones_learn(kept, stand_ins, monkeypatch):
     """With kept results of attention (--activation_budget), which backward does not compute again."""
     calls = []
 
@@ -241,7 +242,7 @@ def test_compiled_layers_learn_what_plain_ones_learn(stand_ins, monkeypatch):
     torch.manual_seed(0)
     plain, compiled = (Gemma3TextModel(gemma3_config(CAUSAL_VARLEN)) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
-    run, kept = compile_run_layer("aot_eager"), SavedActivations.MATMULS
+    run = compile_run_layer("aot_eager")
     compiled.layers = torch.nn.ModuleList([CheckpointedModule(x, kept, run) for x in compiled.layers])
     for n_images in (1, 3):
         images, _, _ = image_batch([[(3, *[-6, 2] * n_images, 5)], [(4, -6)]], 32)

@@ -102,11 +102,14 @@ def test_compiled_units_within_layers_in_two_ranks(train_type, checkpoints, even
     assert graphs
 
 
-def counted_run(rank_info, argv: list[str], compiled: bool, n_matmuls: int):
-    """(`train_run`'s results, SavedActivations of the layers, counts of each step).
+# What the three layers save, by its first letters: (row_length of the budget, number of its upgrades).
+UPGRADES = {"III": (63, 0), "IMM": (63, 2), "AAM": (64, 4)}
 
-    The counts are of dequantized weights, and of tensors sent to the host. n_matmuls: layers that save
-    MATMULS.
+
+def counted_run(rank_info, argv: list[str], compiled: bool, levels: str):
+    """(`train_run`'s results, the first letters of what the layers save, counts of each step).
+
+    The counts are of dequantized weights, and of tensors sent to the host. levels: a key of UPGRADES.
     """
     counts, original = {"weights": 0, "offloaded": 0}, linear4bit.dequantize
     pack, step = activation_offload.HostActivations.pack, BadStepGuard.step
@@ -121,8 +124,9 @@ def counted_run(rank_info, argv: list[str], compiled: bool, n_matmuls: int):
         return pack(self, tensor)
 
     def make_budget(*args, **options):
-        budget = ActivationBudget(*args, **options)
-        budget._assign(sum(budget.layer_bytes[LAYERS - n_matmuls :]) + 1)
+        row_length, n_upgrades = UPGRADES[levels]
+        budget = ActivationBudget(*args, **options | {"row_length": row_length})
+        budget._assign(sum(n_bytes for *_, n_bytes in budget.upgrades[:n_upgrades]))
         budgets.append(budget)
         return budget
 
@@ -139,33 +143,47 @@ def counted_run(rank_info, argv: list[str], compiled: bool, n_matmuls: int):
         mock.patch.object(BadStepGuard, "step", counted_step),
     ):
         results = compiled_run(rank_info, argv)[0] if compiled else train_run(rank_info, argv)
-    return results, [layer.saved for layer in budgets[0].layers], per_step[1:]
+    return results, "".join(layer.saved.name[0] for layer in budgets[0].layers), per_step[1:]
 
 
 @pytest.mark.parametrize(
-    ("train_type", "compiled", "n_matmuls"),
+    ("train_type", "compiled", "levels"),
     products(
         ["qlora", "hqq_dora"],
         [False, True],
-        [0, 2],
-        always=[("qlora", False, 0), ("hqq_dora", True, 2)],
+        list(UPGRADES),
+        always=[("qlora", False, "III"), ("hqq_dora", True, "IMM"), ("hqq_dora", True, "AAM")],
     ),
 )
-def test_recomputation(train_type, compiled, n_matmuls, checkpoints, even_rows, plain_run, one_rank):
+def test_recomputation(train_type, compiled, levels, checkpoints, even_rows, plain_run, one_rank):
     """Each weight is dequantized in forward, in backward, in recomputation unless its result was saved, and
     for DoRA's norm. A compiled layer does not recompute the last projection: LoRA does not need it, and
-    DoRA's output is on the host."""
+    DoRA's output is on the host. A layer that is not compiled and saves ATTENTION recomputes the norms."""
     args = arguments(checkpoints("llama_bias"), even_rows, train_type)
-    results, saved, steps = one_rank(counted_run, [*args, *CHECKPOINTED], compiled, n_matmuls)[0]
+    results, saved, steps = one_rank(counted_run, [*args, *CHECKPOINTED], compiled, levels)[0]
     assert_same(plain_run([*args, *PLAIN]), results)
-    n_input = LAYERS - n_matmuls
-    assert saved == [SavedActivations.INPUT] * n_input + [SavedActivations.MATMULS] * n_matmuls
+    assert saved == levels
     is_dora = METHODS[train_type].adapter == "dora"
-    recomputed = n_input * (LINEARS - compiled)
+    without_matmuls = LAYERS - levels.count("M")
+    recomputed = without_matmuls * (LINEARS - compiled)
+    if is_dora and not compiled:
+        recomputed += levels.count("A") * LINEARS
     # The first layer's input needs no gradient: backward does not use three weights of its attention.
     weights = LAYERS * LINEARS * (3 if is_dora else 2) - 3 + recomputed
-    offloaded = n_input if is_dora and compiled else 0
+    offloaded = without_matmuls if is_dora and compiled else 0
     assert steps == [{"weights": weights, "offloaded": offloaded}] * len(steps)
+
+
+@pytest.mark.slow
+def test_inputs_and_outputs_are_offloaded_from_layers_that_save_attention(
+    checkpoints, even_rows, plain_run, one_rank
+):
+    """The inputs of all layers, and the last outputs of the two layers that do not save MATMULS."""
+    args = arguments(checkpoints("llama_bias"), even_rows, "bnb_dora")
+    options = [*CHECKPOINTED, "--use_activation_cpu_offload", "true"]
+    results, _, steps = one_rank(counted_run, [*args, *options], True, "AAM")[0]
+    assert_same(plain_run([*args, *PLAIN]), results)
+    assert [step["offloaded"] for step in steps] == [LAYERS + 2] * len(steps)
 
 
 def test_full_training_saves_matmuls_too(checkpoints, short_rows, plain_run, one_rank):
