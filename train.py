@@ -60,14 +60,19 @@ from monitoring.tracking import NoTracker
 from options.config import Config
 from options.strategies import STRATEGIES
 from parallel.activation_checkpointing import SavedActivations, compile_run_layer, should_compile
-from parallel.layer_graphs import make_layer_graphs
+from parallel.layer_graphs import NOT_PREDICTED, PredictedMemory, make_layer_graphs
 from parallel.optimizers import make_schedule
 from parallel.shards import full_tensor
 from quantize_layers import load_weights
 from training.auto_sizes import settle_sizes
 from training.job import Job
 from training.loop_components import make_loop_components
-from training.memory_prediction import describe_prediction, predict_memory, prediction_facts
+from training.memory_prediction import (
+    describe_prediction,
+    predict_for_graphs,
+    predict_memory,
+    prediction_facts,
+)
 from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
@@ -85,7 +90,7 @@ def set_up(
     profiler: NoProfiler = NO_PROFILER,
     *,
     load: Callable = load_weights,
-    predicted_peak: float = 0.0,
+    predicted: PredictedMemory = NOT_PREDICTED,
 ) -> tuple[PreTrainedModel, weight_memory.ExpectedMemory]:
     """Build, shard and load the model of the train type. Collective.
 
@@ -94,7 +99,7 @@ def set_up(
         rank_info: this process.
         profiler: measures the memory of each phase.
         load: fills the model's parameters.
-        predicted_peak: bytes that the run should take of this GPU; 0 = is not known.
+        predicted: memory that the run should take of this GPU.
 
     Returns:
         (the model, the memory that its weights should take on this rank).
@@ -129,7 +134,7 @@ def set_up(
         compiled_run=compile_run_layer(cpus=rank_info.cpus)
         if should_compile(config.compile, device, family)
         else None,
-        graphs=make_layer_graphs(config, rank_info, predicted_peak),
+        graphs=make_layer_graphs(config, rank_info, predicted),
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.start_phase("load")
@@ -280,7 +285,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     room = ranks.smallest_gpu_room(rank_info) if job.gpu else 0.0
     if predicted:
         print(describe_prediction(predicted, room), flush=True)
-    model, loaded = set_up(job, rank_info, profiler, predicted_peak=predicted.peak if predicted else 0.0)
+    model, loaded = set_up(job, rank_info, profiler, predicted=predict_for_graphs(job, predicted))
     gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted)
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = ""

@@ -208,6 +208,8 @@ def wrap(
     has_router_loss = getattr(model, "router_loss_factor", None) is not None
     if graphs and has_router_loss:
         graphs.report("layers with an auxiliary loss of routers run without graphs")
+    if graphs and (units or not compiled_run):
+        graphs.report("layers that are not compiled as a whole run without graphs")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     tied = model.config.tie_word_embeddings

@@ -10,7 +10,7 @@ Shapes: T tokens of the longest sequence, N tokens of a micro-batch, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.gpus import Gpu
 from launch.memory import GIB, MIB
@@ -138,6 +138,18 @@ def estimate_memory(
     peak = max(_load_peak(config, sizes, shared, cpus), forward + copied, backward + copied, step)
     host = host_bytes(config, precision, sizes, gpu, layer_input=layer.input, peak=peak, cpus=cpus)
     return MemoryEstimate(after_load, after_forward, after_backward, step, peak, host)
+
+
+def graph_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None) -> float:
+    """Return the bytes that CUDA graphs may take beside a run's peak without them.
+
+    Beside their fixed tensors, their memory is that of one layer in forward and backward. A call that is not
+    replayed, of a longer row for example, takes as much again.
+    """
+    layer = layer_memory(config, precision, sizes.widths, gpu, tokens=sizes.tokens, branches=sizes.branches)
+    recorded = replace(config, cuda_graphs="true")
+    one_layer = layer.backward if config.use_gradient_checkpointing else layer.saved + layer.last_backward
+    return one_layer + sum(_graph_bytes(recorded, sizes, layer, gpu))
 
 
 def _graph_bytes(config: Config, sizes: RunSizes, layer: LayerMemory, gpu: Gpu | None) -> tuple[float, float]:

@@ -43,10 +43,10 @@ CALLS_BEFORE = 3
 # often.
 MAX_RECORDINGS = 4
 MAX_COUNTED = 64  # kinds of calls of a layer that are counted
-# `auto` records once the GPU was less than a layer behind the host at so many of the last starts of layers,
-# if so much of its memory is not needed. If it waits less often, the copies that graphs need cost more
-# time than is saved.
-MARKS_WATCHED, WAITING_SHARE, FREE_SHARE = 128, 0.5, 0.1
+# `auto` records once the GPU was less than a layer behind the host at WAITING_SHARE of the last MARKS_WATCHED
+# starts of layers. If it waits less often, the copies that graphs need cost more time than is saved.
+MARKS_WATCHED, WAITING_SHARE = 128, 0.5
+FREE_SHARE = 0.1  # of the GPU's memory: `auto` leaves it free
 
 
 class GpuWaits:
@@ -73,19 +73,45 @@ class GpuWaits:
         if result.requires_grad:
             result.register_hook(lambda gradient: self.mark())
 
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.waited.clear()
+
     def are_frequent(self) -> bool:
         """Return whether the GPU waited at WAITING_SHARE of the last MARKS_WATCHED marks."""
         return sum(self.waited) >= WAITING_SHARE * MARKS_WATCHED
 
 
-def _has_room(predicted_peak: float) -> bool:
-    """Return whether FREE_SHARE of the GPU's memory was never in use, and is not going to be, without graphs.
+class PredictedMemory(NamedTuple):
+    """Bytes of a GPU that a run should take with its longest rows, which may come late; 0 = is not known.
 
-    predicted_peak: bytes that the run should take; its longest rows may be still to come.
+    Attributes:
+        peak: without graphs.
+        graphs: that graphs may add.
     """
+
+    peak: float = 0.0
+    graphs: float = 0.0
+
+
+NOT_PREDICTED = PredictedMemory()
+
+
+def keep_random_state() -> contextlib.AbstractContextManager:
+    """Return a context that draws no random number from the run's generators.
+
+    A layer with dropout that `has_dropout` does not see is refused. Until then it has drawn some.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    return torch.random.fork_rng(devices)
+
+
+def _has_room(predicted: PredictedMemory) -> bool:
+    """Return whether graphs leave FREE_SHARE of the GPU free, at the peak so far and at the predicted one."""
     room = gpu_room(torch.device("cuda", torch.cuda.current_device()))
     PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)  # the peak of the current phase so far counts, too
-    return max(predicted_peak, *PEAK_MEMORY.by_phase.values()) < (1 - FREE_SHARE) * room
+    peak = max(predicted.peak, *PEAK_MEMORY.by_phase.values())
+    return peak + predicted.graphs < (1 - FREE_SHARE) * room
 
 
 class LayerGraphs:
@@ -95,7 +121,7 @@ class LayerGraphs:
         memory: where graphs are recorded.
         waits: tells whether it is worth it; None = it always is (--cuda_graphs true).
         report: takes a line that says why something is not replayed, or that it is.
-        predicted_peak: bytes that the run should take without graphs; 0 = is not known.
+        predicted: memory that the run should take.
     """
 
     def __init__(
@@ -103,13 +129,13 @@ class LayerGraphs:
         memory: GraphMemory,
         waits: GpuWaits | None,
         report: Callable[[str], None],
-        predicted_peak: float = 0.0,
+        predicted: PredictedMemory = NOT_PREDICTED,
     ):
-        self.memory, self.waits, self._report, self.predicted_peak = memory, waits, report, predicted_peak
+        self.memory, self.waits, self._report, self.predicted = memory, waits, report, predicted
         self.slots = Slots()
         self.recordings: dict[tuple[int, Hashable], Recording | None] = {}  # None: was refused
         self.kinds: dict[Hashable, int] = {}
-        self.per_kind: Counter[int] = Counter()
+        self.per_kind: Counter[Hashable] = Counter()
         self.reported: set[str] = set()
 
     def report(self, text: str) -> None:
@@ -129,29 +155,43 @@ class LayerGraphs:
         """Return the number of the layer's kind."""
         return self.kinds.setdefault(describe_kind(layer), len(self.kinds))
 
-    def find(self, kind: int, key: Hashable, record: Callable[[], Recording]) -> Recording | None:
-        """Return the recording of a kind of layer for a kind of call, made now if it is due; or None."""
+    def find(
+        self, kind: int, key: Hashable, trained: Hashable, record: Callable[[], Recording]
+    ) -> Recording | None:
+        """Return the recording of a kind of layer for a kind of call, made now if it is due; or None.
+
+        Args:
+            kind: of `kind_of`.
+            key: of the call.
+            trained: which inputs need a gradient. The first layer's does not, so it has its own recordings.
+            record: makes the recording.
+        """
         if (kind, key) in self.recordings:
             return self.recordings[kind, key]
         if self.waits and not self.waits.are_frequent():
             return None
-        if self.waits and not _has_room(self.predicted_peak):
-            self.report(f"less than {FREE_SHARE:.0%} of the GPU's memory is free: layers run without graphs")
+        if self.waits and not _has_room(self.predicted):
+            self.waits.forget()  # the question costs time
+            self.report(
+                f"graphs would leave less than {FREE_SHARE:.0%} of the GPU's memory free: layers run without"
+            )
             return None
-        if self.per_kind[kind] >= MAX_RECORDINGS:
+        if self.per_kind[kind, trained] >= MAX_RECORDINGS:
             self.report(f"more than {MAX_RECORDINGS} kinds of micro-batches: others run without graphs")
             return None
         made = None
         try:
-            made = record()
-            self.per_kind[kind] += 1
-            self.report("layers are replayed as CUDA graphs")
+            with keep_random_state():
+                made = record()
+            self.per_kind[kind, trained] += 1
         except NotRecordable as e:
             self.report(f"a layer runs without graphs: {e}")
         except RuntimeError as e:
             reason = "there is no memory for it" if is_out_of_memory(e) else str(e).partition("\n")[0]
             self.report(f"a layer runs without graphs: {reason}")
         self.recordings[kind, key] = made
+        if not any(self.recordings.values()):
+            self.slots = Slots()  # the memory of a recording that failed
         return made
 
 
@@ -244,14 +284,15 @@ class GraphedLayer(ActivationWrapper):
         def record() -> Recording:
             return Recording(self.graphs.memory, self.graphs.slots, parameters, tensors, call)
 
-        recording = self.graphs.find(self.kind, key, record)
+        trained = tuple(tensor.requires_grad for tensor in tensors)
+        recording = self.graphs.find(self.kind, key, trained, record)
         return RecordedCall(recording, tensors, call) if recording else None
 
     def _replays_right(self, found: RecordedCall) -> bool:
         """Return whether a replay equals this layer.
 
-        They are compared at the first call, which waits for the GPU: so this step already replays the layer.
-        Otherwise both the graphs and the layers would take memory for a backward in it.
+        They are compared at the first call, which may be replayed then. Were it not, both the graphs and the
+        layers would take memory for a backward in that step. It waits for the GPU.
         """
         if found.recording not in self.agrees:
             self.agrees[found.recording] = self._compare(found)
@@ -270,18 +311,21 @@ class GraphedLayer(ActivationWrapper):
         ]
         own = LayerCall(parameters, values, inputs, are_views, found.call)
         try:
-            agrees = bool(replay_agrees(found.recording, own, self.graphs.memory))
+            with keep_random_state():
+                agrees = bool(replay_agrees(found.recording, own, self.graphs.memory))
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
             self.graphs.report("a layer runs without graphs: there is no memory to compare it with a replay")
             return False
-        if not agrees:
+        if agrees:
+            self.graphs.report("layers are replayed as CUDA graphs")
+        else:
             self.graphs.report("a layer differs from the one that is recorded: it runs without graphs")
         return agrees
 
 
-def make_layer_graphs(config: Config, rank_info: RankInfo, predicted_peak: float) -> LayerGraphs | None:
+def make_layer_graphs(config: Config, rank_info: RankInfo, predicted: PredictedMemory) -> LayerGraphs | None:
     """Return the graphs of a model's layers; None without a GPU, or if they are switched off.
 
     `auto` is off with several ranks, and if torch's profiler records steps of this run. On two GPUs a run
@@ -290,7 +334,7 @@ def make_layer_graphs(config: Config, rank_info: RankInfo, predicted_peak: float
     Args:
         config: --cuda_graphs, --profile and --verbose.
         rank_info: this process; rank 0 prints what is replayed, and why something is not.
-        predicted_peak: bytes that the run should take without graphs; 0 = is not known.
+        predicted: memory that the run should take.
     """
     auto = config.cuda_graphs == "auto"
     if rank_info.device.type != "cuda" or config.cuda_graphs == "false":
@@ -302,4 +346,4 @@ def make_layer_graphs(config: Config, rank_info: RankInfo, predicted_peak: float
             print(f"--cuda_graphs auto: layers run without graphs, because {reason}", flush=True)
         return None
     report = partial(print, flush=True) if verbose else lambda line: None
-    return LayerGraphs(GraphMemory(rank_info.device), GpuWaits() if auto else None, report, predicted_peak)
+    return LayerGraphs(GraphMemory(rank_info.device), GpuWaits() if auto else None, report, predicted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from parallel.recorded_layer import NotRecordable
 
-DROPOUTS = "p", "dropout", "attention_dropout"  # names of attributes
+RANDOM = re.compile("dropout|pdrop|jitter")  # in names of attributes
 PLAIN = int, float, bool, str, type(None), torch.dtype, torch.device
 
 
@@ -51,7 +52,7 @@ def put_together(parts: Any, tensors: Iterator[Tensor]) -> Any:
 def describe_kind(layer: nn.Module) -> Hashable:
     """Return what layers that are alike have in common: modules, shapes of their tensors, plain attributes.
 
-    The index of a layer is none of them: transformers uses it for caches only. Tensors are numbered, because
+    A layer's index is not among them: transformers uses it for caches only. Tensors are numbered, because
     modules may share them.
     """
     numbers: dict[Tensor, int] = {}
@@ -75,6 +76,9 @@ def describe_kind(layer: nn.Module) -> Hashable:
 
 
 def has_dropout(layer: nn.Module) -> bool:
-    """Return whether a module within the layer drops activations at random."""
-    rates = (getattr(module, name, None) for module in layer.modules() for name in DROPOUTS)
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+    """Return whether a module within the layer changes activations at random: drops, or scales them."""
+    return any(
+        isinstance(value, float) and value > 0 and (name == "p" or RANDOM.search(name))
+        for module in layer.modules()
+        for name, value in vars(module).items()
+    )

@@ -24,8 +24,9 @@ OWN_SHARE, LARGEST_SHARE = 0.05, 0.005
 def replay_agrees(recording: Recording, own: LayerCall, memory: GraphMemory) -> Tensor:
     """Call the layer and the recording, forward and backward; return whether they agree, as a bool tensor.
 
-    Results must be equal bit for bit, gradients nearly (`are_close`). The layer is called first, in the
-    graphs' memory, and what it returns is copied out before the replay.
+    Results must be equal bit for bit; gradients nearly (`are_close`), and with deterministic algorithms bit
+    for bit. The layer is called first, in the graphs' memory, and what it returns is copied out before the
+    replay.
 
     Args:
         recording: for this kind of layer and call.
@@ -42,7 +43,7 @@ def replay_agrees(recording: Recording, own: LayerCall, memory: GraphMemory) -> 
     own_gradients = [None if each is None else each.clone() for each in gradients]
     del called, gradients
     result, saved = recording.run_forward(inputs, values)
-    agrees = torch.isclose(result, own_result, rtol=0, atol=0, equal_nan=True).all()
+    agrees = _are_equal(result, own_result)
     if not own.differentiable:
         return agrees
     # As the next layer would, so that whatever backward needs and has not got in `saved` is lost.
@@ -54,17 +55,26 @@ def replay_agrees(recording: Recording, own: LayerCall, memory: GraphMemory) -> 
 
 
 def are_close(replayed: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> bool | Tensor:
-    """Return whether gradients of a replay are those of the layer, but for rounding."""
+    """Return whether gradients of a replay are those of the layer; but for rounding, where that may vary."""
     if [each is None for each in replayed] != [each is None for each in gradients]:
         return False
     own = [each for each in gradients if each is not None]
     if not own:
         return True
     others = [each for each in replayed if each is not None]
+    if torch.are_deterministic_algorithms_enabled():
+        pairs = zip(own, others, strict=True)
+        return torch.stack([_are_equal(a, b) for a, b in pairs]).all()
     sizes = torch.stack([_size(each) for each in own])
     differences = torch.stack([_size(a - b) for a, b in zip(own, others, strict=True)])
-    allowed = OWN_SHARE * sizes + LARGEST_SHARE * sizes.max()
+    largest = torch.where(sizes.isfinite(), sizes, 0).max()
+    allowed = OWN_SHARE * sizes + LARGEST_SHARE * largest
     return ((differences <= allowed) | ~allowed.isfinite()).all()  # an overflow says nothing
+
+
+def _are_equal(a: Tensor, b: Tensor) -> Tensor:
+    """Return whether two tensors are equal bit for bit, except for kinds of NaN, as a bool tensor."""
+    return torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all()
 
 
 def _size(tensor: Tensor) -> Tensor:

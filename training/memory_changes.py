@@ -175,6 +175,11 @@ CHANGES = (
         _set("activation_budget", 0.0, lambda config: config.activation_budget > 0),
     ),
     Change(
+        "cuda_graphs",
+        "the GPU may wait for the host",
+        _set("cuda_graphs", "false", lambda config: config.cuda_graphs == "true"),
+    ),
+    Change(
         "use_gradient_checkpointing",
         "a step takes about a third longer",
         _set("use_gradient_checkpointing", True),

@@ -12,8 +12,9 @@ from data.fullest_images import max_sequence_pixels
 from data.packing import max_sequence_length
 from launch.memory import GIB, format_bytes
 from models.registry import build_on_meta
-from monitoring.memory_model import MemoryEstimate, estimate_memory
-from monitoring.run_sizes import run_sizes
+from monitoring.memory_model import MemoryEstimate, estimate_memory, graph_bytes
+from monitoring.run_sizes import RunSizes, run_sizes
+from parallel.layer_graphs import NOT_PREDICTED, PredictedMemory
 from training.job import Job
 
 
@@ -25,12 +26,25 @@ def predict_memory(job: Job, cpus: int) -> MemoryEstimate | None:
     """
     if job.gpu is None:
         return None
-    model, tokens = build_on_meta(job.model_config, job.family), max_sequence_length(job.config, job.rows)
-    pixels = max_sequence_pixels(job.config, job.rows, tokens)
-    sizes = run_sizes(model, job.family, job.config, job.precision, job.files, tokens, pixels)
+    sizes = _longest_sizes(job)
     threads = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "")
     compilers = int(threads) if threads.isdecimal() else cpus
     return estimate_memory(job.config, job.precision, sizes, job.gpu, compilers)
+
+
+def predict_for_graphs(job: Job, predicted: MemoryEstimate | None) -> PredictedMemory:
+    """Return what `--cuda_graphs auto` asks for. predicted: of `predict_memory`."""
+    if predicted is None or job.config.cuda_graphs != "auto":
+        return NOT_PREDICTED
+    graphs = graph_bytes(job.config, job.precision, _longest_sizes(job), job.gpu)
+    return PredictedMemory(predicted.peak, graphs)
+
+
+def _longest_sizes(job: Job) -> RunSizes:
+    """Return the sizes of the run with the longest row of its data."""
+    model, tokens = build_on_meta(job.model_config, job.family), max_sequence_length(job.config, job.rows)
+    pixels = max_sequence_pixels(job.config, job.rows, tokens)
+    return run_sizes(model, job.family, job.config, job.precision, job.files, tokens, pixels)
 
 
 def describe_prediction(predicted: MemoryEstimate, room: float) -> str:

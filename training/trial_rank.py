@@ -27,6 +27,7 @@ from launch.ranks import RankInfo, smallest_gpu_room
 from monitoring.metrics import Metrics
 from monitoring.profiling import Profiler
 from options.errors import UserError
+from parallel.layer_graphs import CALLS_BEFORE
 from training.job import Job
 from training.step_clock import make_step_clock
 from training.trial import MAX_MICRO_BATCHES, Trial
@@ -47,6 +48,9 @@ def make_job(trial: Trial) -> Job:
     """Return a run of a trial's steps, which reads and writes no file."""
     is_fp16 = detect_precision(trial.config.precision).autocast == torch.float16
     steps = trial.steps + SCALER_STEPS * is_fp16
+    # `auto` records only into memory that is free, as `activation_budget -1` takes only that.
+    records = trial.config.cuda_graphs == "true"
+    steps = max(steps, CALLS_BEFORE + 1) if records else steps
     accumulation = min(trial.config.gradient_accumulation_steps, MAX_MICRO_BATCHES)
     config = dataclasses.replace(
         trial.config,
@@ -55,8 +59,8 @@ def make_job(trial: Trial) -> Job:
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         num_epochs=steps,  # each has at least one step
-        activation_budget=max(trial.config.activation_budget, 0.0),  # -1 takes what the trial leaves free
-        cuda_graphs="true" if trial.config.cuda_graphs == "true" else "false",  # auto: so do graphs
+        activation_budget=max(trial.config.activation_budget, 0.0),
+        cuda_graphs="true" if records else "false",
     )
     count = config.world_size * config.batch_size * accumulation
     if config.packing and trial.rows:

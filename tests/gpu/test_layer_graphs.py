@@ -11,6 +11,7 @@ import torch
 
 import train
 from launch.precision import enable_determinism
+from parallel import layer_graphs
 from parallel.fixed_tensors import Copies
 from parallel.layer_graphs import LayerGraphs, make_layer_graphs
 from tests.helpers.image_runs import image_arguments
@@ -83,6 +84,24 @@ def test_replays_equal_the_layers(train_type, options, sharded, checkpoints, eve
     plain, graphed = run_both_ways(one_rank, [*args, *OPTIONS[options].split()], sharded)
     assert graphed[1], graphed[2]
     assert not [line for line in graphed[2] if "without" in line], graphed[2]
+    assert_equal_runs(plain, graphed)
+
+
+def run_auto(rank_info, args: list[str]) -> tuple:
+    """`run_on_gpu` with --cuda_graphs auto, which decides after two steps."""
+    with mock.patch.object(layer_graphs, "MARKS_WATCHED", 12):
+        return run_on_gpu(rank_info, [*args, "--cuda_graphs", "auto"], sharded=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train_type", ["bnb_dora", "bnb_llama_pro"])
+def test_auto_records_where_the_gpu_waits(train_type, checkpoints, even_rows, one_rank):
+    """These layers are so small that the GPU always waits for the host."""
+    model = checkpoints("llama_bias_pro" if train_type == "bnb_llama_pro" else "llama")
+    args = [*arguments(model, even_rows, train_type), "--batch_size", "4", *STEPS]
+    plain = one_rank(run_on_gpu, [*args, "--cuda_graphs", "false"], False)[0]
+    graphed = one_rank(run_auto, args)[0]
+    assert graphed[1], graphed[2]
     assert_equal_runs(plain, graphed)
 
 

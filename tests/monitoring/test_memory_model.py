@@ -13,9 +13,10 @@ from launch.gpus import GPUS
 from launch.precision import choose_precision
 from models.registry import FAMILIES, build_on_meta
 from monitoring.layer_memory import layer_memory, layer_widths
-from monitoring.memory_model import estimate_memory
+from monitoring.memory_model import estimate_memory, graph_bytes
 from monitoring.run_sizes import run_sizes
 from options.train import parse
+from training.planned_model import open_planned_model
 
 H, M, V, KEY, LAYERS, R = 256, 512, 1024, 128, 8, 8
 LAYER = 2 * H * (H + KEY) + 3 * H * M + 2 * H  # weights of a layer
@@ -208,3 +209,19 @@ def test_layers_without_experts_do_not_change_the_widths(dense):
     family = FAMILIES["qwen3_moe"]
     widths = layer_widths(build_on_meta(config, family), family)
     assert (widths.experts_per_token, widths.mlp) == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("train_type", "with_graphs", "without"), [("qlora", 11.26, 9.57), ("bnb_dora", 11.58, 9.74)]
+)
+def test_graphs_beside_plain_calls_take_what_was_measured(train_type, with_graphs, without):
+    """Peaks on an H200 of the 8B shape with fp8 matmuls (docs/fp8.md), in a step that had both."""
+    options = (
+        f"--train_type {train_type} --batch_size 4 --context_length 2048 --lora_rank 64 --base_matmul fp8"
+    )
+    config, _ = parse(f"--model_name any --world_size 1 --sharding_strategy full_shard {options}".split())
+    planned, gpu = open_planned_model("8b", images=False), GPUS["h200"]
+    precision = choose_precision(config.precision, has_gpu=True, has_bf16_gpu=True)
+    sizes = run_sizes(planned.model, planned.family, config, precision, planned.files, 2048)
+    expected = graph_bytes(config, precision, sizes, gpu) / 2**30
+    assert expected == pytest.approx(with_graphs - without, rel=0.1)

@@ -22,6 +22,7 @@ from parallel.layer_graphs import (
     MAX_COUNTED,
     MAX_RECORDINGS,
     GpuWaits,
+    PredictedMemory,
 )
 from parallel.layer_kinds import describe_kind, put_together, take_apart
 from parallel.recorded_layer import NotRecordable
@@ -172,17 +173,27 @@ def test_auto_leaves_room_at_the_peak_so_far_and_the_predicted_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    cases = ((80, 0, True), (80, 89, True), (80, 91, False), (95, 0, False), (80, 0, False))
-    for peak, predicted, has_room in cases:
+    # What was used, the peak that was predicted, and what graphs take; of 100.
+    cases = ((80, 0, 0, True), (80, 0, 11, False), (80, 70, 9, True), (80, 85, 6, False), (95, 0, 0, False),
+             (80, 0, 0, False))  # fmt: skip
+    for peak, *predicted, has_room in cases:
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda peak=peak: peak)
-        assert layer_graphs._has_room(predicted) == has_room
+        assert layer_graphs._has_room(PredictedMemory(*predicted)) == has_room
     assert peaks.by_phase == {"start": 95}
+
+
+def with_rate(name: str) -> nn.Module:
+    layer = Layer()
+    setattr(layer, name, 0.1)
+    return layer
 
 
 @pytest.mark.parametrize(
     ("layer", "kwargs", "reason"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), {}, "it has dropout"),
+        (with_rate("residual_dropout"), {"scale": 1.0}, "it has dropout"),  # Seed-OSS and Starcoder2
+        (with_rate("jitter_noise"), {"scale": 1.0}, "it has dropout"),  # Mixtral
         (Layer(), {"scale": {1}}, "it is given a set"),
         (Layer(), {"scale": torch.ones(1, device="meta")}, "it is given tensors of several devices"),
     ],
@@ -233,6 +244,38 @@ def test_arguments_are_put_together_again():
         take_apart([{1}], [])
 
 
+class NoisyLayer(Layer):
+    def forward(self, x):
+        return super().forward(x) + torch.rand_like(x)
+
+
+def test_a_layer_with_hidden_dropout_is_refused_and_the_run_draws_what_it_did():
+    drawn = []
+    for calls_before in (CALLS_BEFORE, 100):
+        torch.manual_seed(0)
+        graphed = Graphed(NoisyLayer())
+        with mock.patch.object(layer_graphs, "CALLS_BEFORE", calls_before):
+            drawn.append([graphed.layers[0](torch.ones(2, 4)).sum() for _ in range(CALLS_BEFORE + 3)])
+    assert drawn[0] == drawn[1]
+
+
+def test_the_memory_of_a_recording_that_failed_is_freed():
+    graphed = Graphed(Layer())
+    with mock.patch.object(RepeatedCalls, "record", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+        graphed.call(CALLS_BEFORE + 1)
+    assert list(graphed.graphs.recordings.values()) == [None] and not graphed.graphs.slots.buffers
+
+
+def test_first_layers_have_as_many_shapes_as_others():
+    """Their input needs no gradient, so they have recordings of their own."""
+    graphed = Graphed(Layer())
+    for rows in range(1, MAX_RECORDINGS + 1):
+        for needs_gradient in (True, False):
+            for _ in range(CALLS_BEFORE + 1):
+                graphed.layers[0](torch.randn(rows, 4, requires_grad=needs_gradient))
+    assert len(graphed.graphs.recordings) == 2 * MAX_RECORDINGS and len(graphed.lines) == 2, graphed.lines
+
+
 def test_auto_records_when_the_gpu_waits_and_has_room():
     waits, event = GpuWaits(), mock.Mock()
     with mock.patch.object(torch.cuda, "Event", return_value=event):
@@ -252,9 +295,11 @@ def test_auto_records_when_the_gpu_waits_and_has_room():
     assert event.query.called and event.record.called
     graphed = Graphed(Layer())
     graphed.graphs.waits = waits
-    with mock.patch.object(layer_graphs, "_has_room", return_value=False):
+    with mock.patch.object(layer_graphs, "_has_room", return_value=False) as asked:
         graphed.call(CALLS_BEFORE + 2)
-    assert not graphed.graphs.recordings and "memory is free" in graphed.lines[0]
+    assert not graphed.graphs.recordings and "memory free" in graphed.lines[0]
+    assert asked.call_count == 1 and not waits.are_frequent()  # it costs time, so waits are counted anew
+    waits.waited.extend([True] * MARKS_WATCHED)
     with mock.patch.object(layer_graphs, "_has_room", return_value=True):
         graphed.call(2)
     assert graphed.replays == COMPARED + 2 * 2
@@ -274,8 +319,8 @@ def test_which_runs_have_graphs(options, world, expected, capsys):
     rank = mock.Mock(rank=0, world=world, device=torch.device("cuda"))
     config, _ = parse(["--model_name", "m", "--train_type", "qlora", "--verbose", *options.split()])
     with mock.patch.object(layer_graphs, "GraphMemory"):
-        graphs = layer_graphs.make_layer_graphs(config, rank, 5.0)
+        graphs = layer_graphs.make_layer_graphs(config, rank, PredictedMemory(5.0, 1.0))
     assert (graphs and ("auto" if graphs.waits else "always")) == expected
-    assert not graphs or graphs.predicted_peak == 5.0
+    assert not graphs or graphs.predicted == (5.0, 1.0)
     reason = {2: "several ranks", 1: "--profile is given"}[world]
     assert (reason in capsys.readouterr().out) is (expected is None and "false" not in options)

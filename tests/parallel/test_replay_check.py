@@ -91,6 +91,7 @@ def gradients(*values: float) -> list[Tensor | None]:
         (gradients(1, 0), gradients(0, 0), False),
         (gradients(1, torch.nan), gradients(1, 1), False),
         (gradients(1, 1), gradients(1, torch.inf), True),
+        (gradients(50, 1), gradients(1, torch.inf), False),  # an overflow excuses no other
         ([None, *gradients(1)], [None, *gradients(1)], True),
         ([None, *gradients(1)], [*gradients(1), None], False),
         ([], [], True),
@@ -99,6 +100,15 @@ def gradients(*values: float) -> list[Tensor | None]:
 )
 def test_gradients_may_differ_by_rounding(replayed, own, close):
     assert bool(are_close(replayed, own)) == close
+
+
+def test_deterministic_gradients_must_be_equal():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert are_close(gradients(1, torch.nan), gradients(1, torch.nan))
+        assert not are_close(gradients(1.01, 100), gradients(1, 100))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_layer_without_memory_for_the_comparison_runs_as_ever():

@@ -31,7 +31,12 @@ def test_only_what_is_not_in_use_is_changed():
         "--use_activation_cpu_offload",
     ) == {}  # fmt: skip
     everything = possible(
-        "--train_type=lora", "--no_sync", "--batch_size=2", "--sharding_strategy=ddp", "--activation_budget=3"
+        "--train_type=lora",
+        "--no_sync",
+        "--batch_size=2",
+        "--sharding_strategy=ddp",
+        "--activation_budget=3",
+        "--cuda_graphs=true",
     )
     of_images = 2
     assert len(everything) == len(CHANGES) - 1 - of_images  # gradient checkpointing is on

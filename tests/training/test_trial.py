@@ -19,6 +19,7 @@ from data.packing import make_sampler
 from launch.apart import Launcher
 from options.errors import UserError
 from options.train import parse
+from parallel.layer_graphs import CALLS_BEFORE
 from tests.helpers.bnb_checkpoints import QLORA, pack_like_the_hub
 from tests.helpers.image_models import FORMAT
 from tests.helpers.picture_rows import make_picture_rows, rows_replaced, write_pictures
@@ -128,6 +129,9 @@ def test_all_rows_are_as_long_as_the_longest_and_learned(source, packing):
     steps = list(make_sampler(job.config, job.rows, 0, 1).steps(job.config.num_epochs))
     assert job.total_steps(make_sampler(job.config, job.rows, 0, 1)) == 2 <= len(steps)
     batch, other = steps[0].batches[0], next(make_sampler(real.config, real.rows, 0, 1).steps(1)).batches[0]
+    assert job.config.cuda_graphs == "false"  # `auto` takes only memory that is free
+    recording = make_trial_job(make_trial([*argv, "--cuda_graphs", "true"], tokens=200)).config
+    assert recording.cuda_graphs == "true" and recording.max_steps > CALLS_BEFORE
     assert len(steps[0].batches) == 2  # enough to accumulate gradients
     if packing:
         assert (batch.ids.shape, batch.bounds.shape) == (other.ids.shape, other.bounds.shape)
