@@ -67,12 +67,7 @@ from quantize_layers import load_weights
 from training.auto_sizes import settle_sizes
 from training.job import Job
 from training.loop_components import make_loop_components
-from training.memory_prediction import (
-    describe_prediction,
-    predict_for_graphs,
-    predict_memory,
-    prediction_facts,
-)
+from training.memory_prediction import describe_prediction, predict_memory, prediction_facts
 from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
@@ -285,7 +280,8 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     room = ranks.smallest_gpu_room(rank_info) if job.gpu else 0.0
     if predicted:
         print(describe_prediction(predicted, room), flush=True)
-    model, loaded = set_up(job, rank_info, profiler, predicted=predict_for_graphs(job, predicted))
+    with_graphs = PredictedMemory(predicted.peak, predicted.graphs) if predicted else NOT_PREDICTED
+    model, loaded = set_up(job, rank_info, profiler, predicted=with_graphs)
     gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted)
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = ""

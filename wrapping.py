@@ -208,7 +208,8 @@ def wrap(
     has_router_loss = getattr(model, "router_loss_factor", None) is not None
     if graphs and has_router_loss:
         graphs.report("layers with an auxiliary loss of routers run without graphs")
-    if graphs and (units or not compiled_run):
+    layer_run = None if units else compiled_run
+    if graphs and not layer_run:
         graphs.report("layers that are not compiled as a whole run without graphs")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
@@ -248,7 +249,6 @@ def wrap(
                 )
             shard(layer.get_submodule(name))
         # The wrapper is inside the unit: recomputation must find the layer gathered, not gather it again.
-        layer_run = None if units else compiled_run
         recomputed: ActivationWrapper = CheckpointedModule(layer, saved_activations, layer_run)
         if graphs and layer_run and not has_router_loss:  # a replay has one result
             recomputed = GraphedLayer(recomputed, graphs)

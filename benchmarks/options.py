@@ -121,6 +121,11 @@ class Options:
     # fmt: on
     argv: list[str] = field(default_factory=list)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return isinstance(SHAPES[self.shape], MixtureShape)
+
     def python(self, system: str) -> str:
         """Return the interpreter that runs a system."""
         return (self.pythons or {}).get(system, sys.executable)

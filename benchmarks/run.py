@@ -36,7 +36,7 @@ from benchmarks.systems import OURS, SYSTEMS, Setting, find_versions
 from benchmarks.table import Row, draw_chart, format_markdown, make_row
 from files.atomic_writes import write_text
 from launch.program import print_error
-from models.shapes import SHAPES, MixtureShape
+from models.shapes import SHAPES
 from options.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -123,9 +123,9 @@ def measure_system(options: Options, name: str, setting: Setting, model: Path, p
         precision: --precision of ours.
     """
     label = f"{name} --precision {precision}" if precision else name
-    experts = isinstance(SHAPES[options.shape], MixtureShape)
+    on_gpus = torch.cuda.is_available()
     problem = find_missing(options, name)
-    problem = problem or SYSTEMS[name].find_obstacle(setting, torch.cuda.is_available(), experts)
+    problem = problem or SYSTEMS[name].find_obstacle(setting, on_gpus, options.has_experts)
     if problem:
         return Row(setting, name, label, problem=problem)
     row = run_system(options, Row(setting, name, label), model, precision)
@@ -215,8 +215,7 @@ def describe_setup(options: Options) -> list[str]:
             versions = find_versions(SYSTEMS[name], options.python(name))
             shown = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
             lines.append(f"- {name}: {shown}")
-    mixture = isinstance(SHAPES[options.shape], MixtureShape)
-    linears = "four linears of attention" if mixture else "seven linears"
+    linears = "four linears of attention" if options.has_experts else "seven linears"
     host = (
         f" Host: the step of a run on rows of {options.host_context} tokens, with which the GPU has little"
         " to do."

@@ -10,7 +10,7 @@ Shapes: T tokens of the longest sequence, N tokens of a micro-batch, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch.gpus import Gpu
 from launch.memory import GIB, MIB
@@ -44,6 +44,8 @@ class MemoryEstimate:
         optimizer: most while the optimizer updates the weights.
         peak: most of all.
         host: of all processes of a node together.
+        graphs: that CUDA graphs may add to the peak with `--cuda_graphs auto`, which records only where there
+            is room for it; no other figure has them.
     """
 
     load: float
@@ -52,6 +54,7 @@ class MemoryEstimate:
     optimizer: float
     peak: float
     host: float
+    graphs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def estimate_memory(
     images = vision_memory(config, precision, sizes.vision, sizes.pixels)
     saved, waiting = _saved_bytes(config, precision, sizes, layer)
     rows = config.batch_size * sizes.tokens
-    fixed, copied = _graph_bytes(config, sizes, layer, gpu)
+    graphs = config.cuda_graphs if is_compiled(config, sizes.widths, gpu) else "false"
+    fixed, copied = _graph_bytes(config, sizes, layer) if graphs == "true" else (0, 0)
     # The last norm's input and the gradient of the hidden states, which the loss forms.
     ends = 2 * layer.input
     loss = _loss_bytes(config, precision, sizes, gpu, rows)
@@ -137,30 +141,26 @@ def estimate_memory(
     step = after_backward + _update_ratio(config) * shared.gradients
     peak = max(_load_peak(config, sizes, shared, cpus), forward + copied, backward + copied, step)
     host = host_bytes(config, precision, sizes, gpu, layer_input=layer.input, peak=peak, cpus=cpus)
-    return MemoryEstimate(after_load, after_forward, after_backward, step, peak, host)
+    added = _added_graph_bytes(config, sizes, layer) if graphs == "auto" else 0
+    return MemoryEstimate(after_load, after_forward, after_backward, step, peak, host, added)
 
 
-def graph_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None) -> float:
-    """Return the bytes that CUDA graphs may take beside a run's peak without them.
+def _added_graph_bytes(config: Config, sizes: RunSizes, layer: LayerMemory) -> float:
+    """Return the bytes that CUDA graphs of `--cuda_graphs auto` may take beside a run's peak without them.
 
     Beside their fixed tensors, their memory is that of one layer in forward and backward. A call that is not
     replayed, of a longer row for example, takes as much again.
     """
-    layer = layer_memory(config, precision, sizes.widths, gpu, tokens=sizes.tokens, branches=sizes.branches)
-    recorded = replace(config, cuda_graphs="true")
     one_layer = layer.backward if config.use_gradient_checkpointing else layer.saved + layer.last_backward
-    return one_layer + sum(_graph_bytes(recorded, sizes, layer, gpu))
+    return one_layer + sum(_graph_bytes(config, sizes, layer))
 
 
-def _graph_bytes(config: Config, sizes: RunSizes, layer: LayerMemory, gpu: Gpu | None) -> tuple[float, float]:
+def _graph_bytes(config: Config, sizes: RunSizes, layer: LayerMemory) -> tuple[float, float]:
     """Return the bytes of CUDA graphs' fixed tensors, and of copies while one is replayed.
 
     Fixed are a layer's parameters and input (parallel/recorded_layer.py). The result and the gradient, and
-    without gradient checkpointing all that forward saves, are in the graphs' memory and in a copy. `auto`
-    records only where there is room, so it does not count.
+    without gradient checkpointing all that forward saves, are in the graphs' memory and in a copy.
     """
-    if config.cuda_graphs != "true" or not is_compiled(config, sizes.widths, gpu):
-        return 0, 0
     saved = 0 if config.use_gradient_checkpointing else layer.saved
     return sizes.unit + layer.input, 2 * layer.input + saved
 

@@ -12,9 +12,8 @@ from data.fullest_images import max_sequence_pixels
 from data.packing import max_sequence_length
 from launch.memory import GIB, format_bytes
 from models.registry import build_on_meta
-from monitoring.memory_model import MemoryEstimate, estimate_memory, graph_bytes
-from monitoring.run_sizes import RunSizes, run_sizes
-from parallel.layer_graphs import NOT_PREDICTED, PredictedMemory
+from monitoring.memory_model import MemoryEstimate, estimate_memory
+from monitoring.run_sizes import run_sizes
 from training.job import Job
 
 
@@ -26,25 +25,12 @@ def predict_memory(job: Job, cpus: int) -> MemoryEstimate | None:
     """
     if job.gpu is None:
         return None
-    sizes = _longest_sizes(job)
+    model, tokens = build_on_meta(job.model_config, job.family), max_sequence_length(job.config, job.rows)
+    pixels = max_sequence_pixels(job.config, job.rows, tokens)
+    sizes = run_sizes(model, job.family, job.config, job.precision, job.files, tokens, pixels)
     threads = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "")
     compilers = int(threads) if threads.isdecimal() else cpus
     return estimate_memory(job.config, job.precision, sizes, job.gpu, compilers)
-
-
-def predict_for_graphs(job: Job, predicted: MemoryEstimate | None) -> PredictedMemory:
-    """Return what `--cuda_graphs auto` asks for. predicted: of `predict_memory`."""
-    if predicted is None or job.config.cuda_graphs != "auto":
-        return NOT_PREDICTED
-    graphs = graph_bytes(job.config, job.precision, _longest_sizes(job), job.gpu)
-    return PredictedMemory(predicted.peak, graphs)
-
-
-def _longest_sizes(job: Job) -> RunSizes:
-    """Return the sizes of the run with the longest row of its data."""
-    model, tokens = build_on_meta(job.model_config, job.family), max_sequence_length(job.config, job.rows)
-    pixels = max_sequence_pixels(job.config, job.rows, tokens)
-    return run_sizes(model, job.family, job.config, job.precision, job.files, tokens, pixels)
 
 
 def describe_prediction(predicted: MemoryEstimate, room: float) -> str:
@@ -68,4 +54,6 @@ def prediction_facts(predicted: MemoryEstimate | None) -> dict[str, float]:
     """Return {predicted_<phase>_gib: GiB} for run.json; {} if nothing is predicted."""
     if predicted is None:
         return {}
-    return {f"predicted_{name}_gib": n / GIB for name, n in dataclasses.asdict(predicted).items()}
+    figures = dataclasses.asdict(predicted)
+    del figures["graphs"]  # of no phase
+    return {f"predicted_{name}_gib": n / GIB for name, n in figures.items()}

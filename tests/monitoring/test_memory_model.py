@@ -13,7 +13,7 @@ from launch.gpus import GPUS
 from launch.precision import choose_precision
 from models.registry import FAMILIES, build_on_meta
 from monitoring.layer_memory import layer_memory, layer_widths
-from monitoring.memory_model import estimate_memory, graph_bytes
+from monitoring.memory_model import estimate_memory
 from monitoring.run_sizes import run_sizes
 from options.train import parse
 from training.planned_model import open_planned_model
@@ -223,5 +223,5 @@ def test_graphs_beside_plain_calls_take_what_was_measured(train_type, with_graph
     planned, gpu = open_planned_model("8b", images=False), GPUS["h200"]
     precision = choose_precision(config.precision, has_gpu=True, has_bf16_gpu=True)
     sizes = run_sizes(planned.model, planned.family, config, precision, planned.files, 2048)
-    expected = graph_bytes(config, precision, sizes, gpu) / 2**30
+    expected = estimate_memory(config, precision, sizes, gpu).graphs / 2**30
     assert expected == pytest.approx(with_graphs - without, rel=0.1)

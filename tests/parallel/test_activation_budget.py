@@ -14,8 +14,8 @@ from parallel.activation_checkpointing import ATTENTION as OPERATORS
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
 
 TOKENS = 100
-# Of the tiny Llama in bf16, bytes of a token: of attention's result and of the softmax's sums of 4 heads, and
-# with the results of query, key, value, output, gate, up and down.
+# Bytes that a layer of the tiny Llama saves for a token, in bf16. ATTENTION: the result of attention, and the
+# softmax's sums of 4 heads. MATMULS: also the results of query, key, value, output, gate, up and down.
 ATTENTION = 2 * 64 + 4 * 4
 MATMULS = ATTENTION + 2 * (64 + 32 + 32 + 64 + 160 + 160 + 64)
 
