@@ -65,7 +65,7 @@ def test_bf16_layers_follow_their_equation(kind, o, i, r, quantizer):
     torch.manual_seed(0)
     x = torch.randn(64, i, device="cuda")
     base = quantized_like(torch.randn(o, i, device="cuda", dtype=torch.bfloat16), quantizer)
-    layer = kind(base, (o, i), r, 2.5 * r, 0.0, torch.float32)
+    layer = kind(base, (o, i), rank=r, scaling=2.5, dropout=0.0, dtype=torch.float32)
     w, a = base.weight.double(), torch.randn(r, i, device="cuda") * 0.05
     b, change = torch.randn(o, r, device="cuda") * 0.05, torch.randn(o, device="cuda")
     layer.lora_A.data, layer.lora_B.data = a, b

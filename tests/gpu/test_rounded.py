@@ -111,7 +111,7 @@ def test_low_rank_product_is_added_and_rounded_once(sizes, dtype):
 def test_layers_equal_their_plain_form(kind, o, i, quantizer):
     """The same layer on the CPU, where the rounded operands are multiplied in fp32."""
     base = quantized_like(torch.randn(o, i, device="cuda", dtype=torch.bfloat16), quantizer)
-    layer = kind(base, (o, i), 16, 2.0, 0.0, torch.float32).cuda()
+    layer = kind(base, (o, i), rank=16, scaling=2.0, dropout=0.0, dtype=torch.float32).cuda()
     with torch.no_grad():
         layer.lora_A.normal_(0, i**-0.5)
         layer.lora_B.normal_(0, 0.05)
