@@ -279,10 +279,10 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
         print(data + job.evaluation.describe(), flush=True)
     room = ranks.smallest_gpu_room(rank_info) if job.gpu else 0.0
     if predicted:
-        print(describe_prediction(predicted, room), flush=True)
+        print(describe_prediction(predicted, room, config), flush=True)
     with_graphs = PredictedMemory(predicted.peak, predicted.graphs) if predicted else NOT_PREDICTED
     model, loaded = set_up(job, rank_info, profiler, predicted=with_graphs)
-    gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted)
+    gib = profiler.max_phase_gib("wrap", "load") | prediction_facts(predicted, config)
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = ""
     if rank_info.rank == 0:

@@ -14,6 +14,7 @@ from launch.memory import GIB, format_bytes
 from models.registry import build_on_meta
 from monitoring.memory_model import MemoryEstimate, estimate_memory
 from monitoring.run_sizes import run_sizes
+from options.config import Config
 from training.job import Job
 
 
@@ -33,13 +34,14 @@ def predict_memory(job: Job, cpus: int) -> MemoryEstimate | None:
     return estimate_memory(job.config, job.precision, sizes, job.gpu, compilers)
 
 
-def describe_prediction(predicted: MemoryEstimate, room: float) -> str:
+def describe_prediction(predicted: MemoryEstimate, room: float, config: Config) -> str:
     """Return the line about the predicted memory; it says so if a GPU has less room.
 
     room: bytes that tensors may take of the GPU that has least, from `smallest_gpu_room`.
     """
+    more = " before --activation_budget -1 takes what is free" if config.activation_budget == -1 else ""
     line = (
-        f"memory: about {format_bytes(predicted.peak)} per GPU at the peak,"
+        f"memory: about {format_bytes(predicted.peak)} per GPU at the peak{more},"
         f" {format_bytes(predicted.host)} of host memory in all"
     )
     if predicted.peak <= room:
@@ -50,9 +52,9 @@ def describe_prediction(predicted: MemoryEstimate, room: float) -> str:
     )
 
 
-def prediction_facts(predicted: MemoryEstimate | None) -> dict[str, float]:
-    """Return {predicted_<phase>_gib: GiB} for run.json; {} if nothing is predicted."""
-    if predicted is None:
+def prediction_facts(predicted: MemoryEstimate | None, config: Config) -> dict[str, float]:
+    """Return {predicted_<phase>_gib: GiB} for run.json; {} if nothing is predicted of the whole run."""
+    if predicted is None or config.activation_budget == -1:
         return {}
     figures = dataclasses.asdict(predicted)
     del figures["graphs"]  # of no phase

@@ -24,7 +24,7 @@ from options.train import parse
 from tests.helpers.here import SINGLE_RANK
 from tests.helpers.report_pages import Page
 from tests.helpers.runs import full_run, make_job
-from training.memory_prediction import predict_memory
+from training.memory_prediction import describe_prediction, predict_memory, prediction_facts
 
 GIB = 2**30
 T4 = GPUS["t4"]
@@ -75,6 +75,19 @@ def test_the_compilers_processes_follow_the_environment(threads, cpus, source, m
     monkeypatch.setattr("training.memory_prediction.estimate_memory", lambda *arguments: arguments[-1])
     monkeypatch.setattr(train.Job, "gpu", T4)
     assert predict_memory(make_job(SINGLE_RANK, source), 2) == cpus
+
+
+def test_an_automatic_budget_is_not_predicted():
+    """What is free after the second step is known only then: the peak is no fault of the prediction."""
+    predicted = MemoryEstimate(GIB, 2 * GIB, 3 * GIB, 4 * GIB, 5 * GIB, 6 * GIB)
+    config = Config(output_dir="run", activation_budget=-1.0)
+    line = "memory: about 5.00 GiB per GPU at the peak{}, 6.00 GiB of host memory in all"
+    more = " before --activation_budget -1 takes what is free"
+    assert describe_prediction(predicted, 5 * GIB, config) == line.format(more)
+    assert prediction_facts(predicted, config) == {}
+    config = Config(output_dir="run", activation_budget=1.0)
+    assert describe_prediction(predicted, 5 * GIB, config) == line.format("")
+    assert prediction_facts(predicted, config)["predicted_peak_gib"] == 5.0
 
 
 def test_nothing_is_predicted_on_a_cpu(checkpoints, short_rows, one_rank):
