@@ -169,6 +169,8 @@ class LayerGraphs:
         if (kind, key) in self.recordings:
             return self.recordings[kind, key]
         if self.waits and not self.waits.are_frequent():
+            if len(self.waits.waited) == MARKS_WATCHED:
+                self.report("the GPU rarely waits for the host: layers run without")
             return None
         if self.waits and not _has_room(self.predicted):
             self.waits.forget()  # the question costs time

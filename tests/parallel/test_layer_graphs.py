@@ -284,6 +284,12 @@ def test_auto_records_when_the_gpu_waits_and_has_room():
         event.query.return_value = i > MARKS_WATCHED // 2  # one less than half
         waits.mark()
     assert not waits.are_frequent()
+    fast = Graphed(Layer())
+    fast.graphs.waits = waits
+    with mock.patch.object(GpuWaits, "mark", return_value=None):
+        fast.call(CALLS_BEFORE + 3)
+    assert not fast.graphs.recordings
+    assert fast.lines == ["--cuda_graphs: the GPU rarely waits for the host: layers run without"]
     event.query.return_value = True
     waits.mark()
     assert waits.are_frequent()
