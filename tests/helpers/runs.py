@@ -38,7 +38,7 @@ def make_job(rank_info, argv: list[str]) -> train.Job:
         "--world_size",
         str(rank_info.world),
         "--output_dir",
-        "/nonexistent/out",
+        "/dev/null/out",  # cannot be made, by root neither
         "--compile",
         "false",
     ]

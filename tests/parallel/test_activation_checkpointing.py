@@ -152,7 +152,7 @@ def counted_run(rank_info, argv: list[str], compiled: bool, levels: str):
         ["qlora", "hqq_dora"],
         [False, True],
         list(UPGRADES),
-        always=[("qlora", False, "III"), ("hqq_dora", True, "IMM"), ("hqq_dora", True, "AAM")],
+        always=[("qlora", False, "III"), ("qlora", False, "IMM"), ("hqq_dora", True, "AAM")],
     ),
 )
 def test_recomputation(train_type, compiled, levels, checkpoints, even_rows, plain_run, one_rank):
