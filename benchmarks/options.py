@@ -103,6 +103,8 @@ class Options:
     context_length: int = option(2048, "Runs", "tokens of a row", ge=1)
     host_context: int = option(256, "Runs", "tokens of a row in a second run of each system: with so few, a"
         " step of a large model takes about as long as the host; 0 = no such run", ge=1, sentinel=0)
+    host_parts: bool = option(True, "Runs", "also run ours on rows of host_context tokens under the profiler:"
+        " what the host does in a step, by part")
     lora_rank: int = option(64, "Runs", "rank of the adapters, on all seven linears; in a mixture of"
         " experts on the four of attention", ge=1)
     steps: int = option(12, "Runs", f"optimizer steps of a run; the first {WARMUP_STEPS} do not count",

@@ -33,10 +33,11 @@ import torch
 
 from benchmarks.options import Options, parse
 from benchmarks.systems import OURS, SYSTEMS, Setting, find_versions
-from benchmarks.table import Row, draw_chart, format_markdown, make_row
+from benchmarks.table import Row, draw_chart, format_host_parts, format_markdown, make_row
 from files.atomic_writes import write_text
 from launch.program import print_error
 from models.shapes import SHAPES
+from monitoring.host_time import read_host_time
 from options.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +134,29 @@ def measure_system(options: Options, name: str, setting: Setting, model: Path, p
         return row
     short = dataclasses.replace(options, context_length=options.host_context)
     host = run_system(short, Row(setting, name, label), model, precision, "host")
-    return dataclasses.replace(row, host_seconds=host.step_seconds)
+    has_parts = name == OURS and options.host_parts and not host.problem
+    parts = measure_host_parts(short, host, model, precision) if has_parts else None
+    return dataclasses.replace(row, host_seconds=host.step_seconds, host_parts=parts)
+
+
+def measure_host_parts(options: Options, row: Row, model: Path, precision: str) -> dict[str, float] | None:
+    """Run ours under the profiler; return the host's seconds in a step by part, None if the run failed.
+
+    The profiler slows the host, and `--cuda_graphs auto` records nothing beside it.
+
+    Args:
+        options: options of the benchmark, with few tokens in a row.
+        row: of the run without the profiler.
+        model: folder of the checkpoint.
+        precision: --precision of ours.
+    """
+    folder = options.out / "profile"
+    shutil.rmtree(folder, ignore_errors=True)
+    profile = f"--profile --profiling_output {shlex.quote(str(folder))} --profiling_frequency {options.steps}"
+    with_profile = dataclasses.replace(options, train_options=f"{options.train_options} {profile}")
+    problem = run_system(with_profile, row, model, precision, "profiled").problem
+    tables = list(folder.glob("iteration_*/rank0_host_time.txt"))
+    return None if problem or not tables else read_host_time(tables[0].read_text())
 
 
 def run_system(options: Options, row: Row, model: Path, precision: str, suffix: str = "") -> Row:
@@ -218,7 +241,8 @@ def describe_setup(options: Options) -> list[str]:
     linears = "four linears of attention" if options.has_experts else "seven linears"
     host = (
         f" Host: the step of a run on rows of {options.host_context} tokens, with which the GPU has little"
-        " to do."
+        " to do. The second table, if any, has the host's seconds in such a step of ours by part, under the"
+        " profiler, which slows the host. `--cuda_graphs auto` records nothing beside it."
     )
     memory = "allocated by torch on the fullest GPU" if gpus else "the largest resident size of a process"
     return [
@@ -236,7 +260,8 @@ def describe_setup(options: Options) -> list[str]:
 
 def write_results(folder: Path, about: list[str], rows: list[Row]) -> None:
     """Write results.md and results.json into `folder`. about: the lines above the table."""
-    write_text(folder / "results.md", "\n".join(about) + "\n" + format_markdown(rows))
+    tables = format_markdown(rows), format_host_parts(rows)
+    write_text(folder / "results.md", "\n".join(about) + "\n" + "\n".join(filter(None, tables)))
     results = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
 

@@ -29,7 +29,7 @@ from benchmarks.side_by_side import ALL_GIB
 from benchmarks.traces import exposed_seconds
 from files.atomic_writes import write_text
 from files.names import METRICS
-from monitoring.host_time import BUSY
+from monitoring.host_time import BUSY, read_host_time
 
 WARMUP_STEPS = 5  # first steps that do not count
 PROFILER_WARMUP, PROFILED_STEPS = 1, 2  # last steps, which do not count either
@@ -136,14 +136,14 @@ def run(options: argparse.Namespace, work: Work) -> Row:
     seconds = [step["step_seconds"] for step in counted]
     median = statistics.median(seconds)
     (cycle,) = Path(f"{folder}-profile").glob("iteration_*")
-    host = (cycle / "rank0_host_time.txt").read_text().splitlines()
+    host = read_host_time((cycle / "rank0_host_time.txt").read_text())
     return Row(
         work,
         tokens_per_second=work.rows * options.context_length / median,
         step_seconds=median,
         slowest_seconds=max(seconds),
         exposed_seconds=exposed_seconds(cycle / "rank0_trace.json.gz", PROFILED_STEPS),
-        host_seconds=next(float(line.split()[-1]) for line in host if line.startswith(BUSY)),
+        host_seconds=host[BUSY],
         peak_gib=max(step["memory_allocated_gib"] for step in counted),
         loss=metrics[-1]["loss"],
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.systems import OURS, SYSTEMS, Setting
+from monitoring.host_time import BUSY, PARTS, WAITING
 
 WARMUP_STEPS = 3  # first steps that are not measured: compilation, the allocator, clocks
 
@@ -24,6 +25,7 @@ class Row:
         peak_gib: memory of the rank with the most.
         adapters: dtype of the trained weights.
         host_seconds: the step on rows so short that it takes about as long as the host.
+        host_parts: {part: seconds of the host in such a step under the profiler}; None = not measured.
         problem: why there is no result, or "".
     """
 
@@ -35,6 +37,7 @@ class Row:
     peak_gib: float | None = None
     adapters: str | None = None
     host_seconds: float | None = None
+    host_parts: dict[str, float] | None = None
     problem: str = ""
 
 
@@ -92,6 +95,23 @@ def format_markdown(rows: list[Row]) -> str:
             ]
         lines.append(f"| {' | '.join(cells)} |")
         previous = row.setting
+    return "\n".join(lines) + "\n"
+
+
+def format_host_parts(rows: list[Row]) -> str:
+    """Format what the host does in a step as a Markdown table; "" if no row has it."""
+    measured = [row for row in rows if row.host_parts]
+    if not measured:
+        return ""
+    columns = (*PARTS, BUSY, WAITING)
+    lines = [
+        f"| setting | system | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for row in measured:
+        assert row.host_parts is not None
+        seconds = [f"{row.host_parts[column]:.3f} s" for column in columns]
+        lines.append(f"| {row.setting} | {row.label} | {' | '.join(seconds)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ too high; `benchmarks.host` measures the sum without a profiler.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable
 from typing import Protocol
@@ -88,3 +89,9 @@ def format_host_time(seconds: dict[str, float], steps: int) -> str:
     lines += [f"{part:<26} {seconds[part]:8.4f} {seconds[part] / busy if busy else 0:5.0%}" for part in PARTS]
     lines += [f"{BUSY:<26} {busy:8.4f}", f"{WAITING:<26} {seconds[WAITING]:8.4f}"]
     return "\n".join(lines) + "\n"
+
+
+def read_host_time(text: str) -> dict[str, float]:
+    """Return {part: host seconds per step}, of PARTS, BUSY and WAITING, as `format_host_time` wrote them."""
+    found = re.findall(r"^(\S.*?) +(\d+\.\d+)(?: +\d+%)?$", text, re.MULTILINE)
+    return {part: float(seconds) for part, seconds in found}

@@ -27,6 +27,7 @@ from benchmarks.table import Row, format_markdown, make_row, ratio_to_ours
 from files import model_folder as model_files
 from files.model_folder import CheckpointFiles
 from models.shapes import SHAPES
+from monitoring.host_time import BUSY, PARTS, WAITING, format_host_time
 from options.methods import HQQ_BITS
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
@@ -138,6 +139,44 @@ print("RESULT", json.dumps(result))
     row = row_of(text, "--host_context", "64")
     assert (row.step_seconds, row.host_seconds, row.peak_gib) == (1.0, 0.25, 256)
     assert row_of(text, "--host_context", "0").host_seconds is None
+
+
+def test_the_hosts_parts_are_those_of_a_run_under_the_profiler(tmp_path, monkeypatch):
+    """A third run of ours, on short rows. Its speed does not count."""
+    script, parts = tmp_path / "ours.py", dict.fromkeys((*PARTS, WAITING), 0.125)
+    script.write_text(f"""
+import json, pathlib, shlex, sys
+words = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+more = shlex.split(words["train_options"])
+if "--profile" in more:
+    folder = pathlib.Path(more[more.index("--profiling_output") + 1], "iteration_4")
+    folder.mkdir(parents=True)
+    (folder / "rank0_host_time.txt").write_text({format_host_time(parts, 2)!r})
+seconds = 9 if "--profile" in more else int(words["context_length"]) / 256
+tokens = 2 * int(words["context_length"])
+print("RESULT", json.dumps(dict({RESULT!r}, tokens=tokens, step_seconds=[9, 9, 9, seconds])))
+""")
+    monkeypatch.setitem(SYSTEMS, "ours", System(str(script), ()))
+    out = tmp_path / "an out"
+    out.mkdir()
+    options = dataclasses.replace(parse([*WORK, "--host_context", "64"]), out=out)
+    row = run.measure_system(options, "ours", QLORA, tmp_path, "auto")
+    assert (row.step_seconds, row.host_seconds) == (1.0, 0.25)
+    assert row.host_parts == parts | {BUSY: 0.125 * len(PARTS)}
+    run.write_results(out, [], [row])
+    line = (out / "results.md").read_text().splitlines()[-1]
+    assert line == f"| {QLORA} | ours --precision auto |{' 0.125 s |' * len(PARTS)} 0.750 s | 0.125 s |"
+    none = dataclasses.replace(options, host_parts=False)
+    assert run.measure_system(none, "ours", QLORA, tmp_path, "auto").host_parts is None
+
+
+@pytest.mark.slow
+def test_the_hosts_parts_of_a_real_run(models, tmp_path):
+    argv = ["--shape", "tiny", *WORK, "--peers", "none", "--out", str(tmp_path / "out")]
+    assert run.main([*argv, "--checkpoints", str(models)]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    parts = row["host_parts"]
+    assert parts[BUSY] == pytest.approx(sum(parts[part] for part in PARTS), abs=1e-3) and parts[BUSY] > 0
 
 
 @pytest.mark.parametrize(

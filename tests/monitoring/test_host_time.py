@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from monitoring.host_time import AUTOGRAD, HOOKS, OPERATORS, PYTHON, WAITING, format_host_time, host_time
+from monitoring.host_time import (
+    AUTOGRAD,
+    BUSY,
+    HOOKS,
+    OPERATORS,
+    PYTHON,
+    WAITING,
+    format_host_time,
+    host_time,
+    read_host_time,
+)
 
 MS = 1000.0  # microseconds
 
@@ -31,7 +41,9 @@ def test_each_event_counts_once_for_its_part():
     seconds = host_time([*STEP, *backward], steps=2)
     expected = {PYTHON: 3, HOOKS: 4, OPERATORS: 8, "data": 16, "logging": 32, AUTOGRAD: 128, WAITING: 64}
     assert seconds == pytest.approx({part: ms / 1000 / 2 for part, ms in expected.items()})
-    assert "busy, in all                 0.0955" in format_host_time(seconds, 2)
+    text = format_host_time(seconds, 2)
+    assert "busy, in all                 0.0955" in text
+    assert read_host_time(text) == pytest.approx(seconds | {BUSY: 0.0955}, abs=6e-5)
 
 
 def test_backward_on_the_loops_own_thread_counts():
