@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -231,20 +232,21 @@ def download(name: str, option: str, *patterns: str) -> Path:
 
     Raises UserError, which names the option that `name` was given by.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     repository, revision = split_revision(name)
     nested = [pattern for pattern in patterns if "/" in pattern]
+    # huggingface_hub 1.33 asks the hub which files a commit has, also in offline mode, unless that version
+    # downloaded them itself.
+    fetch = partial(
+        snapshot_download, repository, revision=revision, local_files_only=constants.HF_HUB_OFFLINE
+    )
     with translate_hub_errors(option, name):
         if nested:
-            snapshot_download(repository, revision=revision, allow_patterns=nested)
+            fetch(allow_patterns=nested)
         # Other subfolders and consolidated*.safetensors hold the same weights in other formats.
-        return Path(snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[pattern for pattern in patterns if pattern not in nested],
-            ignore_patterns=["*/*", "consolidated*"],
-        ))  # fmt: skip
+        others = [pattern for pattern in patterns if pattern not in nested]
+        return Path(fetch(allow_patterns=others, ignore_patterns=["*/*", "consolidated*"]))
 
 
 def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
