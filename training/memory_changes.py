@@ -105,6 +105,15 @@ def _smaller_ranks(situation: Situation) -> Iterator[dict]:
         rank //= 2
 
 
+def _smaller_expert_ranks(situation: Situation) -> Iterator[dict]:
+    """Yield half of the rank of the experts' adapters, a quarter and so on, and 0, which is none of them."""
+    config = situation.config
+    rank = config.lora_expert_rank if config.method.adapter and config.adapter is None else 0
+    while rank > 0:
+        rank //= 2
+        yield {"lora_expert_rank": rank}
+
+
 def _fewer_images(situation: Situation) -> Iterator[dict]:
     """Yield half of the images of a pack, a quarter and so on: there are more packs, of the same rows."""
     config = situation.config
@@ -194,6 +203,12 @@ CHANGES = (
         "vision_bits",
         "the vision tower's weights have 4 bits, dequantized in each block",
         _packed_tower,
+        alters=True,
+    ),
+    Change(
+        "lora_expert_rank",
+        "no time; the experts' adapters can learn less, with 0 nothing",
+        _smaller_expert_ranks,
         alters=True,
     ),
     Change("lora_rank", "no time; the adapter can learn less", _smaller_ranks, alters=True),

@@ -37,6 +37,7 @@ def test_only_what_is_not_in_use_is_changed():
         "--sharding_strategy=ddp",
         "--activation_budget=3",
         "--cuda_graphs=true",
+        "--lora_expert_rank=2",
     )
     of_images = 2
     assert len(everything) == len(CHANGES) - 1 - of_images  # gradient checkpointing is on
@@ -56,6 +57,7 @@ def test_batches_keep_the_rows_of_a_step():
     "options, name, values",
     [
         (["--lora_rank=20"], "lora_rank", [{"lora_rank": 10}]),
+        (["--lora_expert_rank=5"], "lora_expert_rank", [{"lora_expert_rank": rank} for rank in (2, 1, 0)]),
         (["--train_type=full"], "train_type", [{"train_type": "bnb_dora"}]),
         (
             ["--sharding_strategy=hybrid_full_shard", "--hybrid_shard_size=2"],
@@ -74,7 +76,8 @@ def test_values_that_depend_on_others(options, name, values):
 
 
 def test_what_cannot_be_changed():
-    assert "lora_rank" not in possible("--adapter", "some/run"), "it is the saved adapter's"
+    of_adapter = possible("--adapter", "some/run", "--lora_expert_rank", "4")
+    assert not {"lora_rank", "lora_expert_rank"} & set(of_adapter), "they are the saved adapter's"
     assert "train_type" not in possible("--train_type", "lora", prequantized=True)
 
 
