@@ -80,13 +80,16 @@ class Row:
 
 
 def list_series(ways: list[str]) -> list[Series]:
-    """Return the series: 16-bit weights, 4-bit weights with each way, and the evaluations of the latter."""
+    """Return the series: 16-bit weights, 4-bit weights with each way, and evaluations of these as trained.
+
+    Training itself evaluates in 16 bits. An evaluation as trained has the rounded matmuls of its way.
+    """
     names = [f"qlora {way}" + " again" * ways[:i].count(way) for i, way in enumerate(ways)]
     return [
         Series("lora", "lora"),
         *(Series(name, "qlora", way) for name, way in zip(names, ways, strict=True)),
         *(
-            Series(f"{name}, evaluated in 16 bits", "qlora", way, evaluates=name)
+            Series(f"{name}, evaluated as trained", "qlora", way, evaluates=name)
             for name, way in zip(names, ways, strict=True)
         ),
     ]
@@ -128,7 +131,8 @@ def summarize(runs: list[Run], rows: dict[str, Row]) -> tuple[str, dict]:
     pairs = list_pairs(series)
     differences = compare(losses, pairs, baseline=pairs[-1][0])
     before = rows[PRETRAINING].loss
-    packed = next((row.base_loss for row in rows.values() if row.base_loss is not None), None)
+    in_16_bits = [run.name for run in runs if run.series.evaluates and run.series.way == DEFAULT_WAY]
+    packed = next((rows[name].base_loss for name in in_16_bits if name in rows), None)
     text = f"Held-out loss before fine-tuning: {before:.5f} in 16 bits"
     text += ".\n\n" if packed is None else f", {packed:.5f} in NF4.\n\n"
     values = {

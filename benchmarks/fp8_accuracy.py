@@ -7,8 +7,8 @@ A model of some 100M parameters learns sources and licences that Python and its 
 benchmarks/accuracy_texts.py). It is then fine-tuned on their documentation (text B): with `qlora` and each
 --base_matmul of --ways, and with `lora`, whose base has 16 bits. All runs of a seed have the same order of
 rows and the same adapters at the start. The loss is train.py's own, on a held-out part of text B, at the end
-of each run. At last evaluate.py gives the same loss of each `qlora` run with 16-bit matmuls, and that of the
-NF4 model before fine-tuning.
+of each run, which multiplies in 16 bits. At last evaluate.py gives the loss of each `qlora` run with the
+matmuls that it was trained with, and that of the NF4 model before fine-tuning.
 
 Started again with the same options, it makes the parts that are missing, and goes on with the pretraining
 from its last checkpoint. Writes into --out: rows.jsonl, a line as each part ends; accuracy.json and
@@ -51,7 +51,9 @@ from files.atomic_writes import write_text
 from files.names import METRICS
 from launch.program import print_error
 from models.shapes import Shape
+from options.config import BASE_MATMULS
 from options.errors import UserError
+from training.base_matmul import check_base_matmul_here
 
 CONTEXT = 1024
 SHAPES = {
@@ -150,11 +152,12 @@ class Accuracy:
         return self.train(run.name, model, TEXT_B, self.options.fine_tuning, 16, options)
 
     def evaluate(self, run: Run) -> Row | None:
-        """Run evaluate.py, which computes in 16 bits, on a RUN and its base; None if the RUN has failed."""
+        """Run evaluate.py on a RUN and its base, with the RUN's matmuls; None if the RUN has failed."""
         if run.evaluates not in self.rows:
             return None
         began, out = time.monotonic(), self.folder(run.name).with_suffix(".json")
         words = ["evaluate.py", str(self.folder(run.evaluates)), "--metrics", "perplexity", "--out", str(out)]
+        words += ["--base_matmul", run.series.way]
         problem = self.run_program(words, out.with_suffix(".log"))
         seconds = time.monotonic() - began
         if problem:
@@ -229,6 +232,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def check_way(way: str) -> None:
+    """Raise UserError if a value of --ways is none of --base_matmul's, or does not run on this machine."""
+    if way not in BASE_MATMULS:
+        raise UserError(f"--ways {way}: must be {' or '.join(BASE_MATMULS)}")
+    check_base_matmul_here(way, "auto")
+
+
 def check_same_options(options: argparse.Namespace) -> None:
     """Raise UserError if --out has parts of other sizes; otherwise write the sizes there."""
     path, sizes = options.out / "sizes.json", {name: getattr(options, name) for name in SIZES}
@@ -240,9 +250,11 @@ def check_same_options(options: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Make the parts that are missing and print the tables. Return the exit status."""
     options = parse(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    accuracy = Accuracy(options)
     try:
+        for way in options.ways:
+            check_way(way)
+        options.out.mkdir(parents=True, exist_ok=True)
+        accuracy = Accuracy(options)
         check_same_options(options)
         accuracy.make_all()
     except UserError as e:

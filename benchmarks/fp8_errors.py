@@ -86,7 +86,8 @@ class Row:
 def make_linear(weight: Tensor, way: str) -> Linear4bit:
     """Return the layer of an NF4 weight [O, I] that computes in a way: a value of --base_matmul.
 
-    The only function here that knows how a layer is told its way. Raises UserError for an unknown way.
+    The only function here that knows how a layer is told its way. Raises UserError for an unknown way,
+    and for a shape that is not rounded.
     """
     if way not in ("16bit", *ROUNDINGS):
         raise UserError(f"--ways {way}: must be 16bit, {' or '.join(ROUNDINGS)}")
@@ -96,8 +97,9 @@ def make_linear(weight: Tensor, way: str) -> Linear4bit:
     layer.fill_buffers(weight.device)
     for name, content in layer.convert_tensor("weight", weight).items():
         setattr(layer, name, nn.Parameter(content, requires_grad=False))
-    if way in ROUNDINGS:
-        round_matmuls({"": layer}, way)
+    if way in ROUNDINGS and round_matmuls({"": layer}, way):
+        sizes = " x ".join(map(str, weight.shape))
+        raise UserError(f"--ways {way}: a linear of {sizes} multiplies in 16 bits")
     return layer
 
 

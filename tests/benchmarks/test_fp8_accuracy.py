@@ -111,18 +111,21 @@ class FakeRuns:
     Attributes:
         commands: the configs of train.py.
         evaluated: the names of the RUNs of evaluate.py.
+        matmuls: {name of a RUN: evaluate.py's --base_matmul}.
         fails: names of RUNs whose next training fails.
     """
 
     def __init__(self, fails=()):
-        self.commands, self.evaluated, self.fails = [], [], list(fails)
+        self.commands, self.evaluated, self.matmuls, self.fails = [], [], {}, list(fails)
 
     def __call__(self, command, log, limit_seconds, gpus, folder):
         if command[1] == "evaluate.py":
             self.evaluated.append(Path(command[2]).name)
             given = parse_evaluation(command[2:])
             assert given.metrics == ("perplexity",)
-            results = {"perplexity": {"base": math.exp(5.5), "tuned": math.exp(4.0)}}
+            self.matmuls[Path(command[2]).name] = given.base_matmul
+            base = 5.5 if given.base_matmul == "16bit" else 5.75
+            results = {"perplexity": {"base": math.exp(base), "tuned": math.exp(4.0)}}
             Path(given.out).write_text(json.dumps({"metrics": results}))
             return ""
         config, _ = parse_training(command[2:])
@@ -156,7 +159,7 @@ def test_a_second_start_makes_what_is_missing(packages, tmp_path, monkeypatch, c
     names = [f"{series}-seed-{seed}" for series in fp8_series() for seed in (0, 1)]
     assert started(runs) == sorted(["pretraining", *names])
     shown = capsys.readouterr().out
-    missing = ["lora, seed 0", "qlora 16bit, seed 1", "qlora 16bit, evaluated in 16 bits, seed 1"]
+    missing = ["lora, seed 0", "qlora 16bit, seed 1", "qlora 16bit, evaluated as trained, seed 1"]
     assert f"without a result: {'; '.join(missing)}\n" in shown
     assert "lora, seed 0: 0 s, failed: no luck\n" in shown
     assert "lora, seed 1: 0 s, loss 3.1250, 8 tokens/s\n" in shown
@@ -204,6 +207,17 @@ def test_runs_differ_only_in_what_is_compared(packages, tmp_path, monkeypatch):
     }
     options = Series("any", "qlora", "fp8").options()
     assert options == ["--train_type", "qlora", "--base_matmul", "fp8"]
+
+
+def test_each_run_is_evaluated_as_it_was_trained(packages, tmp_path, monkeypatch, capsys):
+    runs = FakeRuns()
+    monkeypatch.setattr(fp8_accuracy, "run_process", runs)
+    argv = [*SMALL.split(), "--out", str(tmp_path / "out"), "--text", "1e-3", "--seeds", "1", "--ways"]
+    assert fp8_accuracy.main([*argv, "int8,16bit"]) == 0
+    assert runs.matmuls == {"qlora-int8-seed-0": "int8", "qlora-16bit-seed-0": "16bit"}
+    assert "5.50000 in NF4." in capsys.readouterr().out  # not that with int8
+    assert fp8_accuracy.main([*argv, "16bit,fp7"]) == 2
+    assert capsys.readouterr().err == "error: --ways fp7: must be 16bit or fp8 or int8\n"
 
 
 def test_without_a_pretrained_model_nothing_else_runs(packages, tmp_path, monkeypatch, capsys):
@@ -254,8 +268,8 @@ def test_what_is_compared():
     assert list_pairs(list_series(["16bit", "fp8", "int8"])) == [
         ("qlora fp8", "qlora 16bit"),
         ("qlora int8", "qlora 16bit"),
-        ("qlora fp8, evaluated in 16 bits", "qlora 16bit, evaluated in 16 bits"),
-        ("qlora int8, evaluated in 16 bits", "qlora 16bit, evaluated in 16 bits"),
+        ("qlora fp8, evaluated as trained", "qlora 16bit, evaluated as trained"),
+        ("qlora int8, evaluated as trained", "qlora 16bit, evaluated as trained"),
         ("qlora 16bit", "lora"),
     ]
 
@@ -269,7 +283,7 @@ def test_a_rehearsal_on_the_cpu(packages, tmp_path):
     again, evaluated, quantized = results["differences"]
     assert again["mean"] == evaluated["mean"] == 0 and quantized["mean"] != 0
     losses = results["losses"]
-    assert losses["qlora 16bit, evaluated in 16 bits"]["0"] == pytest.approx(
+    assert losses["qlora 16bit, evaluated as trained"]["0"] == pytest.approx(
         losses["qlora 16bit"]["0"], rel=1e-5
     )
     assert results["nf4_loss_before"] == pytest.approx(results["loss_before"], rel=1e-2)

@@ -76,3 +76,9 @@ def test_one_channel_in_a_thousand_is_an_outlier():
 def test_an_unknown_way(capsys):
     assert fp8_errors.main([*ARGV, "16bit,fp7"]) == 2
     assert capsys.readouterr().err.startswith("error: --ways fp7: must be ")
+
+
+def test_a_linear_that_is_not_rounded(capsys):
+    """Of the tiny shape, the down projection reads 160 features, which are no whole blocks of 64."""
+    assert fp8_errors.main([*ARGV, "16bit,int8"]) == 2
+    assert capsys.readouterr().err == "error: --ways int8: a linear of 64 x 160 multiplies in 16 bits\n"
