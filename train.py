@@ -65,6 +65,7 @@ from parallel.optimizers import make_schedule
 from parallel.shards import full_tensor
 from quantize_layers import load_weights
 from training.auto_sizes import settle_sizes
+from training.base_matmul import try_base_matmul
 from training.job import Job
 from training.loop_components import make_loop_components
 from training.memory_prediction import describe_prediction, predict_memory, prediction_facts
@@ -99,11 +100,12 @@ def set_up(
     Returns:
         (the model, the memory that its weights should take on this rank).
 
-    Raises UserError for weights that cannot be used, and AssertionError if they take another amount of
-    memory.
+    Raises UserError for weights that cannot be used, or if the GPU does not multiply as --base_matmul says,
+    and AssertionError if the weights take another amount of memory.
     """
     profiler.start_phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
+    try_base_matmul(config.base_matmul, device)
     max_tokens = max_sequence_length(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, max_tokens)
     model = build_on_meta(job.model_config, family, attention)

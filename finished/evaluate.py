@@ -46,7 +46,7 @@ from monitoring.run_facts import EVALUATION, FACTS
 from options.errors import UserError
 from options.evaluate import Options
 from options.limits import MAX_CONFIG_BYTES, read_json
-from training.base_matmul import check_base_matmul_here, remark_on_matmuls
+from training.base_matmul import check_base_matmul_here, remark_on_matmuls, try_base_matmul
 from training.run_images import explain_refused_images
 
 
@@ -195,6 +195,7 @@ def evaluate(options: Options) -> dict:
         choose_precision("auto", gpu, has_bf16_gpu()).frozen,
     )
     arguments = (names, inputs, options, tokenizer, stop_ids)
+    try_base_matmul(options.base_matmul, device)
     model = load_model(run, device, dtype)
     round_base_matmuls(model, run.family, options.base_matmul, in_evaluation=True)
     tuned_scores = score_model(model, *arguments)

@@ -32,7 +32,7 @@ from torch import Tensor
 from launch.devices import triton_runs_on
 from quantization.quantizers import Quantizer
 
-MULTIPLIED_AT_ONCE = 2**25  # elements of a result, where the sums of its products take 8 bytes each
+AT_ONCE = 2**25  # elements that plain operations round or multiply at a time, with 8 to 13 bytes for each
 SMALLEST = 2.0**-100  # the least that a row's largest value counts as: a row of zeros has no scale
 
 
@@ -80,13 +80,25 @@ def round_rows(x: Tensor, rounding: Rounding, column_scale: Tensor | None = None
         from quantization.rounded_kernel import round_rows  # Triton comes with torch's CUDA builds only
 
         return round_rows(x, rounding.largest, column_scale)
-    exact = x.float() if column_scale is None else x.float() * column_scale
-    largest = exact.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    rounded = exact * (torch.full_like(largest, rounding.largest) / largest)
+    out, scale = torch.empty_like(x, dtype=rounding.dtype), x.new_empty(len(x), dtype=torch.float32)
+    parts = (tensor.split(max(1, AT_ONCE // x.shape[1])) for tensor in (x, out, scale))
+    for rows, rounded, row_scale in zip(*parts, strict=True):
+        _round_rows_into(rounded, row_scale, rows, rounding, column_scale)
+    return out, scale
+
+
+def _round_rows_into(
+    out: Tensor, scale: Tensor, x: Tensor, rounding: Rounding, column_scale: Tensor | None
+) -> None:
+    """Fill the two results of `round_rows`, which are the first two arguments, with plain operations."""
+    wide = x.float() if column_scale is None else x.float() * column_scale
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+    rounded = wide * (torch.full_like(largest, rounding.largest) / largest)
     if not rounding.dtype.is_floating_point:  # integers have neither NaN nor infinity: the scale has it
         largest = torch.where(largest.isfinite(), largest, torch.nan)
         rounded = rounded.nan_to_num(0)
-    return rounding.round(rounded), (largest / rounding.largest).squeeze(-1)
+    out.copy_(rounding.round(rounded))
+    scale.copy_((largest / rounding.largest).squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ def multiply(
         if len(a):
             torch._scaled_mm(*operands, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
         return out
-    step = max(1, MULTIPLIED_AT_ONCE // len(b))
+    step = max(1, AT_ONCE // len(b))
     for rows, scale, result in zip(a.split(step), a_scale.split(step), out.split(step), strict=True):
         y = _multiply_exactly(rows, b).mul_(scale[:, None])
         if b_scale is not None:

@@ -14,7 +14,7 @@ from models.family import Family
 from models.registry import build_on_meta
 from options.config import Config
 from options.errors import UserError
-from quantization.rounded import ROUNDINGS, fits
+from quantization.rounded import ROUNDINGS, Rounding, fits, multiply
 
 
 def check_base_matmul(base_matmul: str | None, gpu: Gpu | None, precision: Precision) -> None:
@@ -26,13 +26,13 @@ def check_base_matmul(base_matmul: str | None, gpu: Gpu | None, precision: Preci
         precision: the dtypes of the model.
     """
     rounding = ROUNDINGS.get(base_matmul or "")
-    if not rounding or (not rounding.dtype.is_floating_point and gpu is None):
+    if not rounding:
         return
     option = f"--base_matmul {base_matmul}"
-    if gpu is None or gpu.capability < rounding.capability:
+    if not _runs_on(rounding, gpu):
         needed, own = (".".join(map(str, c)) for c in (rounding.capability, gpu.capability if gpu else ()))
         here = f"a {gpu.name} has {own}" if gpu else "there is no GPU here"
-        others = [n for n, form in ROUNDINGS.items() if gpu and form.capability <= gpu.capability]
+        others = [n for n, form in ROUNDINGS.items() if _runs_on(form, gpu)]
         raise UserError(
             f"{option}: needs GPUs of compute capability {needed} or more, and {here}; choose"
             f" {' or '.join([*others, '16bit'])}"
@@ -41,6 +41,31 @@ def check_base_matmul(base_matmul: str | None, gpu: Gpu | None, precision: Preci
         raise UserError(
             f"{option}: its results are bf16, and the precision here is {precision}; choose --precision auto"
         )
+
+
+def _runs_on(rounding: Rounding, gpu: Gpu | None) -> bool:
+    """Return whether a kind of GPU multiplies in a format; None: whether CPU processes do."""
+    return gpu.capability >= rounding.capability if gpu else not rounding.dtype.is_floating_point
+
+
+def try_base_matmul(base_matmul: str | None, device: torch.device) -> None:
+    """Multiply two small matrices as --base_matmul says, on a rank's GPU.
+
+    Raises UserError if torch cannot: it multiplies fp8 with a scale for each row on fewer kinds of GPUs than
+    have fp8 (pytorch#192707).
+    """
+    if base_matmul not in ROUNDINGS or device.type == "cpu":
+        return
+    ones, scale = torch.ones(32, 32, device=device), torch.ones(32, device=device)
+    operand = ROUNDINGS[base_matmul].round(ones)
+    try:
+        multiply(operand, scale, operand, scale, torch.bfloat16)
+        torch.cuda.synchronize(device)
+    except RuntimeError as e:
+        raise UserError(
+            f"--base_matmul {base_matmul}: torch {torch.__version__} does not multiply so on this GPU"
+            f" ({str(e).splitlines()[0]}); choose 16bit"
+        ) from None
 
 
 def check_base_matmul_here(base_matmul: str | None, precision: str) -> None:

@@ -192,12 +192,12 @@ def test_backward_of_several_linears_is_the_sum_of_each(roundings):
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_parts_of_a_result_are_those_of_the_whole(rounding, monkeypatch):
-    """Sums in 32 bits, and gradients that are rounded, are in memory for a part of the tokens only."""
+    """Sums in 32 bits, and what is rounded, are in memory for a part of the tokens only."""
     layer, x = rounded_layer(NF4(), rounding, bias=torch.randn(ROWS)), torch.randn(50, WIDTH).requires_grad_()
     whole = layer(x)
     grad = torch.randn_like(whole)
     (whole_grad,) = torch.autograd.grad(whole, x, grad)
-    monkeypatch.setattr(rounded, "MULTIPLIED_AT_ONCE", 20 * WIDTH)
+    monkeypatch.setattr(rounded, "AT_ONCE", 20 * WIDTH)
     monkeypatch.setattr(operators, "ROUNDED_AT_ONCE", 20 * ROWS)
     y = layer(x)
     torch.testing.assert_close(y, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from tests.helpers.packing import loss_and_gradients, packed_batch, padded_batch
 from tests.helpers.parity import arguments
 from tests.helpers.products import slow
 from tests.helpers.runs import set_up, train_run
-from training.base_matmul import check_base_matmul, remark_on_matmuls
+from training import base_matmul
+from training.base_matmul import check_base_matmul, remark_on_matmuls, try_base_matmul
 
 BF16, FP16 = (choose_precision(mode, True, True) for mode in ("bf16", "fp16_autocast"))
 
@@ -37,7 +39,7 @@ def config_of(*words: str):
         ("--train_type qlora --base_matmul fp4", "--base_matmul"),
         pytest.param(
             "--train_type qlora --base_matmul fp8",
-            "--base_matmul fp8: needs GPUs of compute capability 8.9 or more, and there is no GPU here",
+            "needs GPUs of compute capability 8.9 or more, and there is no GPU here; choose int8 or 16bit",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
@@ -62,6 +64,23 @@ def test_the_gpu_must_multiply_in_the_format(gpu, way, allowed):
         return
     with pytest.raises(UserError, match=f"--base_matmul {way}: needs GPUs of compute capability"):
         check_base_matmul(way, kind, BF16)
+
+
+def test_a_gpu_that_torch_does_not_multiply_so_on_is_refused(monkeypatch):
+    """On a rank, where the GPU may be used."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: used.append(device))
+    monkeypatch.setattr(base_matmul, "multiply", lambda *operands: None)
+    gpu = torch.device("meta")
+    try_base_matmul("fp8", gpu)
+    try_base_matmul("16bit", gpu)
+    try_base_matmul("int8", torch.device("cpu"))
+    assert used == [gpu]
+    monkeypatch.setattr(base_matmul, "multiply", mock.Mock(side_effect=RuntimeError("CUBLAS: no\nat line 1")))
+    with pytest.raises(
+        UserError, match=r"^--base_matmul fp8: torch .* on this GPU \(CUBLAS: no\); choose 16bit$"
+    ):
+        try_base_matmul("fp8", gpu)
 
 
 def test_fp8_needs_bf16():
@@ -89,12 +108,6 @@ def test_routed_experts_are_named_apart(checkpoints):
     assert "1 of 15 linears" in others and "layers.0.mlp.down_proj" in others
 
 
-def close(a: tuple, b: tuple) -> None:
-    """Compare runs: where a number is near the middle of two, rounding may differ."""
-    torch.testing.assert_close(torch.tensor(a[0]), torch.tensor(b[0]), rtol=1e-3, atol=0)
-    torch.testing.assert_close(torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-2, atol=0)
-
-
 @pytest.mark.parametrize("train_type", [*slow(["qlora"]), "hqq_dora"])
 def test_sharding_offload_and_checkpointing_change_nothing(
     train_type, checkpoints, alpaca_file, plain_run, two_ranks
@@ -108,7 +121,12 @@ def test_sharding_offload_and_checkpointing_change_nothing(
     torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(exact[0]), rtol=2e-2, atol=0)
     for options in ("", "--use_cpu_offload"):
         sharded = two_ranks(train_run, [*args, "--batch_size", "2", *options.split()])[0]
-        close(sharded, alone)
+        torch.testing.assert_close(torch.tensor(sharded[0]), torch.tensor(alone[0]), rtol=1e-3, atol=0)
+        # Where a number is near the middle of two, another order of sums rounds it differently. That changes
+        # the trained weights by far less than rounding itself does.
+        for name, weight in alone[1].items():
+            by_rounding = (exact[1][name] - weight).norm()
+            assert (sharded[1][name] - weight).norm() < 0.2 * by_rounding, name
 
 
 def learn_seven_rows(rank_info, argv) -> list[tuple[float, dict[str, torch.Tensor]]]:
