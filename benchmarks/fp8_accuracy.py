@@ -1,6 +1,6 @@
 """Measure what fp8 matmuls on the 4-bit base cost in accuracy: losses of a model that is trained here.
 
-    python -m benchmarks.fp8_accuracy --out /tmp/accuracy                  at most 8 minutes on an H200
+    python -m benchmarks.fp8_accuracy --out /tmp/accuracy                  meant for 8 minutes of an H200
     python -m benchmarks.fp8_accuracy --shape tiny --ways 16bit,16bit ...  a rehearsal on a CPU
 
 A model of some 100M parameters learns sources and licences that Python and its packages ship (text A,
