@@ -33,10 +33,11 @@ MEMORY_OPTIONS = frozenset({
 })  # fmt: skip
 
 # Options that take some memory, which the model of memory does not count: for the input of dropout (it reads
-# lora_dropout only for the projector of Gemma 3), for generated samples, for records, and in the host for
-# tensors that are read at the same time.
+# lora_dropout only for the projector of Gemma 3), for weights that are rounded without a kernel, for samples,
+# for records, and in the host for tensors that are read at the same time.
 NOT_COUNTED = frozenset({
-    "lora_dropout", "sample_every", "sample_tokens", "profile", "profile_memory", "loading_workers",
+    "lora_dropout", "base_matmul", "sample_every", "sample_tokens", "profile", "profile_memory",
+    "loading_workers",
 })  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from models.registry import build_on_meta
 from models.routers import NAMES as ROUTER_NAMES
 from models.vision_parts import all_vision_linears, vision_matrices
 from models.vocabulary import peft_modules_to_save, vocabulary_parameters
-from options.config import ADAPTER_OPTIONS, FIELDS, Config
+from options.config import ADAPTER_OPTIONS, BASE_MATMULS, FIELDS, Config
 from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
@@ -121,7 +121,13 @@ def adopt_adapter(
     for _ in read_adapter_modules(adapter.path):  # raises for NaN
         pass
     template = adopt_template(config, adapter, files.folder, text_config(model_config).vocab_size)
-    told = _describe(config), remark, tokenizer_remark(adapter.metadata, files.folder), *template.remarks
+    told = (
+        _describe(config),
+        remark,
+        _remark_on_matmuls(adapter, config),
+        tokenizer_remark(adapter.metadata, files.folder),
+        *template.remarks,
+    )
     remarks = tuple(filter(None, told))
     warm_start = WarmStart(adapter.name, adapter.path, adapter.digest(), remarks, template.is_adapters)
     return template.config, warm_start
@@ -131,6 +137,16 @@ def _describe(config: Config) -> str:
     """Return the line about what the run continues, with the values that the adapter decided."""
     values = ", ".join(f"{name} {format_value(getattr(config, name))}" for name in ADAPTER_OPTIONS)
     return f"--adapter {config.adapter}: trained further, with {values}"
+
+
+def _remark_on_matmuls(adapter: SavedAdapter, config: Config) -> str:
+    """Return a line if the adapter was trained with rounded matmuls of the base, and this run has others."""
+    way = adapter.settings.get("base_matmul")  # as checkpoints/adapter.py writes it
+    if way not in BASE_MATMULS or way == (config.base_matmul or BASE_MATMULS[0]):
+        return ""
+    return (
+        f"--adapter {config.adapter}: was trained with --base_matmul {way}; this run has {config.base_matmul}"
+    )
 
 
 def _check_kind(adapter: SavedAdapter, config: Config) -> None:

@@ -192,6 +192,14 @@ def test_pefts_recorded_folder_is_compared(check, changed, checkpoints, tmp_path
     assert "could be compared" in "".join(check(adapter=adapter).remarks), "half a folder is told"
 
 
+@pytest.mark.parametrize(("way", "is_told"), [("int8", True), ("16bit", False), ("fp4", False), ([], False)])
+def test_other_matmuls_of_the_base_are_told(way, is_told, check, changed):
+    told = [line for line in check(adapter=changed(base_matmul=way)).remarks if "--base_matmul" in line]
+    assert [line.partition(": ")[2] for line in told] == [
+        "was trained with --base_matmul int8; this run has 16bit"
+    ] * is_told
+
+
 def test_pefts_recorded_hub_id_is_compared(check, changed, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     add_to_hub_cache(tmp_path, "owner/base", checkpoints(), FIRST, "main")
