@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import models.sinks  # registers its operator
 import models.varlen  # noqa: F401 # registers its operators, and imports torch.nn.attention.varlen
+import quantization.grouped_operators  # noqa: F401 # registers its operators
 from launch.devices import triton_runs_on
 from launch.signals import signals_blocked_for_children
 from models.dora import without_norm_reuse
