@@ -184,6 +184,7 @@ YAML = {
     "two documents": config_file("lr: 1\n---\nlr: 2\n"),
     "a device without end": options(config="/dev/zero"),
     "sixty thousand keys": config_file("".join(f"k{i}:\n" for i in range(60_000)) + "k1:\n"),
+    "six thousand keys": config_file("".join(f"k{i}:\n" for i in range(6_000)) + "k1:\n"),
 }
 RECIPES = {
     "source above": recipe('source = "../secret.jsonl"'),
@@ -249,9 +250,14 @@ DATA = {
 }
 
 
-# Cases of 2 to 8 seconds, which `make test-slow` runs. Others of the same kind: "data: a bomb of lists" and
-# "checkpoint: manifest a bomb of lists".
-HEAVY = {"data: a bomb of objects", "data: a bomb in a row", "checkpoint: manifest a bomb of objects"}
+# Cases of 2 to 8 seconds, which `make test-slow` runs. Others of the same kind: "data: a bomb of lists",
+# "checkpoint: manifest a bomb of lists" and "yaml: six thousand keys".
+HEAVY = {
+    "data: a bomb of objects",
+    "data: a bomb in a row",
+    "checkpoint: manifest a bomb of objects",
+    "yaml: sixty thousand keys",
+}
 
 
 def cases() -> dict[str, Case]:
