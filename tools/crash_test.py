@@ -157,7 +157,7 @@ def crash_test(folder: Path, kills: int, seed: int) -> str:
 
     Raises AssertionError if the results differ, RuntimeError if a run fails or hangs.
     """
-    steps, rng = 8 + 2 * kills, random.Random(seed)
+    steps, rng = 4 + 2 * kills, random.Random(seed)
     half_written: Counter[str] = Counter()
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     attempt, start = Attempt(undisturbed, steps), time.monotonic()
