@@ -44,6 +44,7 @@ from benchmarks.accuracy_texts import (
     train_tokenizer,
     write_texts,
 )
+from benchmarks.fp8_errors import check_way
 from benchmarks.paired_losses import T_QUANTILES
 from benchmarks.run import ROOT, run_process
 from benchmarks.side_by_side import COMPILE_THREADS
@@ -51,7 +52,6 @@ from files.atomic_writes import write_text
 from files.names import METRICS
 from launch.program import print_error
 from models.shapes import Shape
-from options.config import BASE_MATMULS
 from options.errors import UserError
 from training.base_matmul import check_base_matmul_here
 
@@ -232,13 +232,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def check_way(way: str) -> None:
-    """Raise UserError if a value of --ways is none of --base_matmul's, or does not run on this machine."""
-    if way not in BASE_MATMULS:
-        raise UserError(f"--ways {way}: must be {' or '.join(BASE_MATMULS)}")
-    check_base_matmul_here(way, "auto")
-
-
 def check_same_options(options: argparse.Namespace) -> None:
     """Raise UserError if --out has parts of other sizes; otherwise write the sizes there."""
     path, sizes = options.out / "sizes.json", {name: getattr(options, name) for name in SIZES}
@@ -253,6 +246,7 @@ def main(argv: list[str]) -> int:
     try:
         for way in options.ways:
             check_way(way)
+            check_base_matmul_here(way, "auto")
         options.out.mkdir(parents=True, exist_ok=True)
         accuracy = Accuracy(options)
         check_same_options(options)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from files.atomic_writes import write_text
 from launch.program import print_error
 from models.shapes import SHAPES, Shape
+from options.config import BASE_MATMULS
 from options.errors import UserError
 from quantization.layer import Linear4bit, round_matmuls
 from quantization.nf4 import NF4
@@ -83,14 +84,19 @@ class Row:
     errors: dict[str, float]
 
 
+def check_way(way: str) -> None:
+    """Raise UserError if a value of --ways is none of --base_matmul's."""
+    if way not in BASE_MATMULS:
+        raise UserError(f"--ways {way}: must be {' or '.join(BASE_MATMULS)}")
+
+
 def make_linear(weight: Tensor, way: str) -> Linear4bit:
     """Return the layer of an NF4 weight [O, I] that computes in a way: a value of --base_matmul.
 
     The only function here that knows how a layer is told its way. Raises UserError for an unknown way,
     and for a shape that is not rounded.
     """
-    if way not in ("16bit", *ROUNDINGS):
-        raise UserError(f"--ways {way}: must be 16bit, {' or '.join(ROUNDINGS)}")
+    check_way(way)
     layer = Linear4bit(
         nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), weight.dtype, NF4()
     )

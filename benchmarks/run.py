@@ -151,7 +151,6 @@ def measure_host_parts(options: Options, row: Row, model: Path, precision: str) 
         precision: --precision of ours.
     """
     folder = options.out / "profile"
-    shutil.rmtree(folder, ignore_errors=True)
     profile = f"--profile --profiling_output {shlex.quote(str(folder))} --profiling_frequency {options.steps}"
     with_profile = dataclasses.replace(options, train_options=f"{options.train_options} {profile}")
     problem = run_system(with_profile, row, model, precision, "profiled").problem

@@ -100,17 +100,13 @@ def format_markdown(rows: list[Row]) -> str:
 
 def format_host_parts(rows: list[Row]) -> str:
     """Format what the host does in a step as a Markdown table; "" if no row has it."""
-    measured = [row for row in rows if row.host_parts]
+    measured = [(row, row.host_parts) for row in rows if row.host_parts]
     if not measured:
         return ""
     columns = (*PARTS, BUSY, WAITING)
-    lines = [
-        f"| setting | system | {' | '.join(columns)} |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
-    for row in measured:
-        assert row.host_parts is not None
-        seconds = [f"{row.host_parts[column]:.3f} s" for column in columns]
+    lines = [f"| setting | system | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for row, parts in measured:
+        seconds = [f"{parts[column]:.3f} s" for column in columns]
         lines.append(f"| {row.setting} | {row.label} | {' | '.join(seconds)} |")
     return "\n".join(lines) + "\n"
 

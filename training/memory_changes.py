@@ -97,31 +97,31 @@ def _smaller_batches(situation: Situation) -> Iterator[dict]:
             yield {"batch_size": batch, "gradient_accumulation_steps": rows // batch}
 
 
+def _halved(number: int, least: int) -> Iterator[int]:
+    """Yield half of a number, a quarter and so on, down to `least`; nothing for 0."""
+    while number and (number := number // 2) >= least:
+        yield number
+
+
 def _smaller_ranks(situation: Situation) -> Iterator[dict]:
     """Yield half of the rank, a quarter and so on; nothing for a saved adapter, whose rank is given."""
     config = situation.config
-    rank = config.lora_rank // 2 if config.method.adapter and config.adapter is None else 0
-    while rank >= SMALLEST_RANK:
-        yield {"lora_rank": rank}
-        rank //= 2
+    rank = config.lora_rank if config.method.adapter and config.adapter is None else 0
+    yield from ({"lora_rank": smaller} for smaller in _halved(rank, SMALLEST_RANK))
 
 
 def _smaller_expert_ranks(situation: Situation) -> Iterator[dict]:
     """Yield half of the rank of the experts' adapters, a quarter and so on, and 0, which is none of them."""
     config = situation.config
     rank = config.lora_expert_rank if config.method.adapter and config.adapter is None else 0
-    while rank > 0:
-        rank //= 2
-        yield {"lora_expert_rank": rank}
+    yield from ({"lora_expert_rank": smaller} for smaller in _halved(rank, 0))
 
 
 def _fewer_images(situation: Situation) -> Iterator[dict]:
     """Yield half of the images of a pack, a quarter and so on: there are more packs, of the same rows."""
     config = situation.config
-    images = config.images_per_pack // 2 if config.packing and config.has_images else 0
-    while images > 0:
-        yield {"images_per_pack": images}
-        images //= 2
+    images = config.images_per_pack if config.packing and config.has_images else 0
+    yield from ({"images_per_pack": fewer} for fewer in _halved(images, 1))
 
 
 def _full_shard(situation: Situation) -> Iterator[dict]:

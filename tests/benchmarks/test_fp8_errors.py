@@ -79,6 +79,6 @@ def test_an_unknown_way(capsys):
 
 
 def test_a_linear_that_is_not_rounded(capsys):
-    """Of the tiny shape, the down projection reads 160 features, which are no whole blocks of 64."""
+    """The tiny shape's down projection reads 160 features, which are no whole blocks of 64."""
     assert fp8_errors.main([*ARGV, "16bit,int8"]) == 2
     assert capsys.readouterr().err == "error: --ways int8: a linear of 64 x 160 multiplies in 16 bits\n"
