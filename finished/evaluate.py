@@ -38,7 +38,8 @@ from finished.finished_run import (
 from finished.score_table import describe_scoring_details, format_table
 from finished.scoring import EvaluationInputs, score_model
 from finished.text_scores import scored_with
-from launch.precision import choose_precision, has_bf16_gpu
+from launch.devices import choose_device
+from launch.precision import detect_precision
 from launch.program import print_error, quiet_libraries
 from models.adapters import round_base_matmuls
 from models.lora import adapters_off
@@ -189,11 +190,7 @@ def evaluate(options: Options) -> dict:
         print(remark, flush=True)
     stop_ids = find_stop_ids(run, tokenizer)
     inputs = prepare_inputs(names, run, rendered, dataset, tokenizer, stop_ids, image_format)
-    gpu = torch.cuda.is_available()
-    device, dtype = (
-        torch.device("cuda" if gpu else "cpu"),
-        choose_precision("auto", gpu, has_bf16_gpu()).frozen,
-    )
+    device, dtype = choose_device(), detect_precision("auto").frozen
     arguments = (names, inputs, options, tokenizer, stop_ids)
     try_base_matmul(options.base_matmul, device)
     model = load_model(run, device, dtype)

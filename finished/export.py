@@ -45,6 +45,7 @@ from finished.finished_run import (
 from finished.layerwise import LogitInputs, compare_logits, plain_logits, trained_logits
 from finished.merge import make_apart_entries, make_merged_entries
 from finished.model_card import render_card
+from launch.devices import choose_device
 from launch.program import print_error, quiet_libraries
 from models.checkpoint_names import rename_tensors
 from models.redundant import sync_tied_embeddings
@@ -289,7 +290,7 @@ def export(options: Options) -> None:
         print(remark)
     generation_files = make_generation_config(run.base, run.model_config, find_stop_ids(run, tokenizer))
     small_files = tokenizer_use.files | generation_files
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     with staging_folder(options.out, options.overwrite) as folder:
         if options.to == "adapter":
             write_adapter(run, options, folder, small_files)

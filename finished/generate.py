@@ -31,6 +31,7 @@ from finished.prompt_template import (
     RenderedPrompt,
 )
 from finished.references import read_reference
+from launch.devices import choose_device
 from launch.program import print_error, quiet_libraries
 from monitoring.best_step import find_better_step
 from options.errors import UserError
@@ -39,16 +40,11 @@ from options.generate import Options, Prompt, explode_questions
 MIN_COLUMN_WIDTH = 34  # characters; on narrower terminals answers are printed one below the other
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the device named by --device, by default a GPU if there is one.
-
-    Raises UserError for a missing GPU.
-    """
+def check_device(device: torch.device) -> None:
+    """Raise UserError for a missing GPU."""
     gpus = torch.cuda.device_count()
-    device = torch.device(name or ("cuda" if gpus else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UserError(f"--device {name}: this machine has {gpus} GPU(s)")
-    return device
+        raise UserError(f"--device {device}: this machine has {gpus} GPU(s)")
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -272,6 +268,7 @@ def run(options: Options) -> int:
             stream.reconfigure(errors="replace")
     try:
         device = choose_device(options.device)
+        check_device(device)
         check_precision(options.precision, device)
         if options.out:
             check_writable(options.out.absolute().parent, "--out")

@@ -1,4 +1,4 @@
-"""Which devices Triton and grouped matmuls support, and a thread's current device."""
+"""The device of a program of one process, what devices support, and a thread's current device."""
 
 from __future__ import annotations
 
@@ -32,8 +32,22 @@ def grouped_matmul_fills_all(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in UNFILLED_CAPABILITIES
 
 
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device of a program of one process.
+
+    A GPU always has its index: "cuda" alone is each thread's current GPU, and is unequal to "cuda:0".
+
+    Args:
+        name: cpu, cuda (the current GPU) or cuda:N; None = a GPU if there is one.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def set_current_device(device: torch.device) -> None:
-    """Make a GPU the current device of this thread; do nothing for a CPU.
+    """Make a GPU the current device of this thread; do nothing for a CPU. The GPU needs its index.
 
     A new thread starts on GPU 0. If it used a stream of another GPU, it would also open a context on GPU 0,
     which takes 0.5 GiB there and holds the interpreter lock for a third of a second.
