@@ -6,6 +6,7 @@ The adapters are random, since a B of zeros would prove nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import shutil
 import tempfile
@@ -63,6 +64,8 @@ def randomize(model, seed: int = 7) -> None:
 def set_up(rank_info, argv: list[str], random_adapters: bool = True):
     """Return (job, sharded model with random adapters, or with that of --adapter) of a run."""
     job = make_job(rank_info, argv)
+    if rank_info.device.type == "cuda":
+        gc.collect()  # cycles of an earlier run; train.py compares the GPU's memory before and after loading
     model, _ = train.set_up(job, rank_info)
     if random_adapters and not job.adapter:
         randomize(model)
