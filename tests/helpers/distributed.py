@@ -29,6 +29,8 @@ from launch.ranks import join_process_group
 from launch.signals import unblock_signals
 
 TIMEOUT_SECONDS = 240
+# Each run imports them later, which takes a second.
+IMPORTED_LATER = ["bitsandbytes", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 DEATH_SECONDS = 5.0  # how long the other ranks have to fail, too, once one has
 
 
@@ -75,7 +77,7 @@ def _load(raw: bytes):
 def process_context() -> multiprocessing.context.BaseContext:
     """Return the multiprocessing context of tests; its fork server has imported the program."""
     context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["launch.fork_server", "tests.helpers.runs"])
+    context.set_forkserver_preload(["launch.fork_server", "tests.helpers.runs", *IMPORTED_LATER])
     return context
 
 
