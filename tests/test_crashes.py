@@ -40,11 +40,11 @@ def test_patience_is_for_a_step_and_not_for_the_run(pauses, tmp_path, monkeypatc
     attempt = Attempt.__new__(Attempt)
     attempt.folder, attempt.log = tmp_path, tmp_path / "log"
     attempt.log.write_text("")
-    attempt.ranks = [multiprocessing.get_context("fork").Process(target=steps, args=(tmp_path, 20, pauses))]
+    attempt.ranks = [multiprocessing.get_context("fork").Process(target=steps, args=(tmp_path, 12, pauses))]
     attempt.ranks[0].start()
     with pytest.raises(RuntimeError, match="the run failed") if pauses else contextlib.nullcontext():
         attempt.finish()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
     assert not attempt.ranks[0].is_alive()
 
 
