@@ -20,7 +20,7 @@ from parallel import activation_offload
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
 from parallel.activation_offload import HostActivations, HostTensor, OffloadedLayer
 from tests.helpers.adapters import build_meta_model
-from tests.helpers.compiled import CHECKPOINTED, LAYERS, compiled_run
+from tests.helpers.compiled import CHECKPOINTED, EXTRA_GRAPHS, LAYERS, compiled_run
 from tests.helpers.parity import PLAIN, arguments, assert_same
 from wrapping import _save_last_output
 
@@ -202,7 +202,7 @@ def test_layers_that_offload_nothing_are_skipped(any_size):
 
 
 def offloading_run(rank_info, argv: list[str]):
-    """(a compiled run's results, tensors sent to the host, fetched from it, and still there)."""
+    """(a compiled run's results and graphs, tensors sent to the host, fetched from it, and still there)."""
     counts = {"sent": 0, "fetched": 0}
     pack, copy = HostActivations.pack, HostActivations._copy_to_device
 
@@ -219,18 +219,22 @@ def offloading_run(rank_info, argv: list[str]):
         mock.patch.object(HostActivations, "pack", counted_pack),
         mock.patch.object(HostActivations, "_copy_to_device", counted_copy),
     ):
-        results, _ = compiled_run(rank_info, argv)
+        results, graphs = compiled_run(rank_info, argv)
     gc.collect()
-    return results, counts["sent"], counts["fetched"], alive()
+    return results, graphs, counts["sent"], counts["fetched"], alive()
 
 
 def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
-    """It offloads the layers' inputs and the last projections' outputs."""
+    """It offloads the layers' inputs and the last projections' outputs.
+
+    The first layer is a graph of its own: its input has no gradient.
+    """
     args = arguments(checkpoints("llama_bias"), even_rows, "hqq_dora")
-    results, sent, fetched, held = one_rank(
+    results, graphs, sent, fetched, held = one_rank(
         offloading_run, [*args, *CHECKPOINTED, "--use_activation_cpu_offload", "true"]
     )[0]
     assert_same(plain_run([*args, *PLAIN]), results)
+    assert graphs == 2 + EXTRA_GRAPHS
     assert sent == fetched == 2 * LAYERS * len(results[0])
     assert held == 0
 
@@ -249,7 +253,7 @@ def test_dora_saves_its_last_output(policy, saves, checkpoints):
 def test_with_parameters_in_host_memory_no_output_is_offloaded(checkpoints, even_rows, plain_run, one_rank):
     """DoRA's last projection is recomputed."""
     args = arguments(checkpoints("llama_bias"), even_rows, "bnb_dora")
-    results, sent, *_ = one_rank(offloading_run, [*args, *CHECKPOINTED, "--use_cpu_offload", "true"])[0]
+    results, _, sent, *_ = one_rank(offloading_run, [*args, *CHECKPOINTED, "--use_cpu_offload", "true"])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
     assert sent == 0
 
