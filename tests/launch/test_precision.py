@@ -59,7 +59,7 @@ def plain(checkpoints, short_rows, plain_run):
         ["auto", *MODES[1:]],
         always=[
             *(("full", mode) for mode in ("auto", "bf16")),
-            *(("bnb_dora", mode) for mode in ("bf16", "fp16_autocast")),
+            ("bnb_dora", "fp16_autocast"),
             ("hqq_lora", "bf16_buffers_autocast"),
             ("bnb_llama_pro", "bf16_autocast"),
         ],
