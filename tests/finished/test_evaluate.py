@@ -257,12 +257,13 @@ def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_pat
     assert results["rows"] == 8 and "does not record the rows" in printed
 
 
-def test_the_runs_own_rows_are_those_of_training(alpaca_file, tmp_path, command, capsys):
+def test_the_runs_own_rows_are_those_of_training(checkpoints, alpaca_file, tmp_path, command, capsys):
     """A file that has grown is split otherwise: rows of the training would be scored as held out."""
     data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
     run = tmp_path / "run"
-    argv = ["--dataset", data, "--eval_share", "0.2", "--max_steps", "1", "--world_size", "1"]
-    assert train.main([str(a) for a in (*argv, "--eval_every", "1", "--output_dir", run)]) == 0
+    argv = ["--model_name", checkpoints(), "--dataset", data, "--eval_share", "0.2", "--eval_every", "1"]
+    argv += ["--max_steps", "1", "--world_size", "1", "--output_dir", run]
+    assert train.main(list(map(str, argv))) == 0
     for folder in (run, run / "best"):
         results, printed = command(folder, "--metrics", "perplexity")
         assert results["rows"] == 8 and "data: " not in printed
